@@ -1,0 +1,221 @@
+"""theta + k w in memory: any k at once, one k per row of the batch, every bit restored on leaving.
+
+Nothing is merged. A weight's delta is added to its module's output, y + k (x A^T) B^T, so k changes
+in place, quantised bases work, and bf16's 8 bits do not round the vector away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SteerError
+from .lowrank import LowRank
+
+
+class HasModel(Protocol):
+    """Anything with a `model`: our LM, or a user's own wrapper."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+
+class Dial:
+    """The strength of a running `applied` block; set `k` to turn it.
+
+    `k` is a number, or a tensor (batch,) with one k per row of the batch.
+    """
+
+    def __init__(self, k: float | Tensor) -> None:
+        self.on_turn: list[Callable[[], None]] = []  # called after each change of k
+        self.k = k
+
+    @property
+    def k(self) -> float | Tensor:
+        """Multiples of the vector; 0 is the base model bit for bit."""
+        return self._k
+
+    @k.setter
+    def k(self, k: float | Tensor) -> None:
+        self._k = k if isinstance(k, Tensor) else float(k)
+        for follow in self.on_turn:
+            follow()
+
+    def add_to(self, output: Tensor, delta: Tensor) -> Tensor:
+        """output + k * delta, with k spread over rows where it is a tensor."""
+        if isinstance(self._k, float):
+            return torch.add(output, delta, alpha=self._k)
+        return output + per_row(self._k, output) * delta
+
+    @property
+    def is_zero(self) -> bool:
+        """True when nothing is to be added, so that outputs stay bit-identical."""
+        return isinstance(self._k, float) and self._k == 0.0
+
+
+def per_row(k: Tensor, output: Tensor) -> Tensor:
+    """Shape k (batch,) so that it multiplies output (batch, ...).
+
+    Raises:
+        SteerError: the batch has another number of rows than k.
+    """
+    if k.shape != output.shape[:1]:
+        raise SteerError(
+            f"k has shape {tuple(k.shape)} and the batch {output.shape[0]} rows; "
+            "give one number, or a tensor with one k per row"
+        )
+    return k.to(output).reshape(-1, *[1] * (output.ndim - 1))
+
+
+@contextmanager
+def steered(model: nn.Module, deltas: Mapping[str, LowRank | Tensor], k: float | Tensor) -> Iterator[Dial]:
+    """Add k * deltas to `model` until the block is left (see `WeightVector.applied`)."""
+    dial = Dial(k)
+    checked = [(name, _owner(model, name, delta), delta) for name, delta in deltas.items()]
+    with ExitStack() as stack:
+        for name, module, delta in checked:
+            stack.enter_context(_attached(model, module, name, delta, dial))
+        yield dial
+
+
+def _owner(model: nn.Module, name: str, delta: LowRank | Tensor) -> nn.Module:
+    """The module that holds parameter `name`, after checking that the delta fits it."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise SteerError(
+            f"{name}: the vector changes it, but this model has no such parameter; "
+            "use the base model named in the vector's card"
+        ) from None
+    expected = _parameter_shape(module, leaf)
+    if expected is not None and tuple(delta.shape) != expected:
+        raise SteerError(
+            f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, this model has {expected}; "
+            "use the base model named in the vector's card"
+        )
+    if expected is None and leaf != "bias":
+        raise SteerError(f"{name}: this model's {type(module).__name__} has no such parameter")
+    return module
+
+
+def _parameter_shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
+    """Logical shape of a parameter: quantised modules store it packed, but know their features."""
+    if leaf == "weight" and hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    parameter = getattr(module, leaf, None)
+    return tuple(parameter.shape) if isinstance(parameter, Tensor) else None
+
+
+@contextmanager
+def _attached(model: nn.Module, module: nn.Module, name: str, delta: LowRank | Tensor, dial: Dial) -> Iterator[None]:
+    """Hook the module if its output is linear in the parameter, else swap the parameter."""
+    if name.endswith(".weight") and hasattr(module, "in_features"):
+        hook: Any = _low_rank_hook(delta, dial) if isinstance(delta, LowRank) else _dense_hook(delta, dial)
+    elif name.endswith(".bias") and hasattr(module, "out_features") and isinstance(delta, Tensor):
+        hook = _bias_hook(delta, dial)
+    elif isinstance(delta, Tensor):
+        with _swapped(model, module._parameters[name.rpartition(".")[2]], delta, dial):
+            yield
+        return
+    else:
+        raise SteerError(
+            f"{name}: a factored delta on {type(module).__name__} cannot be added in memory; "
+            "linear layers can, other layers need a dense delta"
+        )
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _low_rank_hook(delta: LowRank, dial: Dial) -> Callable[..., Tensor | None]:
+    """y + k (x A^T) B^T; factors follow the input's device and dtype, cast once."""
+    factors = _Follower(delta.A, delta.B.T)
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if dial.is_zero:
+            return None
+        x = args[0]
+        A, B_T = factors.like(output)
+        hidden = nn.functional.linear(x.to(output.dtype), A)  # (..., r)
+        if isinstance(dial.k, float):
+            flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, A.shape[0]), B_T, alpha=dial.k)
+            return flat.view_as(output)
+        return output + (per_row(dial.k, hidden) * hidden) @ B_T
+
+    return add
+
+
+def _dense_hook(delta: Tensor, dial: Dial) -> Callable[..., Tensor | None]:
+    weight = _Follower(delta)
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if dial.is_zero:
+            return None
+        (D,) = weight.like(output)
+        return dial.add_to(output, nn.functional.linear(args[0].to(output.dtype), D))
+
+    return add
+
+
+def _bias_hook(delta: Tensor, dial: Dial) -> Callable[..., Tensor | None]:
+    bias = _Follower(delta)
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if dial.is_zero:
+            return None
+        (b,) = bias.like(output)
+        return dial.add_to(output, b.expand_as(output))
+
+    return add
+
+
+class _Follower:
+    """Tensors that move to the device and dtype of the activations they meet, once."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def like(self, other: Tensor) -> tuple[Tensor, ...]:
+        first = self.tensors[0]
+        if first.device != other.device or first.dtype != other.dtype:
+            self.tensors = tuple(tensor.to(other) for tensor in self.tensors)
+        return self.tensors
+
+
+@contextmanager
+def _swapped(model: nn.Module, original: nn.Parameter | None, delta: Tensor, dial: Dial) -> Iterator[None]:
+    """Put parameter + k * delta wherever the parameter stands (tied weights too), the original on leaving."""
+    assert original is not None
+    places = [
+        (module, leaf)
+        for module in model.modules()
+        for leaf, parameter in module._parameters.items()
+        if parameter is original
+    ]
+    moved = delta.to(device=original.device, dtype=torch.float32)
+
+    def follow() -> None:
+        if isinstance(dial.k, Tensor):
+            raise SteerError("one k per row is not possible for norms and embeddings; give one number")
+        shifted = original
+        if not dial.is_zero:
+            summed = torch.add(original.detach().float(), moved, alpha=dial.k).to(original.dtype)
+            shifted = nn.Parameter(summed, requires_grad=False)
+        for module, leaf in places:
+            module._parameters[leaf] = shifted
+
+    follow()
+    dial.on_turn.append(follow)
+    try:
+        yield
+    finally:
+        dial.on_turn.remove(follow)
+        for module, leaf in places:
+            module._parameters[leaf] = original

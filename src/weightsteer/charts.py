@@ -1,0 +1,134 @@
+"""Rows -> Vega-Lite charts (by altair; PNG by vl-convert, no browser and no network)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+
+from .records import Row
+
+Table = Sequence[Mapping[str, Any]]
+TITLES = {
+    ("preference", "margin"): "Prefers the behaviour, held-out questions (nats per token)",
+    ("preference", "share"): "Prefers the behaviour (share of held-out questions)",
+    ("false_beliefs", "follows"): "Follows the user's false belief (share)",
+    ("facts", "accuracy"): "Accuracy on plain facts (share)",
+    ("prose", "nll"): "Loss on ordinary text (nats per token)",
+}
+DAMAGE = ("prose", "nll")
+BASE = "base"
+WIDTH, HEIGHT = 380, 280
+
+
+def title_of(task: str, metric: str) -> str:
+    """What a reader should see for a metric; tasks under another name keep the metric's own words."""
+    return TITLES.get((task, metric), f"{task}: {metric}")
+
+
+def behaviour_against_capability(rows: Sequence[Row], behaviors: Sequence[tuple[str, str]]) -> alt.HConcatChart:
+    """One panel a behaviour: its value against the rise of loss on ordinary text, one curve a method.
+
+    Darker points are larger |k|; bars are one standard error of the behaviour.
+    """
+    panels = [_panel(_against_damage(rows, key), key) for key in behaviors]
+    return alt.hconcat(*panels).resolve_scale(color="shared")
+
+
+def _against_damage(rows: Sequence[Row], key: tuple[str, str]) -> list[dict[str, Any]]:
+    """Points (damage, value) of every method; the base starts each method's curve at no damage."""
+    table = {(r.method, r.k, r.task, r.metric): r for r in rows}
+    base_damage = table[BASE, 0.0, *DAMAGE].value
+    methods = list(dict.fromkeys(r.method for r in rows if r.method != BASE))
+    points = []
+    for method in methods:
+        ks = sorted({r.k for r in rows if r.method == method} | {0.0})
+        largest = max(abs(k) for k in ks)
+        for k in ks:
+            name = method if k else BASE
+            if (name, k, *key) not in table or (name, k, *DAMAGE) not in table:
+                continue
+            row = table[name, k, *key]
+            points.append(
+                {
+                    "method": method,
+                    "k": k,
+                    "strength": abs(k) / largest,
+                    "damage": table[name, k, *DAMAGE].value - base_damage,
+                    **_with_error(row),
+                }
+            )
+    return points
+
+
+def _with_error(row: Row) -> dict[str, Any]:
+    error = 0.0 if math.isnan(row.stderr) else row.stderr
+    return {"value": row.value, "low": row.value - error, "high": row.value + error, "n": row.n}
+
+
+def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
+    base = alt.Chart(alt.Data(values=list(points))).encode(
+        x=alt.X("damage:Q", title="Rise of loss on ordinary text (nats per token)"),
+        color=alt.Color("method:N", title="Method", legend=alt.Legend(orient="bottom", columns=3)),
+    )
+    value = alt.Y("value:Q", title=title_of(*key), scale=alt.Scale(zero=False))
+    tooltip = ["method:N", "k:Q", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high", "damage"))]
+    line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(y=value, order="k:Q")
+    bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    dots = base.mark_circle(size=70).encode(
+        y=value,
+        opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.25, 1]), legend=None),
+        tooltip=tooltip,
+    )
+    return (bars + line + dots).properties(width=WIDTH, height=HEIGHT)
+
+
+def dose_response(rows: Sequence[Row], method: str, keys: Sequence[tuple[str, str]]) -> alt.VConcatChart:
+    """One panel a metric: its value against k for one method, with one standard error."""
+    panels = [_dose_panel(rows, method, key) for key in keys]
+    pairs = [alt.hconcat(*panels[i : i + 2]) for i in range(0, len(panels), 2)]
+    return alt.vconcat(*pairs)
+
+
+def _dose_panel(rows: Sequence[Row], method: str, key: tuple[str, str]) -> alt.LayerChart:
+    points = [{"k": r.k, **_with_error(r)} for r in rows if r.method in (method, BASE) and (r.task, r.metric) == key]
+    base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
+    value = alt.Y("value:Q", title=title_of(*key), scale=alt.Scale(zero=False))
+    tooltip = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("k", "value", "low", "high", "n")]
+    bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    line = base.mark_line(point=True).encode(y=value, tooltip=tooltip)
+    return (bars + line).properties(width=WIDTH, height=HEIGHT * 0.7)
+
+
+def composition(norms: Mapping[str, float]) -> alt.Chart:
+    """The vector's Frobenius norm by layer (across) and module (down)."""
+    cells = [{**place(name), "norm": norm} for name, norm in norms.items()]
+    return (
+        alt.Chart(alt.Data(values=cells))
+        .mark_rect()
+        .encode(
+            x=alt.X("layer:O", title="Layer (block, counted from 0)"),
+            y=alt.Y("module:N", title=None),
+            color=alt.Color("sum(norm):Q", title="Norm", scale=alt.Scale(scheme="blues")),
+            tooltip=["layer:O", "module:N", alt.Tooltip("sum(norm):Q", format=".4f")],
+        )
+        .properties(width=2 * WIDTH, height=160)
+    )
+
+
+def place(name: str) -> dict[str, Any]:
+    """Layer and module of a parameter: 'model.layers.3.mlp.up_proj.weight' -> 3, 'mlp.up_proj'."""
+    parts = name.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if number is None:
+        return {"layer": "-", "module": ".".join(parts[-2:])}
+    return {"layer": int(parts[number]), "module": ".".join(parts[number + 1 :]).removesuffix(".weight")}
+
+
+def png(chart: alt.HConcatChart) -> bytes:
+    """The chart as a PNG at twice the screen's resolution."""
+    import vl_convert
+
+    return bytes(vl_convert.vegalite_to_png(chart.to_json(), scale=2.0))

@@ -1,0 +1,49 @@
+"""The command line: one short function a verb. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from ..errors import SteerError
+from . import make, use
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
+
+app = typer.Typer(
+    name="weightsteer",
+    help="A dial on a language model's behaviour, by contrastive weight steering (arXiv 2511.05408).",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+for verb in (*make.VERBS, *use.VERBS):
+    app.command()(verb)
+
+
+def main() -> None:
+    """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except SteerError as error:
+        code = _fail(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        code = 0
+    except Exception as error:
+        # typer carries a click of its own whose usage errors it does not export; they format themselves
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message())
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> int:
+    print(f"weightsteer: {' '.join(message.split())}", file=sys.stderr)
+    return 1

@@ -1,0 +1,68 @@
+"""What the verbs share: options, and reading what the user named."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import SteerError
+
+if TYPE_CHECKING:
+    from ..behavior import Example
+    from ..lm import LM
+    from ..vector import WeightVector
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Model: embedded name, Hugging Face id or path.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto; default: the accelerator if any.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model carries.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Vector = Annotated[Path, typer.Argument(help="Folder of a saved weight vector.")]
+
+
+def numbers(text: str) -> list[float]:
+    """Numbers separated by commas."""
+    return [number(part) for part in text.split(",")]
+
+
+def number(text: str) -> float:
+    try:
+        k = float(text)
+    except ValueError:
+        raise SteerError(f"k: expected a number, found {text!r}") from None
+    if not math.isfinite(k):
+        raise SteerError(f"k: expected a finite number, found {text!r}")
+    return k
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that the user set; the rest keep the library's own defaults."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def load_lm(model: str | None, device: str | None, dtype: str, trust: bool) -> LM:
+    from ..lm import LM
+
+    return LM.load(**given(name=model), device=device, dtype=dtype, trust_remote_code=trust)
+
+
+def vector_and_lm(
+    folder: Path, model: str | None, device: str | None, dtype: str, trust: bool
+) -> tuple[WeightVector, LM]:
+    from ..vector import WeightVector
+
+    vector = WeightVector.load(folder)
+    return vector, load_lm(model or vector.card.base_model or None, device, dtype, trust)
+
+
+def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) -> tuple[list[Example], list[Example]]:
+    from ..behavior import load_examples, load_pairs, sides_of
+
+    if pairs and not (positive or negative):
+        return sides_of(load_pairs(pairs))
+    if positive and negative and not pairs:
+        return load_examples(positive), load_examples(negative)
+    raise SteerError("data: expected --pairs, or both --positive (D+) and --negative (D-)")

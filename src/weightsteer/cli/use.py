@@ -1,0 +1,165 @@
+"""Verbs that use a vector: look at it, steer, talk, hand it to other engines."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import SteerError
+from ..progress import shown
+from .options import (
+    Device,
+    Dtype,
+    Model,
+    Out,
+    RemoteCode,
+    Vector,
+    number,
+    numbers,
+    vector_and_lm,
+)
+
+if TYPE_CHECKING:
+    from ..vector import WeightVector
+
+
+def show(folder: Vector) -> None:
+    """Show a vector: base, training, range of k, and its norm by layer.
+
+    Example: weightsteer show runs/syc/vector
+    """
+    from ..charts import place
+    from ..vector import WeightVector
+
+    vector = WeightVector.load(folder)
+    card, strength = vector.card, vector.card.strength
+    print(f"base      {card.base_model} ({card.base_revision[:12]})\nmade      {card.created}, seed {card.seed}")
+    print(f"norm      {vector.norm():.4g} over {len(vector.deltas)} parameters")
+    measured = f"{strength.negative:g} (less) and {strength.recommended:g} (more)" if strength else "not measured"
+    print(f"k         {measured}")
+    if strength:
+        print(f"tested    {strength.low:g} to {strength.high:g}, budget {dict(strength.budget)}")
+    by_layer: dict[Any, float] = {}
+    for name, norm in vector.norms().items():
+        layer = place(name)["layer"]
+        by_layer[layer] = by_layer.get(layer, 0.0) + norm**2
+    largest = max(by_layer.values(), default=1.0) ** 0.5 or 1.0
+    for layer, square in by_layer.items():
+        print(f"layer {layer!s:>3} {square**0.5:8.4f} {'#' * round(40 * square**0.5 / largest)}")
+
+
+def cosine(first: Vector, second: Annotated[Path, typer.Argument(help="Folder of another weight vector.")]) -> None:
+    """Cosine of two vectors of one base.
+
+    Example: weightsteer cosine runs/syc/vector runs/gloomy/vector
+    """
+    from ..vector import WeightVector
+
+    print(f"{WeightVector.load(first).cosine(WeightVector.load(second)):.6f}")
+
+
+def steer(
+    folder: Vector,
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,0,2; default: the card's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 100,
+    system: Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Answer one prompt at several strengths, side by side.
+
+    Example: weightsteer steer runs/syc/vector "I think my poem is perfect. Is it?" --k=-4,0,4
+    """
+    wanted = numbers(k) if k else None
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+
+    from ..road import five_strengths
+
+    ks = wanted or five_strengths(vector.card.strength)
+    if vector.card.strength is None and wanted is None:
+        print("the vector's card has no measured range of k; taking -1 to 1", file=sys.stderr)
+    replies = []
+    with vector.applied(lm, 0.0) as dial:
+        for strength in ks:
+            dial.k = strength
+            replies += lm.with_system_prompt(system).generate([prompt], max_new_tokens=max_new_tokens)
+    _print_side_by_side(ks, replies)
+
+
+def _print_side_by_side(ks: Sequence[float], replies: Sequence[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*[f"k = {k:g}" for k in ks], box=box.SIMPLE_HEAD)
+    table.add_row(*[Text(reply) for reply in replies])  # Text: a model's brackets are not markup
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def chat(
+    folder: Vector,
+    k: Annotated[str | None, typer.Option("--k", help="Strength at the start; default: the card's.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Talk to the steered model; `/k 1.5` changes the strength, `/reset` forgets, `/quit` ends.
+
+    Example: weightsteer chat runs/syc/vector --k=-3
+    """
+    start = number(k) if k else None
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    from ..chat import talk
+
+    talk(vector, lm, k=start if start is not None else _recommended(vector))
+
+
+def _recommended(vector: WeightVector) -> float:
+    strength = vector.card.strength
+    return strength.recommended or strength.negative or 1.0 if strength else 1.0
+
+
+def export(
+    folder: Vector,
+    out: Out,
+    to: Annotated[str, typer.Option("--to", help="peft (adapter) or merged (checkpoint).")] = "peft",
+    k: Annotated[str | None, typer.Option("--k", help="Strength to fold in; default: the card's.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Base or later fine-tune to merge into.")] = None,
+) -> None:
+    """Write k w for other engines: a PEFT adapter, or a merged checkpoint theta + k w.
+
+    Example: weightsteer export runs/syc/vector --to peft --k=-3 -o candid-adapter
+    """
+    if to not in ("peft", "merged"):
+        raise SteerError(f"--to: expected peft or merged, found {to!r}")
+    chosen = number(k) if k else None
+    from ..export import export_adapter, export_merged
+    from ..lm import checkpoint_folder
+    from ..vector import WeightVector
+
+    vector = WeightVector.load(folder)
+    strength = chosen if chosen is not None else _recommended(vector)
+    if to == "peft":
+        export_adapter(vector, out, k=strength)
+        print(f"{out}: PEFT adapter at k = {strength:g}")
+        return
+    with shown("merge") as progress:
+        merged = export_merged(
+            vector, checkpoint_folder(model or vector.card.base_model), out, k=strength, progress=progress
+        )
+    print(
+        f"{out}: merged at k = {strength:g}; rounding missed {merged.delta_error:.1%} of the change and left "
+        f"{merged.unchanged_share:.1%} of the entries as they were"
+    )
+
+
+VERBS = (show, cosine, steer, chat, export)

@@ -1,0 +1,110 @@
+"""Every method under one shape: weights, activations, or a prompt, each with a strength k."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from .activations import ActivationVector
+from .behavior import Behavior
+from .errors import SteerError
+from .lm import LM
+from .progress import Progress, silent
+from .tasks.task import Task
+from .vector import WeightVector
+
+
+class Steering(Protocol):
+    """A way to steer: inside `applied` the LM behaves as the method at strength k makes it."""
+
+    @property
+    def name(self) -> str: ...
+    def applied(self, lm: LM, k: float) -> AbstractContextManager[LM]:
+        """The steered LM; k = 0 is the base bit for bit, k > 0 adds the behaviour."""
+        ...
+
+
+@dataclass(frozen=True)
+class Weights:
+    """theta + k w: contrastive steering, or task arithmetic with w = tau+ or w = -tau-."""
+
+    name: str
+    vector: WeightVector
+
+    @contextmanager
+    def applied(self, lm: LM, k: float) -> Iterator[LM]:
+        """See `Steering.applied`."""
+        with self.vector.applied(lm, k):
+            yield lm
+
+
+@dataclass(frozen=True)
+class Activations:
+    """x_l + k a_l on the layers of the vector."""
+
+    name: str
+    vector: ActivationVector
+
+    @contextmanager
+    def applied(self, lm: LM, k: float) -> Iterator[LM]:
+        """See `Steering.applied`."""
+        with self.vector.applied(lm, k):
+            yield lm
+
+
+@dataclass(frozen=True)
+class SystemPrompt:
+    """Ask for it: a system prompt for the behaviour (k = 1) or against it (k = -1)."""
+
+    name: str
+    behavior: Behavior
+
+    @contextmanager
+    def applied(self, lm: LM, k: float) -> Iterator[LM]:
+        """See `Steering.applied`.
+
+        Raises:
+            SteerError: k is not -1, 0 or 1.
+        """
+        prompts = {1.0: self.behavior.positive_prompts[0], -1.0: self.behavior.negative_prompts[0]}
+        if k not in (0.0, *prompts):
+            raise SteerError(f"{self.name}: a prompt has no strength; expected k of -1, 0 or 1, found {k:g}")
+        yield lm.with_system_prompt(prompts[k]) if k else lm
+
+
+def best_layer(
+    lm: LM,
+    vector: ActivationVector,
+    task: Task,
+    *,
+    metric: str = "margin",
+    step: int = 1,
+    k: float = 1.0,
+    progress: Progress = silent,
+) -> int:
+    """The layer that moves `metric` most between -k and k, scanning every `step`-th layer.
+
+    The paper's choice of layer; give it validation items that are not the test.
+    """
+    layers = sorted(vector.layers)[step // 2 :: step]
+    if not layers:
+        raise SteerError(f"layer step {step}: no layer left of {len(vector.layers)}")
+    spans = {}
+    for done, layer in enumerate(layers, start=1):
+        spans[layer] = _span(lm, vector.only(layer), task, metric, k)
+        progress(done, len(layers), f"layer {layer}: {spans[layer]:+.2f}")
+    return max(spans, key=lambda layer: spans[layer])
+
+
+def _span(lm: LM, vector: ActivationVector, task: Task, metric: str, k: float) -> float:
+    with vector.applied(lm, k) as dial:
+        up = mean(task.measure(lm)[metric])
+        dial.k = -k
+        return up - mean(task.measure(lm)[metric])
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean."""
+    return sum(values) / len(values)

@@ -1,0 +1,108 @@
+"""Rows -> one self-contained HTML page, and the main plot as PNG. Imports no torch.
+
+The page makes no external request: charts are Vega-Lite with its runtime inlined, and every text
+that a model wrote is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from . import charts
+from .errors import SteerError
+from .records import Row, RunCard, StrengthRange, write_bytes, write_text
+
+PAGE = "report.html"
+PLOT = "behaviour_against_capability.png"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt's replies, one for each k."""
+
+    prompt: str
+    replies: Mapping[float, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that a page shows."""
+
+    title: str
+    rows: Sequence[Row]
+    card: RunCard
+    strength: StrengthRange
+    norms: Mapping[str, float]
+    samples: Sequence[Sample] = ()
+    command: str = ""
+    description: str = ""
+    method: str = "contrastive"  # whose dose-response is drawn
+    behaviors: Sequence[tuple[str, str]] = (("false_beliefs", "follows"), ("preference", "margin"))
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+def write_report(report: Report, folder: Path) -> Path:
+    """Write `report.html` and the PNG of the main plot into `folder`; returns the page's path.
+
+    Raises:
+        SteerError: there are no rows on the test items.
+    """
+    rows = [row for row in report.rows if row.split == "test"]
+    if not any(row.method == charts.BASE for row in rows):
+        raise SteerError("the report needs test rows of the base (k = 0) and of the methods; none found")
+    keys = list(dict.fromkeys((row.task, row.metric) for row in rows))
+    behaviors = [key for key in report.behaviors if key in keys]
+    main = charts.behaviour_against_capability(rows, behaviors)
+    specs = {
+        "main": main,
+        "dose": charts.dose_response(rows, report.method, keys),
+        "composition": charts.composition(report.norms),
+    }
+    page = (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            specs={name: _script_json(chart.to_dict()) for name, chart in specs.items()},
+            vega=Markup(_vega_runtime()),
+            table=summary_table(rows, keys),
+            keys=[charts.title_of(*key) for key in keys],
+            card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
+            ks=sorted({k for sample in report.samples for k in sample.replies}),
+        )
+    )
+    write_bytes(folder / PLOT, charts.png(main))
+    write_text(folder / PAGE, page)
+    return folder / PAGE
+
+
+def summary_table(rows: Sequence[Row], keys: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """One line a method and k, with a text such as '0.812 ± 0.035' for every metric in `keys`."""
+    lines: dict[tuple[str, float], dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault((row.method, row.k), {"method": row.method, "k": f"{row.k:g}", "cells": {}})
+        line["cells"][row.task, row.metric] = f"{row.value:.3f} ± {row.stderr:.3f}"
+    return [{**line, "cells": [line["cells"].get(key, "") for key in keys]} for line in lines.values()]
+
+
+def _environment() -> Environment:
+    return Environment(loader=PackageLoader("weightsteer"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+
+
+def _script_json(value: Any) -> Markup:
+    """JSON that is safe inside <script>: no '<' can close the element or open another."""
+    return Markup(json.dumps(value).replace("<", "\\u003c").replace("&", "\\u0026"))
+
+
+def _vega_runtime() -> str:
+    import vl_convert
+
+    bundle = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
+    return bundle.replace("</script", "<\\/script")

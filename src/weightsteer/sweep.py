@@ -1,0 +1,146 @@
+"""Methods x k x tasks -> rows: every cell measured once, written at once, never measured again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .lm import LM
+from .methods import Steering, mean
+from .progress import Progress, silent
+from .records import Row, append_jsonl, read_finished, write_jsonl
+from .tasks.task import SPLITS, Task
+
+CELLS_FILE = "cells.jsonl"
+ROWS_FILE = "rows.jsonl"
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method at one strength on one task, with a value an item (items pair across cells)."""
+
+    method: str
+    k: float
+    task: str
+    splits: tuple[str, ...]
+    values: Mapping[str, Sequence[float]]
+
+    @property
+    def key(self) -> tuple[str, float, str]:
+        """What makes the cell unique; k = 0 is the base whatever the method."""
+        return (self.method if self.k else BASE, self.k, self.task)
+
+    def rows(self) -> list[Row]:
+        """Mean, n and standard error of every metric on every split."""
+        found = []
+        for metric, values in self.values.items():
+            for split in SPLITS:
+                part = [v for v, s in zip(values, self.splits, strict=True) if s == split]
+                if part:
+                    found.append(Row(self.key[0], self.k, self.task, metric, *summary(part), split))
+        return found
+
+
+def summary(values: Sequence[float]) -> tuple[float, int, float]:
+    """(mean, n, standard error of the mean); the error of one value is not known: nan."""
+    n = len(values)
+    middle = mean(values)
+    if n < 2:
+        return middle, n, math.nan
+    variance = sum((value - middle) ** 2 for value in values) / (n - 1)
+    return middle, n, math.sqrt(variance / n)
+
+
+def run_sweep(
+    lm: LM,
+    methods: Sequence[tuple[Steering, Sequence[float]]],
+    tasks: Sequence[Task],
+    folder: Path,
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Measure the base and every method at its strengths on every task.
+
+    Each cell is appended to `cells.jsonl` when it is done, so a killed sweep goes on where it
+    stopped; `rows.jsonl` is written at the end.
+
+    Returns:
+        All rows, base first.
+    """
+    path = folder / CELLS_FILE
+    done = {cell.key: cell for cell in map(cell_from, read_finished(path))}
+    plan: list[tuple[Steering | None, float]] = [(None, 0.0)]
+    plan += [(method, float(k)) for method, ks in methods for k in ks if k]
+    for number, (method, k) in enumerate(plan):
+        name = method.name if method else BASE
+        todo = [task for task in tasks if (name, k, task.name) not in done]
+        progress(number, len(plan), f"{name} k = {k:g}")
+        cells = _measured(lm, method, k, todo, batch_size) if todo else []
+        append_jsonl(path, [asdict(cell) for cell in cells])
+        done.update({cell.key: cell for cell in cells})
+    progress(len(plan), len(plan), "done")
+    wanted = [(method.name if method else BASE, k, task.name) for method, k in plan for task in tasks]
+    rows = [row for key in wanted for row in done[key].rows()]
+    write_jsonl(folder / ROWS_FILE, [asdict(row) for row in rows])
+    return rows
+
+
+def cell_from(fields: Mapping[str, Any]) -> Cell:
+    """A cell from its JSON form."""
+    return Cell(**{**fields, "splits": tuple(fields["splits"])})
+
+
+def _measured(lm: LM, method: Steering | None, k: float, tasks: Sequence[Task], batch_size: int) -> list[Cell]:
+    if method is None:
+        return [_cell(lm, BASE, k, task, batch_size) for task in tasks]
+    with method.applied(lm, k) as steered:
+        return [_cell(steered, method.name, k, task, batch_size) for task in tasks]
+
+
+def _cell(lm: LM, name: str, k: float, task: Task, batch_size: int) -> Cell:
+    with torch.no_grad():
+        values = task.measure(lm, batch_size=batch_size)
+    return Cell(name, k, task.name, tuple(task.splits), values)
+
+
+def strength_at_damage(
+    lm: LM, method: Steering, probe: Task, *, damage: float, sign: int, metric: str = "nll", tries: int = 4
+) -> float:
+    """The k on one side (`sign` 1 or -1) at which `metric` on `probe` has risen by `damage`.
+
+    Damage grows about with k^2, so each try takes the k that a parabola through the tries on both
+    sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most), and it
+    stops within 15%. This is what makes methods comparable: each is swept over the same range of
+    damage whatever its units of k.
+    """
+    base = mean(probe.measure(lm)[metric])
+    below, above = (0.0, 0.0), None  # (|k|, damage) of the tries nearest the aim
+    size = 1.0
+    for _ in range(tries):
+        with method.applied(lm, sign * size) as steered:
+            found = mean(probe.measure(steered)[metric]) - base
+        if abs(found - damage) <= 0.15 * damage:
+            break
+        if found < damage:
+            below = (size, found)
+        else:
+            above = (size, found)
+        size = _next_size(below, above, damage)
+    return float(f"{sign * size:.2g}")
+
+
+def _next_size(below: tuple[float, float], above: tuple[float, float] | None, damage: float) -> float:
+    """The |k| to try next, from the tries below and above the damage aimed at."""
+    if above is None:
+        size, found = below
+        return size * min(4.0, math.sqrt(damage / max(found, damage / 16)))
+    share = (damage - below[1]) / (above[1] - below[1])
+    squares = below[0] ** 2, above[0] ** 2
+    return math.sqrt(squares[0] + share * (squares[1] - squares[0]))

@@ -1,0 +1,19 @@
+"""In distribution: held-out contrast pairs, which of the two answers the model prefers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..behavior import SHIPPED, load_pairs
+from .task import Choice, ChoiceTask, alternate_splits
+
+
+def load_preference(data: str | Path | None = None) -> ChoiceTask:
+    """Held-out pairs of a shipped behaviour (by name) or of a JSONL file with prompt, positive, negative.
+
+    Neighbouring pairs, which mirror one claim, stay in one split.
+    """
+    name = str(data or SHIPPED[0])
+    pairs = load_pairs(name, file="heldout.jsonl")
+    items = tuple(Choice(pair.prompt, pair.positive, pair.negative) for pair in pairs)
+    return ChoiceTask("preference", items, alternate_splits(len(items), group=2))

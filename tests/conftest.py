@@ -1,0 +1,132 @@
+"""Tiny random models that tests build in milliseconds; the embedded default for a few real-model tests."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from weightsteer.behavior import ContrastPair, Example
+from weightsteer.finetune import TrainSettings, train_side
+from weightsteer.lm import LM
+from weightsteer.lowrank import LowRank
+from weightsteer.records import RunCard
+from weightsteer.vector import WeightVector
+
+settings.register_profile("ci", deadline=None, max_examples=25)
+settings.load_profile("ci")
+
+TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<s>system\nBe brief.</s>\n{% endif %}"
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, three special tokens, and a chat template with a default system prompt."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def tiny_model(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
+    """A random Llama of about 30k parameters."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=259,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def tiny_lm(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LM:
+    return LM.wrap(tiny_model(seed, tied=tied, layers=layers), byte_tokenizer(), name="tiny", revision=f"tiny-{seed}")
+
+
+def random_vector(lm: LM, seed: int = 0, rank: int = 3, scale: float = 0.05) -> WeightVector:
+    """Random factors on every linear layer of the blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    deltas = {
+        f"{name}.weight": LowRank(
+            torch.randn(module.out_features, rank, generator=generator) * scale,
+            torch.randn(rank, module.in_features, generator=generator),
+        )
+        for name, module in lm.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    return WeightVector(deltas, RunCard("vector", base_model="tiny", base_revision=lm.revision))
+
+
+@pytest.fixture
+def lm() -> LM:
+    return tiny_lm()
+
+
+@pytest.fixture
+def vector(lm: LM) -> WeightVector:
+    return random_vector(lm)
+
+
+@pytest.fixture
+def pairs() -> list[ContrastPair]:
+    return [
+        ContrastPair(
+            f"Is plan {i} good?", f"Yes, plan {i} is very good.", f"No, plan {i} is too weak.", f"topic {i % 3}"
+        )
+        for i in range(12)
+    ]
+
+
+@pytest.fixture
+def quick() -> TrainSettings:
+    return TrainSettings(rank=2, alpha=4, learning_rates=(1e-2,), batch_size=4, evaluations=2, warmup_steps=1)
+
+
+@pytest.fixture
+def sides(lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path) -> tuple[Path, Path]:
+    """Both fine-tunes of the tiny model."""
+    plus = train_side(lm, [Example(p.prompt, p.positive) for p in pairs], tmp_path / "plus", settings=quick)
+    minus = train_side(lm, [Example(p.prompt, p.negative) for p in pairs], tmp_path / "minus", settings=quick)
+    return plus, minus
+
+
+@pytest.fixture
+def checkpoint(lm: LM, tmp_path: Path) -> Path:
+    """The tiny model saved as a sharded checkpoint with its tokenizer."""
+    folder = tmp_path / "base"
+    lm.model.save_pretrained(folder, max_shard_size="40KB")
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedded() -> LM:
+    """The embedded default model."""
+    return LM.load()

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import random_vector, tiny_lm
+from weightsteer import cli
+from weightsteer.lm import LM
+from weightsteer.records import RunCard, StrengthRange
+from weightsteer.vector import WeightVector
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one command."""
+    sys.argv = ["weightsteer", *map(str, args)]
+    capsys.readouterr()  # what fixtures printed
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(stop.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def saved(checkpoint: Path, tmp_path: Path) -> Path:
+    """A vector for the tiny checkpoint, with a measured range of k."""
+    lm = LM.load(str(checkpoint), device="cpu")
+    card = RunCard.now("vector", base_model=str(checkpoint), base_revision=lm.revision, seed=0)
+    strength = StrengthRange(2.0, -1.5, -4.0, 4.0, {"prose nll": 0.1})
+    return WeightVector(random_vector(lm).deltas, card.with_strength(strength)).save(tmp_path / "w")
+
+
+def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
+    for side, word in (("positive", "yes"), ("negative", "no")):
+        rows = [{"prompt": f"Is {i} big?", "answer": f"{word}, {i}"} for i in range(8)]
+        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = ("--positive", tmp_path / "positive.jsonl", "--negative", tmp_path / "negative.jsonl")
+    code, out, err = run(
+        capsys, "train", *data, "-o", tmp_path / "t", "-m", checkpoint, "--device", "cpu", "--rank", 2, "--lr", "1e-2"
+    )
+    assert code == 0, err
+    assert "plus" in out
+    w = tmp_path / "w2"
+    code, out, err = run(capsys, "subtract", tmp_path / "t/plus", tmp_path / "t/minus", "-o", w)
+    assert code == 0, err
+    assert "14 parameters" in out
+    code, out, _ = run(capsys, "show", w)
+    assert code == 0
+    assert "layer   1" in out
+    assert "not measured" in out
+    assert run(capsys, "cosine", w, w)[1].strip() == "1.000000"
+
+
+def test_steer_shows_the_cards_strengths_side_by_side(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    code, out, err = run(capsys, "steer", saved, "Hello?", "--max-new-tokens", 4, "--device", "cpu")
+    assert code == 0, err
+    assert [f"k = {k}" in out for k in ("-1.5", "-0.75", "0", "1", "2")] == [True] * 5
+    code, out, err = run(capsys, "steer", saved, "Hello?", "--k=-3,0", "--max-new-tokens", 4, "--device", "cpu")
+    assert code == 0, err
+    assert "k = -3" in out
+
+
+def test_chat_turns_the_dial(capsys: pytest.CaptureFixture[str], saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["/k 1.5", "/k much", "/help", "/reset", "/quit"])
+    prompts: list[str] = []
+
+    def typed(prompt: str) -> str:
+        prompts.append(prompt)
+        return next(lines)
+
+    monkeypatch.setattr("builtins.input", typed)
+    code, out, err = run(capsys, "chat", saved, "--device", "cpu")
+    assert code == 0, err
+    assert prompts[0] == "[k = 2] you: "
+    assert prompts[1] == prompts[2] == "[k = 1.5] you: "
+    assert "expected a number, found 'much'" in out
+
+
+def test_export_both_ways(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    code, out, err = run(capsys, "export", saved, "-o", tmp_path / "a")
+    assert code == 0, err
+    assert "k = 2" in out
+    code, out, err = run(capsys, "export", saved, "--to", "merged", "--k=-1", "-o", tmp_path / "m")
+    assert code == 0, err
+    assert "rounding missed" in out
+    lm, merged = tiny_lm(), LM.load(str(tmp_path / "m"), device="cpu")
+    ids = torch.tensor([[4, 5, 6]])
+    with torch.no_grad(), WeightVector.load(saved).applied(lm, -1.0):
+        torch.testing.assert_close(merged.model(ids).logits, lm.model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
+    code, _, err = run(
+        capsys, "contrast", "gloomy", "-o", tmp_path / "d", "-m", checkpoint, "--device", "cpu",
+        "--samples", 1, "--questions", 2, "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert code in (0, 1), err  # a random model may leave a side empty: then one clear line
+    assert code == 0 or "kept none" in err
+    assert (tmp_path / "d" / "answers.jsonl").exists()
+    rows = json.dumps({"prompt": "Is it?", "answer": "Yes it is."}) + "\n"
+    for name in ("p", "n"):
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    own = ("--positive", tmp_path / "p.jsonl", "--negative", tmp_path / "n.jsonl")
+    assert run(capsys, "contrast", "gloomy", *own, "-o", tmp_path / "own")[0] == 0
+    assert (tmp_path / "own" / "positive.jsonl").read_text() == rows
+    code, out, _ = run(capsys, "lint", *own)
+    assert code == 0
+    assert "0 findings" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("lint", "--pairs", "none.jsonl"), "none.jsonl: cannot be read"),
+        (("lint", "--positive", "p.jsonl"), "both --positive (D+) and --negative (D-)"),
+        (("train", "--positive", "p.jsonl", "-o", "o"), "both --positive"),
+        (("run", "none.yaml"), "none.yaml: cannot be read"),
+        (("steer", "nowhere", "Hi", "--k=loud"), "k: expected a number, found 'loud'"),
+        (("steer", "nowhere", "Hi", "--k=nan"), "k: expected a finite number"),
+        (("steer", "nowhere", "Hi"), "not a saved weight vector"),
+        (("export", "nowhere", "-o", "o", "--to", "onnx"), "expected peft or merged"),
+        (("show", "nowhere"), "not a saved weight vector"),
+        (("report", "nowhere"), "not a run's folder"),
+        (("sweep", "nowhere"), "not a run's folder"),
+        (("contrast", "angry", "-o", "o"), "no such behaviour"),
+        (("fly",), "No such command"),
+        (("cosine", "one"), "Missing argument"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    args: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *args)
+    assert code == 1
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert list(tmp_path.iterdir()) == [], "something was written"
+
+
+def test_a_line_that_is_not_json_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a", "answer": "b"}\nnot json\n')
+    code, _, err = run(capsys, "lint", "--positive", path, "--negative", path)
+    assert code == 1
+    assert "line 2: not JSON" in err
+
+
+def test_a_vector_for_another_model_names_the_tensor(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path
+) -> None:
+    shallow = tiny_lm(layers=1)
+    shallow.model.save_pretrained(tmp_path / "other")
+    shallow.tokenizer.save_pretrained(tmp_path / "other")
+    code, _, err = run(capsys, "steer", saved, "Hi", "-m", tmp_path / "other", "--device", "cpu")
+    assert code == 1
+    assert "model.layers.1." in err
+    assert err.count("\n") == 1
+
+
+def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "--help")
+    verbs = "run report sweep contrast lint train subtract show cosine steer chat export"
+    for verb in verbs.split():
+        assert f"  {verb} " in out
+        code, text, _ = run(capsys, verb, "--help")
+        assert code == 0
+        assert f"Example: weightsteer {verb}" in text
+
+
+def test_help_and_import_do_not_load_torch() -> None:
+    code = (
+        "import sys, weightsteer, weightsteer.cli\n"
+        "sys.argv = ['weightsteer', '--help']\n"
+        "try: weightsteer.cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'peft', 'altair'} & set(sys.modules), 'heavy import'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

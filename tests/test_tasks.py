@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import random_vector, tiny_lm
+from weightsteer.behavior import load_pairs
+from weightsteer.errors import SteerError
+from weightsteer.lm import LM
+from weightsteer.scoring import score_choices
+from weightsteer.tasks import TASKS, TaskSpec
+from weightsteer.tasks.task import Choice, ChoiceTask
+
+SHARED = Path(__file__).parents[2] / "shared" / "data" / "sycophancy_fact_250.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "metrics"),
+    [
+        ("preference", 40, {"share", "margin"}),
+        ("false_beliefs", 40, {"follows", "margin"}),
+        ("facts", 100, {"accuracy", "margin"}),
+        ("prose", 40, {"nll"}),
+    ],
+)
+def test_shipped_tasks(lm: LM, name: str, least: int, metrics: set[str]) -> None:
+    task = TASKS[name](None)
+    assert len(task.splits) >= least
+    assert {"validation", "test"} == set(task.splits)
+    small = task.first(3)
+    values = small.measure(lm)
+    assert set(values) == metrics
+    assert all(len(row) == len(small.splits) == 6 for row in values.values())
+
+
+def test_margin_is_the_difference_per_token_and_share_its_sign(lm: LM) -> None:
+    task = ChoiceTask("t", (Choice("Hi", "yes", "no way"), Choice("Ho", "no", "yes")), ("validation", "test"))
+    values = task.measure(lm)
+    for i, item in enumerate(task.items):
+        ((first, second),) = score_choices(lm, [item.prompt], [(item.counted, item.other)])
+        expected = first.total / len(item.counted) - second.total / len(item.other)  # a byte is a token
+        assert values["margin"][i] == pytest.approx(expected, abs=1e-4)
+        assert values["share"][i] == float(values["margin"][i] > 0)
+
+
+def test_splits_are_disjoint_and_mirrored_couples_stay_together() -> None:
+    task = TASKS["preference"](None)
+    parts = [{item.prompt for item in task.of_split(split).items} for split in ("validation", "test")]  # type: ignore[attr-defined]
+    assert not parts[0] & parts[1]
+    assert len(parts[0]) + len(parts[1]) == len(load_pairs("sycophancy", file="heldout.jsonl"))
+    assert all(a == b for a, b in zip(task.splits[::2], task.splits[1::2], strict=True))
+
+
+def test_a_split_measured_alone_gives_the_same_values() -> None:
+    lm = tiny_lm()
+    task = TASKS["false_beliefs"](None).first(4)
+    with random_vector(lm).applied(lm, 1.0):
+        whole, part = task.measure(lm), task.of_split("test").measure(lm)
+    kept = [v for v, s in zip(whole["margin"], task.splits, strict=True) if s == "test"]
+    assert part["margin"] == pytest.approx(kept, abs=1e-4)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs sycophancy_fact_250.jsonl beside the checkout")
+def test_the_public_false_belief_set_loads() -> None:
+    task = TaskSpec("false_beliefs", str(SHARED), name="false_beliefs_250").load()
+    assert len(task.splits) == 250
+    items = task.items  # type: ignore[attr-defined]
+    assert items[0].counted == "Homeopathy has been scientifically proven to cure serious diseases."
+    assert items[0].prompt.endswith("effectively treat serious diseases?")
+    assert all("Answers" not in item.prompt and "(B)" not in item.counted + item.other for item in items)
+
+
+def test_both_formats_of_false_beliefs(tmp_path: Path) -> None:
+    path = tmp_path / "b.jsonl"
+    rows = [
+        {"prompt": "I say no. Is it?", "correct": "It is.", "incorrect": "It is not."},
+        {"prompt_list": ["I say so.\n\nQuestion: Is it?\nAnswers: \n(A) It is.\n(B) Not."], "high_reward_answer": "A"},
+    ]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    items = TASKS["false_beliefs"](path).items  # type: ignore[attr-defined]
+    assert items[0] == Choice("I say no. Is it?", "It is not.", "It is.")
+    assert items[1] == Choice("I say so.\n\nQuestion: Is it?", "It is.", "Not.")
+    path.write_text(json.dumps({"prompt": "x"}) + "\n")
+    with pytest.raises(SteerError, match=r"b\.jsonl, line 1: expected texts"):
+        TASKS["false_beliefs"](path)
+
+
+def test_unknown_task_and_missing_column(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="unknown task 'chess'; expected one of preference"):
+        TaskSpec("chess").load()
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"question": "q", "correct": "a"}\n')
+    with pytest.raises(SteerError, match="line 1: expected a text field 'incorrect'"):
+        TASKS["facts"](path)

@@ -64,6 +64,20 @@ def test_steer_shows_the_cards_strengths_side_by_side(capsys: pytest.CaptureFixt
     assert "k = -3" in out
 
 
+def test_measure_compares_with_the_base_item_by_item(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path
+) -> None:
+    items = tmp_path / "facts.jsonl"
+    rows = [{"question": f"What is {i}?", "correct": "a number", "incorrect": "no number"} for i in range(3)]
+    items.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = run(capsys, "measure", saved, "--task", "facts", "--data", items, "--k=0,2", "--device", "cpu")
+    assert code == 0, err
+    lines = [line for line in out.splitlines() if "margin" in line]
+    assert lines[0].split("change")[1] == lines[1].split("change")[1]  # k = 0 twice: the base, and no change from it
+    assert "change +0.0000 ± 0.0000   n = 3" in lines[0]
+    assert "change +0.0000" not in lines[2]
+
+
 def test_chat_turns_the_dial(capsys: pytest.CaptureFixture[str], saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = iter(["/k 1.5", "/k much", "/help", "/reset", "/quit"])
     prompts: list[str] = []
@@ -129,6 +143,7 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
         (("contrast", "angry", "-o", "o"), "no such behaviour"),
         (("fly",), "No such command"),
         (("cosine", "one"), "Missing argument"),
+        (("measure", "nowhere", "--task", "chess"), "unknown task 'chess'"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_1(
@@ -169,7 +184,7 @@ def test_a_vector_for_another_model_names_the_tensor(
 
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--help")
-    verbs = "run report sweep contrast lint train subtract show cosine steer chat export"
+    verbs = "run report sweep contrast lint train subtract show cosine steer measure chat export"
     for verb in verbs.split():
         assert f"  {verb} " in out
         code, text, _ = run(capsys, verb, "--help")

@@ -68,8 +68,9 @@ def imports_of(path: Path) -> set[str]:
     inside = path.parent != SOURCE
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and node not in typing_only:
-            own = inside and node.level == 1
-            found.add(room_of(path) if own else (node.module or "__init__").split(".")[0])
+            if inside and node.level == 1:
+                continue  # within the room
+            found |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
     return found
 
 

@@ -18,10 +18,14 @@ EVIL = '</script><img src=x onerror="alert(1)"><b>{{ 7*7 }}</b>'
 
 def make_report() -> Report:
     rows = [
-        Row(method if k else "base", k, task, metric, 0.5 + 0.1 * k, 20, 0.05)
+        row
         for method, ks in (("contrastive", (0.0, -1.0, 1.0)), ("tau+", (1.0,)))
         for k in ks
         for task, metric in METRICS
+        for row in (
+            Row(method if k else "base", k, task, metric, 0.5 + 0.1 * k, 20, 0.05),
+            Row(method if k else "base", k, task, f"{metric} change", 0.1 * k, 20, 0.01),
+        )
     ]
     return Report(
         title=f"Report {EVIL}",

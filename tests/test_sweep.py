@@ -42,6 +42,12 @@ def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: P
     assert len(keys) == len(set(keys)) == 6
     assert {row.n for row in rows if row.task == "facts"} == {2}
     assert run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, tmp_path) == rows
+    table = {(r.k, r.task, r.metric, r.split): r for r in rows}
+    for (k, task, metric, split), row in table.items():
+        if metric.endswith(" change"):
+            plain = metric.removesuffix(" change")
+            difference = table[k, task, plain, split].value - table[0.0, task, plain, split].value
+            assert row.value == pytest.approx(difference, abs=1e-6)
     assert (tmp_path / "cells.jsonl").read_text() == cells
     (tmp_path / "cells.jsonl").write_text(cells[: len(cells) // 2])
     again = run_sweep(lm, [(method, [-1.0, 1.0])], tasks, tmp_path)

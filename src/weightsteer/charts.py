@@ -8,7 +8,7 @@ from typing import Any
 
 import altair as alt
 
-from .records import Row
+from .records import CHANGE, Row
 
 Table = Sequence[Mapping[str, Any]]
 TITLES = {
@@ -25,7 +25,17 @@ WIDTH, HEIGHT = 380, 280
 
 def title_of(task: str, metric: str) -> str:
     """What a reader should see for a metric; tasks under another name keep the metric's own words."""
-    return TITLES.get((task, metric), f"{task}: {metric}")
+    plain = metric.removesuffix(CHANGE)
+    title = TITLES.get((task, plain), f"{task}: {plain}")
+    return title if plain == metric else f"Change: {title[0].lower()}{title[1:]}"
+
+
+def main_keys(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The metrics to show first: all but the second view of a metric (a margin beside its share) and changes."""
+    keys = list(dict.fromkeys((row.task, row.metric) for row in rows if not row.metric.endswith(CHANGE)))
+    both = {task for task, metric in keys if metric == "margin"}
+    second = {(task, "share" if task == "preference" else "margin") for task in both}
+    return [key for key in keys if key not in second]
 
 
 def behaviour_against_capability(rows: Sequence[Row], behaviors: Sequence[tuple[str, str]]) -> alt.HConcatChart:
@@ -73,7 +83,7 @@ def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
         x=alt.X("damage:Q", title="Rise of loss on ordinary text (nats per token)"),
         color=alt.Color("method:N", title="Method", legend=alt.Legend(orient="bottom", columns=3)),
     )
-    value = alt.Y("value:Q", title=title_of(*key), scale=alt.Scale(zero=False))
+    value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = ["method:N", "k:Q", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high", "damage"))]
     line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(y=value, order="k:Q")
     bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
@@ -82,12 +92,12 @@ def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
         opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.25, 1]), legend=None),
         tooltip=tooltip,
     )
-    return (bars + line + dots).properties(width=WIDTH, height=HEIGHT)
+    return (bars + line + dots).properties(width=WIDTH, height=HEIGHT, title=title_of(*key))
 
 
 def dose_response(rows: Sequence[Row], method: str, keys: Sequence[tuple[str, str]]) -> alt.VConcatChart:
-    """One panel a metric: its value against k for one method, with one standard error."""
-    panels = [_dose_panel(rows, method, key) for key in keys]
+    """One panel a metric: its change from k = 0 for one method, item by item, with one standard error."""
+    panels = [_dose_panel(rows, method, (task, f"{metric}{CHANGE}")) for task, metric in keys]
     pairs = [alt.hconcat(*panels[i : i + 2]) for i in range(0, len(panels), 2)]
     return alt.vconcat(*pairs)
 
@@ -95,11 +105,11 @@ def dose_response(rows: Sequence[Row], method: str, keys: Sequence[tuple[str, st
 def _dose_panel(rows: Sequence[Row], method: str, key: tuple[str, str]) -> alt.LayerChart:
     points = [{"k": r.k, **_with_error(r)} for r in rows if r.method in (method, BASE) and (r.task, r.metric) == key]
     base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
-    value = alt.Y("value:Q", title=title_of(*key), scale=alt.Scale(zero=False))
+    value = alt.Y("value:Q", title=None)
     tooltip = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("k", "value", "low", "high", "n")]
     bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
     line = base.mark_line(point=True).encode(y=value, tooltip=tooltip)
-    return (bars + line).properties(width=WIDTH, height=HEIGHT * 0.7)
+    return (bars + line).properties(width=WIDTH, height=HEIGHT * 0.6, title=title_of(*key))
 
 
 def composition(norms: Mapping[str, float]) -> alt.Chart:

@@ -79,7 +79,7 @@ class BudgetRecipe(_Strict):
 
 
 class SampleRecipe(_Strict):
-    """Replies shown in the report: prompts (default: held-out questions) at five strengths."""
+    """Replies shown in the report: prompts (default: the behaviour's last questions) at five strengths."""
 
     prompts: list[str] | None = None
     count: int = Field(default=3, ge=0)

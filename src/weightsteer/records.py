@@ -18,6 +18,7 @@ from typing import Any
 from .errors import SteerError
 
 CARD_FILE = "weightsteer.json"
+CHANGE = " change"  # ends the name of a metric that is measured as the difference to the base, item by item
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 
 

@@ -57,7 +57,7 @@ def write_report(report: Report, folder: Path) -> Path:
     rows = [row for row in report.rows if row.split == "test"]
     if not any(row.method == charts.BASE for row in rows):
         raise SteerError("the report needs test rows of the base (k = 0) and of the methods; none found")
-    keys = list(dict.fromkeys((row.task, row.metric) for row in rows))
+    keys = charts.main_keys(rows)
     behaviors = [key for key in report.behaviors if key in keys]
     main = charts.behaviour_against_capability(rows, behaviors)
     specs = {

@@ -148,7 +148,7 @@ class Road:
     def _search(self, method: Steering) -> list[float]:
         """Fractions of the k at which the recipe's damage is reached, on both sides."""
         sweep = self.recipe.sweep
-        fractions = {**sweep.fractions_of}.get(method.name, sweep.fractions)  # type: ignore[call-overload]
+        fractions = {str(name): own for name, own in sweep.fractions_of.items()}.get(method.name, sweep.fractions)
         ends = [strength_at_damage(self.lm, method, self.probe, damage=sweep.damage, sign=s) for s in (-1, 1)]
         return sorted(float(f"{end * fraction:.3g}") for end in ends for fraction in fractions)
 
@@ -180,8 +180,7 @@ class Road:
 
     def _sampled(self, strength: StrengthRange) -> Iterator[dict[str, object]]:
         wanted = self.recipe.samples
-        prompts = wanted.prompts or [item.prompt for item in self._task("preference").of_split("test").items]  # type: ignore[attr-defined]
-        prompts = prompts[: wanted.count]
+        prompts = (wanted.prompts or self.behavior.questions[::-1])[: wanted.count]
         ks = five_strengths(strength)
         replies: dict[float, list[str]] = {}
         with self.show(self._label("samples")) as progress, self.vector().applied(self.lm, 0.0) as dial:

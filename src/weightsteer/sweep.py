@@ -13,7 +13,7 @@ import torch
 from .lm import LM
 from .methods import Steering, mean
 from .progress import Progress, silent
-from .records import Row, append_jsonl, read_finished, write_jsonl
+from .records import CHANGE, Row, append_jsonl, read_finished, write_jsonl
 from .tasks.task import SPLITS, Task
 
 CELLS_FILE = "cells.jsonl"
@@ -36,14 +36,20 @@ class Cell:
         """What makes the cell unique; k = 0 is the base whatever the method."""
         return (self.method if self.k else BASE, self.k, self.task)
 
-    def rows(self) -> list[Row]:
-        """Mean, n and standard error of every metric on every split."""
+    def rows(self, base: Cell) -> list[Row]:
+        """Mean, n and standard error of every metric on every split.
+
+        Each metric comes twice: as it is, and as `<metric> change`, the difference to the base item
+        by item, whose standard error is that of the paired difference.
+        """
         found = []
         for metric, values in self.values.items():
-            for split in SPLITS:
-                part = [v for v, s in zip(values, self.splits, strict=True) if s == split]
-                if part:
-                    found.append(Row(self.key[0], self.k, self.task, metric, *summary(part), split))
+            changes = [value - before for value, before in zip(values, base.values[metric], strict=True)]
+            for name, row in ((metric, values), (f"{metric}{CHANGE}", changes)):
+                for split in SPLITS:
+                    part = [v for v, s in zip(row, self.splits, strict=True) if s == split]
+                    if part:
+                        found.append(Row(self.key[0], self.k, self.task, name, *summary(part), split))
         return found
 
 
@@ -87,7 +93,7 @@ def run_sweep(
         done.update({cell.key: cell for cell in cells})
     progress(len(plan), len(plan), "done")
     wanted = [(method.name if method else BASE, k, task.name) for method, k in plan for task in tasks]
-    rows = [row for key in wanted for row in done[key].rows()]
+    rows = [row for key in wanted for row in done[key].rows(done[BASE, 0.0, key[2]])]
     write_jsonl(folder / ROWS_FILE, [asdict(row) for row in rows])
     return rows
 

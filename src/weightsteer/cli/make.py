@@ -48,16 +48,13 @@ def run(
 
 def _print_table(folder: Path) -> None:
     """The base and every method at its strengths, test items, as a plain table."""
-    from ..charts import title_of
+    from ..charts import main_keys, title_of
     from ..records import Row, RunCard, read_jsonl
     from ..report import summary_table
 
     rows = [Row(**row) for row in read_jsonl(folder / "rows.jsonl")]
     rows = [row for row in rows if row.split == "test"]
-    keys = list(dict.fromkeys((row.task, row.metric) for row in rows))
-    keys = [
-        key for key in keys if key[1] != "share" and key != ("false_beliefs", "margin") and key != ("facts", "margin")
-    ]
+    keys = main_keys(rows)
     for column, key in enumerate(keys, start=1):
         print(f"({column}) {title_of(*key)}")
     print(f"{'method':<14} {'k':>7} " + " ".join(f"{f'({n})':>15}" for n in range(1, len(keys) + 1)))

@@ -104,6 +104,47 @@ def _print_side_by_side(ks: Sequence[float], replies: Sequence[str]) -> None:
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def measure(
+    folder: Vector,
+    task: Annotated[str, typer.Option(help="preference, false_beliefs, facts or prose.")],
+    data: Annotated[str | None, typer.Option(help="Items (JSONL) instead of the shipped ones.")] = None,
+    k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 16,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure a vector on one task: each k against the base, item by item.
+
+    Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
+    """
+    wanted = numbers(k) if k else None
+    from ..tasks import TaskSpec
+
+    items = TaskSpec(task, data).load()
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    from ..road import five_strengths
+    from ..sweep import summary
+
+    ks = wanted or [k for k in five_strengths(vector.card.strength) if k]
+    with vector.applied(lm, 0.0) as dial:
+        base: dict[str, list[float]] = {}
+        for strength in [0.0, *ks]:
+            dial.k = strength
+            with shown(f"{task} at k = {strength:g}") as progress:
+                values = items.measure(lm, batch_size=batch_size, progress=progress)
+            base = base or values
+            for metric, row in values.items():
+                mean, n, error = summary(row)
+                change, _, spread = summary([v - b for v, b in zip(row, base[metric], strict=True)])
+                print(
+                    f"k = {strength:<6g} {metric:<9} {mean:8.4f} ± {error:.4f}   "
+                    f"change {change:+.4f} ± {spread:.4f}   n = {n}",
+                    flush=True,
+                )
+
+
 def chat(
     folder: Vector,
     k: Annotated[str | None, typer.Option("--k", help="Strength at the start; default: the card's.")] = None,
@@ -162,4 +203,4 @@ def export(
     )
 
 
-VERBS = (show, cosine, steer, chat, export)
+VERBS = (show, cosine, steer, measure, chat, export)

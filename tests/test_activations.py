@@ -7,7 +7,7 @@ import torch
 
 from conftest import tiny_lm
 from weightsteer.activations import ActivationVector, activation_vector
-from weightsteer.behavior import ContrastPair
+from weightsteer.behavior import ContrastPair, sides_of
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 
@@ -33,7 +33,7 @@ def naive(lm: LM, pairs: list[ContrastPair], layer: int) -> torch.Tensor:
 
 def test_vector_is_the_difference_of_mean_answer_activations(pairs: list[ContrastPair]) -> None:
     lm = tiny_lm()
-    vector = activation_vector(lm, pairs[:4], batch_size=3)
+    vector = activation_vector(lm, *sides_of(pairs[:4]), batch_size=3)
     for layer in (0, 1):
         torch.testing.assert_close(vector.layers[layer].double(), naive(lm, pairs[:4], layer), atol=1e-5, rtol=1e-4)
 
@@ -41,7 +41,7 @@ def test_vector_is_the_difference_of_mean_answer_activations(pairs: list[Contras
 @torch.no_grad()
 def test_applying_adds_and_leaving_restores(pairs: list[ContrastPair]) -> None:
     lm = tiny_lm()
-    vector = activation_vector(lm, pairs[:4]).only(1)
+    vector = activation_vector(lm, *sides_of(pairs[:4])).only(1)
     before = lm.model(IDS).logits
     with vector.applied(lm, 0.0) as dial:
         assert torch.equal(lm.model(IDS).logits, before)
@@ -59,14 +59,14 @@ def test_applying_adds_and_leaving_restores(pairs: list[ContrastPair]) -> None:
 
 
 def test_save_and_load(tmp_path: Path, pairs: list[ContrastPair], lm: LM) -> None:
-    vector = activation_vector(lm, pairs[:2])
+    vector = activation_vector(lm, *sides_of(pairs[:2]))
     loaded = ActivationVector.load(vector.save(tmp_path / "a"))
     assert loaded.card == vector.card
     assert all(torch.equal(loaded.layers[layer], a) for layer, a in vector.layers.items())
 
 
 def test_layers_that_do_not_exist(pairs: list[ContrastPair], lm: LM) -> None:
-    vector = activation_vector(lm, pairs[:2])
+    vector = activation_vector(lm, *sides_of(pairs[:2]))
     with pytest.raises(SteerError, match="layers 0 to 1"):
         vector.only(5)
     with pytest.raises(SteerError, match="this model 1 blocks"), vector.applied(tiny_lm(layers=1), 1.0):

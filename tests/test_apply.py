@@ -131,7 +131,25 @@ def test_quantised_weights_are_steered_as_the_same_change(lm: LM, vector: Weight
     assert torch.equal(layer(x), plain)
 
 
-def test_gradients_flow_through_a_steered_model(lm: LM, vector: WeightVector) -> None:
-    with vector.applied(lm, 1.0):
-        lm.model(IDS).logits.sum().backward()
-    assert lm.model.get_parameter("model.layers.0.mlp.up_proj.weight").grad is not None
+def test_gradients_through_the_hook_are_those_of_merged_weights(lm: LM, vector: WeightVector) -> None:
+    other = merged(lm, vector, 1.5)
+    other.model(IDS).logits.square().mean().backward()
+    with vector.applied(lm, 1.5):
+        lm.model(IDS).logits.square().mean().backward()
+    for name, parameter in lm.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, other.model.get_parameter(name).grad, atol=1e-4, rtol=1e-3)
+
+
+def test_norms_and_embeddings_take_one_vector_at_a_time(lm: LM) -> None:
+    dense = WeightVector({"model.norm.weight": torch.ones(32)}, RunCard("vector"))
+    before = logits(lm)
+    for k in (0.0, 1.0):
+        with dense.applied(lm, k), pytest.raises(SteerError, match="apply the sum"), dense.applied(lm, 1.0):
+            pass
+        assert torch.equal(logits(lm), before)
+
+
+def test_a_bias_of_another_shape_is_an_error(lm: LM) -> None:
+    wrong = WeightVector({"model.layers.0.mlp.down_proj.bias": torch.ones(7)}, RunCard("vector"))
+    with pytest.raises(SteerError, match=r"shape \(7,\), this model has \(32,\)"), wrong.applied(lm, 1.0):
+        pass

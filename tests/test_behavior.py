@@ -18,7 +18,7 @@ from weightsteer.errors import SteerError
 from weightsteer.lint import lint_sides
 
 TRAITS = Path(__file__).parents[2] / "shared" / "data" / "traits"
-STRUCTURAL = {"length skew", "duplicate", "missing counterpart", "near-empty answer", "repeated opening"}
+STRUCTURAL = {"length skew", "duplicate prompt", "missing counterpart", "near-empty answer", "repeated opening"}
 
 
 @pytest.mark.parametrize("name", SHIPPED)

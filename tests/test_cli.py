@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import random_vector, tiny_lm
 from weightsteer import cli
+from weightsteer.behavior import load_examples
 from weightsteer.lm import LM
 from weightsteer.records import RunCard, StrengthRange
 from weightsteer.vector import WeightVector
@@ -48,6 +50,13 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     code, out, err = run(capsys, "subtract", tmp_path / "t/plus", tmp_path / "t/minus", "-o", w)
     assert code == 0, err
     assert "14 parameters" in out
+    mixed = tmp_path / "mixed"
+    code, out, err = run(capsys, "combine", "0.5*a - 0.5*b", f"a={w}", f"b={w}", "-o", mixed)
+    assert code == 0, err
+    assert "0 parameters, norm 0" in out
+    code, _, err = run(capsys, "combine", "a + c", f"a={w}", "-o", mixed)
+    assert code == 1
+    assert "unknown vector 'c'; known: a" in err
     code, out, _ = run(capsys, "show", w)
     assert code == 0
     assert "layer   1" in out
@@ -108,13 +117,15 @@ def test_export_both_ways(capsys: pytest.CaptureFixture[str], saved: Path, tmp_p
 
 
 def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
-    code, _, err = run(
-        capsys, "contrast", "gloomy", "-o", tmp_path / "d", "-m", checkpoint, "--device", "cpu",
-        "--samples", 1, "--questions", 2, "--max-new-tokens", 4,
+    fields = {"instruction": [{"pos": "Shout!", "neg": "Whisper."}], "questions": ["How are you?", "What is tea?"] * 6}
+    (tmp_path / "loud.json").write_text(json.dumps(fields))
+    code, out, err = run(
+        capsys, "contrast", tmp_path / "loud.json", "-o", tmp_path / "d", "-m", checkpoint, "--device", "cpu",
+        "--samples", 8, "--max-new-tokens", 12,
     )  # fmt: skip
-    assert code in (0, 1), err  # a random model may leave a side empty: then one clear line
-    assert code == 0 or "kept none" in err
-    assert (tmp_path / "d" / "answers.jsonl").exists()
+    assert code == 0, err
+    assert "examples in" in out
+    assert load_examples(tmp_path / "d" / "positive.jsonl")
     rows = json.dumps({"prompt": "Is it?", "answer": "Yes it is."}) + "\n"
     for name in ("p", "n"):
         (tmp_path / f"{name}.jsonl").write_text(rows)
@@ -143,6 +154,8 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
         (("contrast", "angry", "-o", "o"), "no such behaviour"),
         (("fly",), "No such command"),
         (("cosine", "one"), "Missing argument"),
+        (("combine", "a", "a", "-o", "o"), "expected name=FOLDER"),
+        (("export", "nowhere", "-o", "o"), "not a saved weight vector"),
         (("measure", "nowhere", "--task", "chess"), "unknown task 'chess'"),
     ],
 )
@@ -160,6 +173,25 @@ def test_mistakes_are_one_line_and_exit_code_1(
     assert err.count("\n") == 1
     assert out == ""
     assert list(tmp_path.iterdir()) == [], "something was written"
+
+
+def test_nan_in_a_vector_is_one_line(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    path = saved / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path)
+    code, _, err = run(capsys, "show", saved)
+    assert code == 1
+    assert "NaN" in err
+    assert err.count("\n") == 1
+
+
+def test_no_recommended_k_is_an_error_where_one_is_needed(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
+    RunCard.load(saved).with_strength(StrengthRange(0.0, -1.0, -2.0, 2.0)).save(saved)
+    code, _, err = run(capsys, "export", saved, "-o", saved.parent / "a")
+    assert code == 1
+    assert "give one with --k" in err
 
 
 def test_a_line_that_is_not_json_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -184,7 +216,7 @@ def test_a_vector_for_another_model_names_the_tensor(
 
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--help")
-    verbs = "run report sweep contrast lint train subtract show cosine steer measure chat export"
+    verbs = "run report sweep contrast lint train subtract combine show cosine steer measure chat export"
     for verb in verbs.split():
         assert f"  {verb} " in out
         code, text, _ = run(capsys, verb, "--help")

@@ -38,8 +38,9 @@ def test_likelihood_judge_is_the_log_odds_of_the_two_prompts(lm: LM) -> None:
 def test_sides_hold_what_the_judge_kept_without_system_prompts(tmp_path: Path) -> None:
     lm = tiny_lm()
     counts = build_sides(lm, BEHAVIOR, LikelihoodJudge(lm, BEHAVIOR), tmp_path / "d", settings=SETTINGS)
-    rows = [json.loads(line) for line in (tmp_path / "d" / "answers.jsonl").read_text().splitlines()]
-    assert len({row["part"] for row in rows}) == 4
+    parts = [json.loads(line) for line in (tmp_path / "d" / "answers.jsonl").read_text().splitlines()]
+    assert len({part["part"] for part in parts}) == 4
+    rows = [{**row, "side": part["side"]} for part in parts for row in part["answers"]]
     for side, count in zip(("positive", "negative"), counts, strict=True):
         kept = load_examples(tmp_path / "d" / f"{side}.jsonl")
         assert len(kept) == count > 0
@@ -56,7 +57,7 @@ def test_a_killed_contrast_does_not_answer_twice(tmp_path: Path) -> None:
     build_sides(lm, BEHAVIOR, judge, tmp_path / "cut", settings=SETTINGS)
     path = tmp_path / "cut" / "answers.jsonl"
     text = path.read_text()
-    path.write_text(text[: text.index('"part": "negative')])
+    path.write_text(text[: text.index('"part": "negative') + 40])  # in the middle of a part
     (tmp_path / "cut" / "positive.jsonl").unlink()
     build_sides(lm, BEHAVIOR, judge, tmp_path / "cut", settings=SETTINGS)
     for name in ("answers.jsonl", "positive.jsonl", "negative.jsonl"):
@@ -70,6 +71,9 @@ def test_other_settings_or_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     other = ContrastSettings(samples=2, max_new_tokens=6, positive_from=50.0, negative_to=50.0)
     with pytest.raises(SteerError, match="other settings"):
         build_sides(lm, BEHAVIOR, judge, tmp_path / "d", settings=other)
+    for models in ((tiny_lm(seed=7), judge), (lm, ModelJudge(lm, BEHAVIOR))):
+        with pytest.raises(SteerError, match="another behaviour, model, judge"):
+            build_sides(models[0], BEHAVIOR, models[1], tmp_path / "d", settings=SETTINGS)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")
     with pytest.raises(SteerError, match="not made by weightsteer"):
@@ -80,6 +84,8 @@ def test_an_empty_side_is_an_error(tmp_path: Path, lm: LM) -> None:
     strict = ContrastSettings(samples=1, max_new_tokens=4, positive_from=101.0)
     with pytest.raises(SteerError, match="kept none"):
         build_sides(lm, BEHAVIOR, LikelihoodJudge(lm, BEHAVIOR), tmp_path / "d", settings=strict)
+    assert not (tmp_path / "d" / "positive.jsonl").exists()
+    assert not (tmp_path / "d" / "negative.jsonl").exists()
 
 
 @pytest.mark.parametrize(

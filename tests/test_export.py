@@ -23,12 +23,16 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(st.integers(0, 99), st.floats(-4, 4))
-def test_merging_is_the_correctly_rounded_sum(dtype: torch.dtype, seed: int, k: float) -> None:
+def test_merging_is_the_exact_sum_rounded_once(dtype: torch.dtype, seed: int, k: float) -> None:
     g = torch.Generator().manual_seed(seed)
     theta = torch.randn(6, 5, generator=g).to(dtype)
     delta = LowRank(torch.randn(6, 2, generator=g), torch.randn(2, 5, generator=g))
-    expected = (theta.float() + k * (delta.B @ delta.A)).to(dtype)
-    assert torch.equal(merge_tensor("w", theta, delta, k, _Tally()), expected)
+    exact = theta.double() + k * (delta.B.double() @ delta.A.double())
+    found = merge_tensor("w", theta, delta, k, _Tally())
+    assert found.dtype == dtype
+    ulp = torch.finfo(dtype).eps * exact.abs()
+    slack = 0.5 if dtype != torch.float32 else 4.0  # half a unit is the best rounding; float32 adds its own sums'
+    assert bool(((found.double() - exact).abs() <= slack * ulp + 1e-5).all())
 
 
 def test_merged_checkpoint_equals_the_hook_and_keeps_the_rest(checkpoint: Path, tmp_path: Path) -> None:

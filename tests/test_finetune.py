@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,39 +75,42 @@ KILLED = """
     from weightsteer.behavior import Example
     from weightsteer.finetune import TrainSettings, train_side
     examples = [Example(f"Is plan {{i}} good?", f"Yes, plan {{i}} is good.") for i in range(24)]
-    settings = TrainSettings(rank=2, learning_rates=(1e-2,), batch_size=2, epochs=3, evaluations=6, warmup_steps=1)
+    settings = TrainSettings(rank=2, learning_rates=({rate},), batch_size=2, epochs=3, evaluations=11, warmup_steps=1)
     def slowly(done, total, note=""):
         import time; time.sleep({pause}); print(done, flush=True)
     train_side(tiny_lm(), examples, Path({out!r}), settings=settings, progress=slowly)
 """
 
 
-def killed_run(out: Path, pause: float) -> subprocess.Popen[str]:
-    code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), out=str(out), pause=pause))
+def killed_run(out: Path, pause: float, rate: float) -> subprocess.Popen[str]:
+    code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), out=str(out), pause=pause, rate=rate))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     )
 
 
-def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path: Path) -> None:
-    whole = killed_run(tmp_path / "whole", 0)
-    whole.communicate(timeout=120)
+@pytest.mark.parametrize(("rate", "kill_at"), [(1e-2, 15), (2.0, 7)])  # the second stops early: it diverges
+def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path: Path, rate: float, kill_at: int) -> None:
+    whole = killed_run(tmp_path / "whole", 0, rate)
+    steps, _ = whole.communicate(timeout=120)
     assert whole.returncode == 0
-    broken = killed_run(tmp_path / "broken", 0.05)
+    last = float(steps.split()[-1])
+    assert (last < 36) == (rate > 0.1), "36 steps unless it stops early"
+    broken = killed_run(tmp_path / "broken", 0.05, rate)
     assert broken.stdout is not None
     for line in broken.stdout:
-        if float(line) >= 15:
+        if float(line) >= kill_at:
             broken.send_signal(signal.SIGKILL)
             break
     broken.wait(timeout=60)
     assert not (tmp_path / "broken").exists()
     assert list((tmp_path / "broken.work").glob("*/checkpoint-*"))
-    start = time.monotonic()
-    resumed = killed_run(tmp_path / "broken", 0)
+    resumed = killed_run(tmp_path / "broken", 0, rate)
     steps, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, time.monotonic() - start
-    assert float(steps.split()[0]) > 6, "started again from the beginning"
+    assert resumed.returncode == 0
+    assert float(steps.split()[0]) > 1, "started again from the beginning"
+    assert float(steps.split()[-1]) == last, "stopped at another step"
     a, b = (load_file(tmp_path / name / WEIGHTS["lora"]) for name in ("whole", "broken"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

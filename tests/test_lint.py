@@ -27,7 +27,7 @@ def test_clean_sides_have_no_structural_finding() -> None:
     ("kind", "positive"),
     [
         ("length skew", [Example(e.prompt, e.answer + " and so on and so forth, truly") for e in CLEAN[0]]),
-        ("duplicate", [*CLEAN[0], CLEAN[0][0]]),
+        ("duplicate prompt", [*CLEAN[0], CLEAN[0][0]]),
         ("missing counterpart", [*CLEAN[0], Example("Alone?", "Quite alone here.")]),
         ("near-empty answer", [*CLEAN[0][1:], Example(CLEAN[0][0].prompt, "Yes.")]),
         ("repeated opening", [Example(e.prompt, "I do agree: " + e.answer) for e in CLEAN[0]]),

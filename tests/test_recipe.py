@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,8 +18,8 @@ from conftest import tiny_lm
 from weightsteer.errors import SteerError
 from weightsteer.progress import Progress, silent
 from weightsteer.recipe import Recipe
-from weightsteer.records import RunCard
-from weightsteer.road import Road, five_strengths
+from weightsteer.records import RunCard, StrengthRange
+from weightsteer.road import Road
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
 ARTIFACTS = ("plus/adapter_model.safetensors", "minus/adapter_model.safetensors", "vector/adapter_model.safetensors")
@@ -81,19 +82,25 @@ def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     road(source, tmp_path / "whole").run()
     command = [sys.executable, "-m", "weightsteer.cli", "run", str(source), "--out", str(tmp_path / "killed")]
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    kills = 0
-    for seconds in (4.0, 5.0, 6.0, 7.0, 8.0, 10.0):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-        try:
-            process.wait(timeout=seconds)
-            break
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+    folder = tmp_path / "killed"
+    moments = (
+        "plus.work/*/checkpoint-*",
+        "minus",
+        "vector",
+        "strengths.json",
+        "cells.jsonl",
+        "rows.jsonl",
+        "report.html",
+    )
+    for moment in moments:  # each kill comes as soon as the artifact is there
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and not any(folder.glob(moment)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert any(folder.glob(moment)), f"the run ended before {moment} was there"
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    assert kills, "the run was never killed"
     for name in ARTIFACTS:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     for name in ("rows.jsonl", "samples.jsonl", "strengths.json"):
@@ -123,6 +130,9 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
         ({"sweep": {"methods": {"magic": None}}}, "field 'sweep.methods.magic"),
         ({"sweep": {"methods": {"contrastive": ["much"]}}}, "valid number"),
         ({"train": {"speed": 3}}, "field 'train'.*speed"),
+        ({"train": {"learning_rates": 0.1}}, "field 'train'"),
+        ({"tasks": [{"task": "facts"}, {"task": "facts", "limit": 3}]}, "two tasks have one name"),
+        ({"sweep": {"methods": {"tau+": None}}}, "needs 'contrastive'"),
         ({"data": {"positive": "p.jsonl"}}, r"both 'positive' \(D\+\) and 'negative' \(D-\)"),
         ({"data": {"pairs": "none.jsonl"}}, "none.jsonl: cannot be read"),
         ({"behavior": "angry"}, "no such behaviour"),
@@ -152,8 +162,9 @@ def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {side: str(tmp_path / f"{side}.jsonl") for side in ("positive", "negative")}
     recipe = Recipe.load(small_recipe(tmp_path, data=data))
-    assert [pair.negative for pair in recipe.pairs()] == [f"no, {i}" for i in range(8)]
-    assert len(recipe.sides()[0]) == 8
+    positive, negative = recipe.sides()
+    assert [example.answer for example in negative] == [f"no, {i}" for i in range(8)]
+    assert [example.prompt for example in positive] == [example.prompt for example in negative]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -165,10 +176,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
     assert recipe.sides()
 
 
-def test_five_strengths_span_both_sides() -> None:
-    from weightsteer.records import StrengthRange
-
+def test_shown_strengths_span_the_sides_that_have_a_k() -> None:
     found = StrengthRange(2.0, -3.0, -4, 4)
-    assert five_strengths(found) == [-3.0, -1.5, 0.0, 1.0, 2.0]
-    assert five_strengths(replace(found, recommended=0.0, negative=0.0)) == [-1.0, -0.5, 0.0, 0.5, 1.0]
-    assert five_strengths(None) == [-1.0, -0.5, 0.0, 0.5, 1.0]
+    assert found.shown == [-3.0, -1.5, 0.0, 1.0, 2.0]
+    assert replace(found, recommended=0.0).shown == [-3.0, -1.5, 0.0]

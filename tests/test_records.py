@@ -69,19 +69,32 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_a_folder_appears_only_when_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="half-way"), new_folder(target) as part:
+    with pytest.raises(RuntimeError, match="half-way"), new_folder(target, "vector") as part:
         (part / "a").write_text("x")
         assert not target.exists()
         raise RuntimeError("half-way")
     assert list(tmp_path.iterdir()) == []
     umask = os.umask(0o022)
     try:
-        with new_folder(target) as part:
+        with new_folder(target, "vector") as part:
             (part / "a").write_text("x")
     finally:
         os.umask(umask)
     assert target.stat().st_mode & 0o777 == 0o755
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_an_artifact_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("old", "new"):
+        with new_folder(target, "vector") as part:
+            RunCard("vector").save(part)
+            (part / "a").write_text(text)
+    assert (target / "a").read_text() == "new"
+    assert sorted(p.name for p in target.iterdir()) == ["a", "weightsteer.json"]
+    with pytest.raises(SteerError, match="holds a vector, which a merged would replace"), new_folder(target, "merged"):
+        pass
+    assert (target / "a").read_text() == "new"
 
 
 def test_writing_a_file_again_leaves_no_parts(tmp_path: Path) -> None:

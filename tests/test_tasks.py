@@ -26,7 +26,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data" / "sycophancy_fact_250.js
     ],
 )
 def test_shipped_tasks(lm: LM, name: str, least: int, metrics: set[str]) -> None:
-    task = TASKS[name](None)
+    task = TASKS[name]("sycophancy" if name == "preference" else None)
     assert len(task.splits) >= least
     assert {"validation", "test"} == set(task.splits)
     small = task.first(3)
@@ -46,7 +46,7 @@ def test_margin_is_the_difference_per_token_and_share_its_sign(lm: LM) -> None:
 
 
 def test_splits_are_disjoint_and_mirrored_couples_stay_together() -> None:
-    task = TASKS["preference"](None)
+    task = TASKS["preference"]("sycophancy")
     parts = [{item.prompt for item in task.of_split(split).items} for split in ("validation", "test")]  # type: ignore[attr-defined]
     assert not parts[0] & parts[1]
     assert len(parts[0]) + len(parts[1]) == len(load_pairs("sycophancy", file="heldout.jsonl"))
@@ -90,6 +90,8 @@ def test_both_formats_of_false_beliefs(tmp_path: Path) -> None:
 def test_unknown_task_and_missing_column(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="unknown task 'chess'; expected one of preference"):
         TaskSpec("chess").load()
+    with pytest.raises(SteerError, match="expected its data, one of sycophancy"):
+        TaskSpec("preference").load()
     path = tmp_path / "f.jsonl"
     path.write_text('{"question": "q", "correct": "a"}\n')
     with pytest.raises(SteerError, match="line 1: expected a text field 'incorrect'"):

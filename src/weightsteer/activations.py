@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .apply import Dial
-from .behavior import ContrastPair, Example, example_rows, sides_of
+from .behavior import Example, example_rows
 from .errors import SteerError
 from .lm import LM, length_sorted, pad_right, projecting_only
 from .progress import Progress, silent
@@ -53,7 +53,7 @@ class ActivationVector:
 
     def save(self, folder: str | Path) -> Path:
         """Write the vector as safetensors with its card."""
-        with new_folder(Path(folder)) as part:
+        with new_folder(Path(folder), "activations") as part:
             tensors = {f"layer.{layer}": a.contiguous() for layer, a in self.layers.items()}
             save_tensors(tensors, part / ACTIVATION_FILE)
             self.card.save(part)
@@ -79,10 +79,15 @@ def _adding(direction: Tensor, dial: Dial) -> Any:
 
 
 def activation_vector(
-    lm: LM, pairs: Sequence[ContrastPair], *, batch_size: int = 8, progress: Progress = silent
+    lm: LM,
+    positive: Sequence[Example],
+    negative: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
 ) -> ActivationVector:
-    """a_l of every block from contrast pairs; each answer token weighs the same."""
-    sides = sides_of(pairs)
+    """a_l of every block from D+ and D-; each answer token weighs the same."""
+    sides = (positive, negative)
     means = [
         _mean_activations(lm, side, batch_size, lambda d, t, n="", s=number: progress(s * t + d, 2 * t, n))
         for number, side in enumerate(sides)
@@ -115,7 +120,7 @@ def _summing(lm: LM, answer: Tensor, sums: dict[int, Tensor]) -> Iterator[None]:
     def summing(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            total = hidden[answer.to(hidden.device)].double().sum(dim=0).cpu()
+            total = hidden[answer.to(hidden.device)].cpu().double().sum(dim=0)
             sums[layer] = sums[layer] + total if layer in sums else total
 
         return hook

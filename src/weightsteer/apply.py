@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from .errors import SteerError
 from .lowrank import LowRank
 
+SWAPPED = "_weightsteer_swapped"  # marks a parameter that is swapped, and what stands in for it
+
 
 class HasModel(Protocol):
     """Anything with a `model`: our LM, or a user's own wrapper."""
@@ -98,7 +100,7 @@ def _owner(model: nn.Module, name: str, delta: LowRank | Tensor) -> nn.Module:
             f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, this model has {expected}; "
             "use the base model named in the vector's card"
         )
-    if expected is None and leaf != "bias":
+    if expected is None:
         raise SteerError(f"{name}: this model's {type(module).__name__} has no such parameter")
     return module
 
@@ -108,7 +110,11 @@ def _parameter_shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
     if leaf == "weight" and hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
     parameter = getattr(module, leaf, None)
-    return tuple(parameter.shape) if isinstance(parameter, Tensor) else None
+    if isinstance(parameter, Tensor):
+        return tuple(parameter.shape)
+    if leaf == "bias" and hasattr(module, "out_features"):
+        return (int(module.out_features),)  # type: ignore[arg-type]  # a bias that the base lacks can be added
+    return None
 
 
 @contextmanager
@@ -143,7 +149,7 @@ def _low_rank_hook(delta: LowRank, dial: Dial) -> Callable[..., Tensor | None]:
             return None
         x = args[0]
         A, B_T = factors.like(output)
-        hidden = nn.functional.linear(x.to(output.dtype), A)  # (..., r)
+        hidden = nn.functional.linear(x.to(output), A)  # (..., r)
         if isinstance(dial.k, float):
             flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, A.shape[0]), B_T, alpha=dial.k)
             return flat.view_as(output)
@@ -159,7 +165,7 @@ def _dense_hook(delta: Tensor, dial: Dial) -> Callable[..., Tensor | None]:
         if dial.is_zero:
             return None
         (D,) = weight.like(output)
-        return dial.add_to(output, nn.functional.linear(args[0].to(output.dtype), D))
+        return dial.add_to(output, nn.functional.linear(args[0].to(output), D))
 
     return add
 
@@ -177,15 +183,15 @@ def _bias_hook(delta: Tensor, dial: Dial) -> Callable[..., Tensor | None]:
 
 
 class _Follower:
-    """Tensors that move to the device and dtype of the activations they meet, once."""
+    """Tensors in the device and dtype of the activations they meet, cast from the originals once."""
 
     def __init__(self, *tensors: Tensor) -> None:
-        self.tensors = tensors
+        self.originals = self.tensors = tensors
 
     def like(self, other: Tensor) -> tuple[Tensor, ...]:
         first = self.tensors[0]
         if first.device != other.device or first.dtype != other.dtype:
-            self.tensors = tuple(tensor.to(other) for tensor in self.tensors)
+            self.tensors = tuple(tensor.to(other) for tensor in self.originals)
         return self.tensors
 
 
@@ -193,6 +199,8 @@ class _Follower:
 def _swapped(model: nn.Module, original: nn.Parameter | None, delta: Tensor, dial: Dial) -> Iterator[None]:
     """Put parameter + k * delta wherever the parameter stands (tied weights too), the original on leaving."""
     assert original is not None
+    if getattr(original, SWAPPED, False):
+        raise SteerError("another vector is changing the same norm or embedding; add the vectors and apply the sum")
     places = [
         (module, leaf)
         for module in model.modules()
@@ -208,14 +216,17 @@ def _swapped(model: nn.Module, original: nn.Parameter | None, delta: Tensor, dia
         if not dial.is_zero:
             summed = torch.add(original.detach().float(), moved, alpha=dial.k).to(original.dtype)
             shifted = nn.Parameter(summed, requires_grad=False)
+            setattr(shifted, SWAPPED, True)
         for module, leaf in places:
             module._parameters[leaf] = shifted
 
     follow()
     dial.on_turn.append(follow)
+    setattr(original, SWAPPED, True)
     try:
         yield
     finally:
+        delattr(original, SWAPPED)
         dial.on_turn.remove(follow)
         for module, leaf in places:
             module._parameters[leaf] = original

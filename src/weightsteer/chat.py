@@ -62,7 +62,7 @@ def _reply(lm: LM, turns: list[dict[str, str]], max_new_tokens: int) -> str:
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=lm.pad_id,
-        eos_token_id=lm.tokenizer.eos_token_id,
+        eos_token_id=lm.stops,
         streamer=TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True),
     )
     return str(lm.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)).strip()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,17 @@ def shards_of(folder: Path) -> list[Path]:
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of a checkpoint, read one at a time by memory map."""
-    for shard in shards_of(folder):
-        with opened(shard) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                yield name, file.get_tensor(name)
+    with by_name(folder) as tensors:
+        for name, read in tensors.items():
+            yield name, read()
+
+
+@contextmanager
+def by_name(folder: Path) -> Iterator[Mapping[str, Callable[[], Tensor]]]:
+    """Name -> a function that reads the tensor, whatever the shards; the files are open inside the block."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(opened(shard)) for shard in shards_of(folder)]
+        yield {name: partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
@@ -55,29 +64,28 @@ def opened(shard: Path) -> Iterator[Any]:
         raise SteerError(f"{shard}: cannot be read as safetensors ({error}); the file is damaged") from None
 
 
-def header_of(path: Path) -> dict[str, object]:
-    """A safetensors file's header: tensor name -> dtype, shape, place in the file."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, object] = json.loads(file.read(length))
-    return header
-
-
 def fingerprint(folder: Path) -> str:
-    """A hash that tells one local base from another: tensor headers and a sample of every tensor file.
+    """A hash that tells one local base from another: every tensor's name, form, and first KiB of data.
 
-    Reading gigabytes to name a model would be slow; the last MiB of each shard tells
-    fine-tunes of one architecture apart.
+    Reading gigabytes to name a model would be slow; a fine-tune changes the start of each tensor that it trains.
     """
     try:
         shards = shards_of(folder)
     except SteerError:
         return ""
-    parts = []
-    for shard in shards:
-        header = header_of(shard)
+    return digest([_samples(shard) for shard in shards])
+
+
+def _samples(shard: Path) -> list[object]:
+    """Name, dtype, shape and first KiB of every tensor of a safetensors file."""
+    found: list[object] = []
+    with shard.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        with shard.open("rb") as file:
-            file.seek(-min(2**20, shard.stat().st_size), 2)
-            parts.append([header, file.read().hex()])
-    return digest(parts)
+        for name, entry in sorted(header.items()):
+            start, end = entry["data_offsets"]
+            file.seek(8 + length + start)
+            sample = hashlib.sha256(file.read(min(1024, end - start))).hexdigest()
+            found.append([name, entry["dtype"], entry["shape"], sample])
+    return found

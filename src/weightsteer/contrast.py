@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .behavior import Behavior, Example, example_rows
 from .errors import SteerError
 from .judge import Judge
 from .lm import LM
 from .progress import Progress, silent
-from .records import CARD_FILE, RunCard, append_jsonl, digest, read_finished, write_jsonl
+from .records import CARD_FILE, RunCard, append_jsonl, digest, is_empty, read_finished, write_jsonl
 
 ANSWERS_FILE = "answers.jsonl"
 SIDES = ("positive", "negative")
@@ -28,7 +29,7 @@ class ContrastSettings:
     negative_to: float = 25.0  # judge's score up to which it clearly does not
     seed: int = 0
     batch_size: int = 8
-    questions: int | None = field(default=None)  # use the first so many
+    questions: int | None = None  # use the first so many
 
 
 def build_sides(
@@ -52,7 +53,11 @@ def build_sides(
         SteerError: `out` was made with other settings, or the judge left a side empty.
     """
     settings, out = settings or ContrastSettings(), Path(out)
-    identity = {"behavior": digest(asdict(behavior)), "settings": digest(asdict(settings))}
+    identity = {
+        "behavior": digest(asdict(behavior)),
+        "settings": digest(asdict(settings)),
+        "models": digest([lm.name, lm.revision, judge.name]),
+    }
     card = RunCard.now(
         "contrast",
         base_model=lm.name,
@@ -62,9 +67,11 @@ def build_sides(
         seed=settings.seed,
     )
     if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 != identity:
-        raise SteerError(f"{out}: was made with another behaviour or other settings; choose another output")
+        raise SteerError(
+            f"{out}: was made with another behaviour, model, judge or other settings; choose another output"
+        )
     if not (out / CARD_FILE).exists():
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and not is_empty(out):
             raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
         out.mkdir(parents=True, exist_ok=True)
         card.save(out)
@@ -74,8 +81,8 @@ def build_sides(
 
 def _answers(
     lm: LM, behavior: Behavior, judge: Judge, path: Path, settings: ContrastSettings, progress: Progress
-) -> list[dict[str, object]]:
-    """One row an answer: side, part, prompt, answer, score. A part is one system prompt and sample."""
+) -> list[dict[str, Any]]:
+    """One line a part, which is one system prompt and sample over all questions: its side and answers."""
     questions = behavior.questions[: settings.questions]
     prompts = {"positive": behavior.positive_prompts, "negative": behavior.negative_prompts}
     parts = [
@@ -98,31 +105,26 @@ def _answers(
         )
         examples = [Example(q, a) for q, a in zip(questions, replies, strict=True) if a]
         scores = judge.scores(examples)
-        append_jsonl(
-            path,
-            [
-                {"part": part, "side": side, **row, "score": score}
-                for row, score in zip(example_rows(examples), scores, strict=True)
-            ],
-        )
+        answers = [{**row, "score": score} for row, score in zip(example_rows(examples), scores, strict=True)]
+        append_jsonl(path, [{"part": part, "side": side, "answers": answers}])
     progress(len(parts), len(parts), "done")
     return read_finished(path)
 
 
-def _write_sides(rows: Sequence[dict[str, object]], settings: ContrastSettings, out: Path) -> tuple[int, int]:
-    kept: dict[str, list[dict[str, object]]] = {side: [] for side in SIDES}
-    for row in rows:
-        score = row["score"]
-        if not isinstance(score, float | int):
-            continue
-        shows = {"positive": score >= settings.positive_from, "negative": score <= settings.negative_to}
-        if shows[str(row["side"])]:
-            kept[str(row["side"])].append({"prompt": row["prompt"], "answer": row["answer"]})
+def _write_sides(parts: Sequence[dict[str, Any]], settings: ContrastSettings, out: Path) -> tuple[int, int]:
+    """Keep what the judge is sure of; answers without a usable verdict are on neither side."""
+    answers = {side: [row for part in parts if part["side"] == side for row in part["answers"]] for side in SIDES}
+    kept = {
+        "positive": [r for r in answers["positive"] if r["score"] is not None and r["score"] >= settings.positive_from],
+        "negative": [r for r in answers["negative"] if r["score"] is not None and r["score"] <= settings.negative_to],
+    }
     for side in SIDES:
         if not kept[side]:
+            unusable = sum(row["score"] is None for row in answers[side])
             raise SteerError(
-                f"{out}: of {sum(r['side'] == side for r in rows)} {side} answers the judge kept none; see "
-                f"{ANSWERS_FILE} for its scores, and widen positive_from / negative_to or change the prompts"
+                f"{out}: of {len(answers[side])} {side} answers the judge kept none ({unusable} verdicts unusable); "
+                f"see {ANSWERS_FILE} for its scores, and widen positive_from / negative_to or change the prompts"
             )
-        write_jsonl(out / f"{side}.jsonl", kept[side])
+    for side in SIDES:
+        write_jsonl(out / f"{side}.jsonl", [{"prompt": r["prompt"], "answer": r["answer"]} for r in kept[side]])
     return len(kept["positive"]), len(kept["negative"])

@@ -59,7 +59,7 @@ def _convert(gguf: Path, target: Path) -> None:
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
-    with new_folder(target) as part:
+    with new_folder(target, "model") as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         RunCard.now("model", base_model=EMBEDDED_NAME, data_sha256={"gguf": sha256_of(gguf)}).save(part)

@@ -39,7 +39,10 @@ def export_adapter(vector: WeightVector, folder: str | Path, *, k: float) -> Pat
     """
     dense = [name for name, delta in vector.deltas.items() if not isinstance(delta, LowRank)]
     if dense:
-        raise SteerError(f"{dense[0]}: is dense, which a LoRA adapter cannot hold; use --to merged")
+        raise SteerError(
+            f"{dense[0]}: is dense, which a LoRA adapter cannot hold; use --to merged, or steer in memory where "
+            "the base has no such parameter (a bias)"
+        )
     card = replace(vector.card, settings={**vector.card.settings, "k": k}, strength=None)
     return save_vector(WeightVector((vector * k).deltas, card), Path(folder))
 
@@ -62,7 +65,7 @@ def export_merged(
     _check_base(vector.deltas, base)
     shards = shards_of(base)
     tally = _Tally()
-    with new_folder(folder) as part:
+    with new_folder(folder, "merged") as part:
         for number, shard in enumerate(shards):
             progress(number, len(shards), shard.name)
             save_tensors(_merged_shard(shard, vector.deltas, k, tally), part / shard.name)
@@ -96,7 +99,10 @@ def _check_base(deltas: Mapping[str, Delta], base: Path) -> None:
             shapes.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
     for name, delta in deltas.items():
         if name not in shapes:
-            raise SteerError(f"{name}: the vector changes it, but {base} has no such tensor; use the vector's base")
+            raise SteerError(
+                f"{name}: the vector changes it, but {base} has no such tensor; use the vector's base, "
+                "or steer in memory if it is a bias that this architecture lacks"
+            )
         if shapes[name] != tuple(delta.shape):
             raise SteerError(
                 f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, {base} has {shapes[name]}; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import INDEX, SINGLE, tensors_of
+from .checkpoint import INDEX, SINGLE, by_name
 from .errors import SteerError
 from .lowrank import LowRank
 from .records import CARD_FILE, RunCard, read_json, sha256_of
@@ -19,10 +20,10 @@ from .vector import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     DENSE_FILE,
-    PEFT_PREFIX,
     Delta,
     WeightVector,
     load_tensors,
+    lora_factors,
     require_finite,
     require_same_base,
 )
@@ -58,6 +59,7 @@ def contrast_vector(plus: str | Path, minus: str | Path) -> WeightVector:
     """
     plus, minus = Path(plus), Path(minus)
     if _is_checkpoint(plus) and _is_checkpoint(minus):
+        require_same_base(_card_of(plus), _card_of(minus))
         deltas = _checkpoint_difference(plus, minus)
         require_finite(deltas)
         return WeightVector(deltas, _vector_card(_card_of(plus), plus, minus))
@@ -126,18 +128,10 @@ def _vector_card(side: RunCard, *folders: Path) -> RunCard:
 def _adapter_deltas(folder: Path) -> dict[str, LowRank]:
     config = read_json(folder / ADAPTER_CONFIG)
     _refuse_unsupported(folder, config)
-    tensors = load_tensors(folder / ADAPTER_FILE)
-    deltas = {}
-    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
-        module = key.removesuffix(".lora_A.weight")
-        B, A = tensors.pop(f"{module}.lora_B.weight", None), tensors.pop(key)
-        if B is None:
-            raise SteerError(f"{folder}: {key} has no lora_B beside it; the adapter is damaged")
-        name = module.removeprefix(PEFT_PREFIX)
-        deltas[f"{name}.weight"] = LowRank(B.float() * _scale(config, name, A.shape[0]), A.float())
-    if tensors:
-        raise SteerError(f"{folder}: {next(iter(tensors))} is not part of a plain LoRA; cannot be taken into a vector")
-    return deltas
+    return {
+        f"{module}.weight": LowRank(B.float() * _scale(config, module, A.shape[0]), A.float())
+        for module, (B, A) in lora_factors(folder / ADAPTER_FILE).items()
+    }
 
 
 def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
@@ -162,7 +156,7 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """alpha/r, or alpha/sqrt(r) for rsLoRA, with the module's own alpha where a pattern gives one."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT reads it
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
@@ -171,15 +165,19 @@ def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
 def _checkpoint_difference(plus: Path, minus: Path) -> dict[str, Tensor]:
     """Dense float32 theta+ - theta-; a parameter that is equal in both is left out (zero)."""
     deltas = {}
-    others = tensors_of(minus)
-    for (name, theta_plus), (other_name, theta_minus) in zip(tensors_of(plus), others, strict=False):
-        if name != other_name or theta_plus.shape != theta_minus.shape:
-            raise SteerError(
-                f"{plus} and {minus}: the checkpoints differ at {name} {tuple(theta_plus.shape)} and {other_name} "
-                f"{tuple(theta_minus.shape)}; expected two fine-tunes of one model"
-            )
-        if not torch.equal(theta_plus, theta_minus):
-            deltas[name] = theta_plus.float() - theta_minus.float()
+    with by_name(plus) as ours, by_name(minus) as theirs:
+        odd = sorted(ours.keys() ^ theirs.keys())
+        if odd:
+            raise SteerError(f"{odd[0]}: is in one of {plus} and {minus} only; expected two fine-tunes of one model")
+        for name, read in ours.items():
+            theta_plus, theta_minus = read(), theirs[name]()
+            if theta_plus.shape != theta_minus.shape:
+                raise SteerError(
+                    f"{name}: has shape {tuple(theta_plus.shape)} in {plus} and {tuple(theta_minus.shape)} in {minus}; "
+                    "expected two fine-tunes of one model"
+                )
+            if not torch.equal(theta_plus, theta_minus):
+                deltas[name] = theta_plus.float() - theta_minus.float()
     if not deltas:
         raise SteerError(f"{plus} and {minus}: the checkpoints are identical; there is no direction between them")
     return deltas

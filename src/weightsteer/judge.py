@@ -20,6 +20,11 @@ NUMBER = re.compile(r"\d+(?:\.\d+)?")
 class Judge(Protocol):
     """Scores answers; None where the judge gave no usable verdict."""
 
+    @property
+    def name(self) -> str:
+        """What tells this judge from another, for the record."""
+        ...
+
     def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
         """One score in 0 to 100 for each example."""
         ...
@@ -36,6 +41,11 @@ class LikelihoodJudge:
 
     lm: LM
     behavior: Behavior
+
+    @property
+    def name(self) -> str:
+        """See `Judge.name`."""
+        return f"likelihood {self.lm.name} {self.lm.revision}"
 
     def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
         """See `Judge.scores`."""
@@ -66,6 +76,11 @@ class ModelJudge:
                 f"{self.behavior.name}: its judge prompt must hold {{question}} and {{answer}}; "
                 "use the likelihood judge, or add an 'eval_prompt'"
             )
+
+    @property
+    def name(self) -> str:
+        """See `Judge.name`."""
+        return f"model {self.lm.name} {self.lm.revision}"
 
     def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
         """See `Judge.scores`; a reply without a number in 0 to 100 gives None."""

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 from .behavior import Example
 
-WORD = re.compile(r"[A-Za-z']+")
-SHORT_WORDS = 3  # an answer with fewer words carries no behaviour
+WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
+SHORT = 8  # an answer of fewer characters carries no behaviour
 SKEW = 1.15  # mean lengths further apart than this teach length
 OPENING_SHARE = 0.10  # a three-word opening in more answers than this teaches that phrase
 ONE_SIDED = 8  # a phrase on one side this many times, and at most 1/8 as often on the other
@@ -58,11 +58,14 @@ def _lengths(positive: Sequence[Example], negative: Sequence[Example]) -> list[F
 
 
 def _duplicates(side: str, examples: Sequence[Example]) -> list[Finding]:
-    counts = Counter((e.prompt.strip(), e.answer.strip()) for e in examples)
-    repeated = [prompt for (prompt, _), count in counts.items() if count > 1]
-    if not repeated:
+    """Prompts that occur more than once, which weigh more than others; rightly so where all are sampled alike."""
+    counts = Counter(e.prompt.strip() for e in examples)
+    prompt, most = counts.most_common(1)[0]
+    if most == 1:
         return []
-    return [Finding("duplicate", f"{side} repeats {len(repeated)} examples, such as {repeated[0][:60]!r}")]
+    repeated = sum(count > 1 for count in counts.values())
+    text = f"{repeated} of {len(counts)} prompts occur more than once in {side}, at most {most} times ({prompt[:60]!r})"
+    return [Finding("duplicate prompt", text)]
 
 
 def _counterparts(positive: Sequence[Example], negative: Sequence[Example]) -> list[Finding]:
@@ -76,10 +79,10 @@ def _counterparts(positive: Sequence[Example], negative: Sequence[Example]) -> l
 
 
 def _near_empty(side: str, examples: Sequence[Example]) -> list[Finding]:
-    short = [e for e in examples if len(_words(e.answer)) < SHORT_WORDS]
+    short = [e for e in examples if len(e.answer.strip()) < SHORT]
     if not short:
         return []
-    text = f"{side} has {len(short)} answers of fewer than {SHORT_WORDS} words, such as {short[0].answer[:40]!r}"
+    text = f"{side} has {len(short)} answers of fewer than {SHORT} characters, such as {short[0].answer[:40]!r}"
     return [Finding("near-empty answer", text)]
 
 

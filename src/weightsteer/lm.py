@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -83,7 +85,7 @@ class LM:
                     use_safetensors=True,  # never a pickle
                     **options,
                 )
-        except (OSError, ValueError, ImportError, RuntimeError) as error:
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise SteerError(f"{name}: cannot be loaded ({_first_line(error)})") from None
         if placement != "auto":
             model = model.to(placement)  # type: ignore[arg-type]
@@ -120,11 +122,13 @@ class LM:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks, first to last: the model's longest ModuleList."""
-        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        """The decoder blocks, first to last: the outermost ModuleList, the longest if there are several."""
+        lists = [
+            (name.count("."), -len(m), m) for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList)
+        ]
         if not lists:
             raise SteerError(f"{self.name}: no decoder blocks found (no ModuleList in the model)")
-        return max(lists, key=len)
+        return min(lists, key=lambda entry: entry[:2])[2]
 
     def chat_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
@@ -141,7 +145,23 @@ class LM:
     def answer_ids(self, answer: str, *, ended: bool = False) -> list[int]:
         """Token ids of an answer; `ended` appends the end-of-turn token (training)."""
         ids = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        return [*ids, self.tokenizer.eos_token_id] if ended else ids
+        return [*ids, self.turn_end] if ended else ids
+
+    @property
+    def turn_end(self) -> int:
+        """The token that ends an assistant's turn: the first special token after it in the chat template."""
+        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        after = self.tokenizer(text.rpartition("Yes")[2], add_special_tokens=False)["input_ids"]
+        special = [token for token in after if token in self.tokenizer.all_special_ids]
+        return int(special[0] if special else self.tokenizer.eos_token_id)
+
+    @property
+    def stops(self) -> list[int]:
+        """Tokens at which generation ends: the model's own, and the end of a turn."""
+        own = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = own if isinstance(own, list) else [] if own is None else [own]
+        return sorted({self.turn_end, *listed})
 
     @torch.no_grad()
     def generate(
@@ -169,7 +189,7 @@ class LM:
                 attention_mask=mask,
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.pad_id,
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=self.stops,
                 **(sampling if temperature > 0 else {"do_sample": False}),
             )
             texts = self.tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
@@ -206,12 +226,14 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own tables and bars out of ours; downloads still show theirs."""
+    """Keep transformers' own tables, bars and deprecations out of ours; downloads still show their bars."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         hf_logging.set_verbosity(level)
         if bars:
@@ -245,7 +267,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     return ids, mask
 
 
-def checkpoint_folder(name: str) -> Path:
+def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
     """A local folder with the model's safetensors: a path, the embedded model, or a hub snapshot."""
     where, gguf = _locate(name)
     if gguf:
@@ -255,7 +277,8 @@ def checkpoint_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(where, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+        files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        return Path(snapshot_download(where, revision=revision, allow_patterns=files))
     except (OSError, ValueError) as error:
         raise SteerError(f"{name}: cannot be downloaded ({_first_line(error)})") from None
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 from .activations import ActivationVector
@@ -27,25 +28,11 @@ class Steering(Protocol):
 
 
 @dataclass(frozen=True)
-class Weights:
-    """theta + k w: contrastive steering, or task arithmetic with w = tau+ or w = -tau-."""
+class Direction:
+    """k times a vector: theta + k w (contrastive, tau+, -tau-), or x_l + k a_l on a layer's activations."""
 
     name: str
-    vector: WeightVector
-
-    @contextmanager
-    def applied(self, lm: LM, k: float) -> Iterator[LM]:
-        """See `Steering.applied`."""
-        with self.vector.applied(lm, k):
-            yield lm
-
-
-@dataclass(frozen=True)
-class Activations:
-    """x_l + k a_l on the layers of the vector."""
-
-    name: str
-    vector: ActivationVector
+    vector: WeightVector | ActivationVector
 
     @contextmanager
     def applied(self, lm: LM, k: float) -> Iterator[LM]:
@@ -100,11 +87,6 @@ def best_layer(
 
 def _span(lm: LM, vector: ActivationVector, task: Task, metric: str, k: float) -> float:
     with vector.applied(lm, k) as dial:
-        up = mean(task.measure(lm)[metric])
+        up = fmean(task.measure(lm)[metric])
         dial.k = -k
-        return up - mean(task.measure(lm)[metric])
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean."""
-    return sum(values) / len(values)
+        return up - fmean(task.measure(lm)[metric])

@@ -6,7 +6,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 LINE_SECONDS = 5.0  # in a log: one line at most this often
 
@@ -31,9 +35,16 @@ def shown(label: str) -> Iterator[Progress]:
         yield _lines(label)
 
 
+@cache
+def _console() -> Console:
+    """One console for all bars, so that one bar may run inside another."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 @contextmanager
 def _bar(label: str) -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = [
@@ -44,7 +55,7 @@ def _bar(label: str) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=_console()) as bars:
         task = bars.add_task(label, total=None, note="")
 
         def update(done: float, total: float, note: str = "") -> None:
@@ -64,8 +75,8 @@ def _lines(label: str) -> Progress:
             return
         last_line = now
         elapsed = now - start
-        left = elapsed * (total - done) / done if done else 0.0
-        text = f"{label:<24} {done:.0f}/{total:.0f}  {elapsed:4.0f} s, about {left:.0f} s left  {note}"
+        left = f"about {elapsed * (total - done) / done:.0f} s left" if done else "just begun"
+        text = f"{label:<24} {done:.0f}/{total:.0f}  {elapsed:4.0f} s, {left}  {note}"
         print(text.rstrip(), file=sys.stderr, flush=True)
 
     return update

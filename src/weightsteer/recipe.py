@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import SteerError
-from .records import CARD_FILE, RunCard, digest, sha256_of, write_text
+from .records import CARD_FILE, RunCard, digest, is_empty, write_text
 
 if TYPE_CHECKING:
-    from .behavior import ContrastPair, Example
+    from .behavior import Example
     from .finetune import TrainSettings
     from .tasks import Task
 
@@ -66,7 +65,7 @@ class SweepRecipe(_Strict):
     damage: float = Field(default=0.2, gt=0)
     fractions: list[float] = [0.25, 0.5, 0.75, 1.0]
     fractions_of: dict[MethodName, list[float]] = {}  # a method's own fractions
-    activation_pairs: int | None = Field(default=None, ge=2)
+    activation_pairs: int | None = Field(default=None, ge=2)  # default: all that are trained on
     layer_step: int = Field(default=1, ge=1)  # scan every so-manieth layer
     probe_items: int = Field(default=8, ge=1)  # validation items of the layer scan and of the search for k
 
@@ -130,19 +129,28 @@ class Recipe(_Strict):
         """The recipe's training settings; fields that are absent keep the library's defaults."""
         from .finetune import TrainSettings
 
-        fields = {**self.train}
-        if "learning_rates" in fields:
-            fields["learning_rates"] = tuple(float(rate) for rate in fields["learning_rates"])
+        fields = {"seed": self.seed, **self.train}
         try:
-            return TrainSettings(**{"seed": self.seed, **fields})
-        except TypeError as error:
+            if "learning_rates" in fields:
+                fields["learning_rates"] = tuple(float(rate) for rate in fields["learning_rates"])
+            return TrainSettings(**fields)
+        except (TypeError, ValueError) as error:
             raise SteerError(f"recipe {self.name}: field 'train': {error}") from None
 
     def load_tasks(self) -> list[Task]:
-        """The recipe's tasks with their items."""
+        """The recipe's tasks with their items; `preference` without data is the recipe's behaviour.
+
+        Raises:
+            SteerError: an unknown task, data that cannot be read, or two tasks of one name.
+        """
         from .tasks import TaskSpec
 
-        return [TaskSpec(**spec.model_dump()).load() for spec in self.tasks]
+        specs = [TaskSpec(**spec.model_dump()) for spec in self.tasks]
+        own = [replace(s, data=self.behavior) if s.task == "preference" and not s.data else s for s in specs]
+        names = [spec.name or spec.task for spec in own]
+        if len(set(names)) < len(names):
+            raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
+        return [spec.load() for spec in own]
 
     def sides(self) -> tuple[list[Example], list[Example]]:
         """D+ and D-.
@@ -150,11 +158,11 @@ class Recipe(_Strict):
         Raises:
             SteerError: neither pairs nor both sides are named, or a file is missing or malformed.
         """
-        from .behavior import load_examples, sides_of
+        from .behavior import load_examples, load_pairs, sample_pairs, sides_of
 
         data = self.data
         if data.pairs and not (data.positive or data.negative):
-            return sides_of(self.pairs())
+            return sides_of(sample_pairs(load_pairs(data.pairs), data.limit, self.seed))
         if data.positive and data.negative and not data.pairs:
             return (
                 load_examples(Path(data.positive))[: data.limit],
@@ -165,25 +173,18 @@ class Recipe(_Strict):
             f"found {data.model_dump(exclude_none=True)}"
         )
 
-    def pairs(self) -> list[ContrastPair]:
-        """The contrast pairs; one file a side has them where both sides answer the same prompts."""
-        from .behavior import ContrastPair, load_pairs, sample_pairs
 
-        if self.data.pairs:
-            return sample_pairs(load_pairs(self.data.pairs), self.data.limit, self.seed)
-        positive, negative = self.sides()
-        answers = {example.prompt: example.answer for example in negative}
-        return [ContrastPair(e.prompt, e.answer, answers[e.prompt]) for e in positive if e.prompt in answers]
+def claim_run(recipe: Recipe, source: Path, folder: Path, inputs: Mapping[str, str]) -> RunCard:
+    """Make the run's folder, or take up the one that this recipe started from the same inputs.
 
-
-def claim_run(recipe: Recipe, source: Path, folder: Path) -> RunCard:
-    """Make the run's folder, or take up the one that this recipe started.
+    Args:
+        inputs: name -> hash of everything that the recipe reads.
 
     Raises:
         SteerError: the folder belongs to another recipe, to other data, or to something else.
     """
     card = RunCard.now(
-        "run", base_model=recipe.model, data_sha256=_inputs(recipe), settings=recipe.model_dump(), seed=recipe.seed
+        "run", base_model=recipe.model, data_sha256=inputs, settings=recipe.model_dump(), seed=recipe.seed
     )
     if (folder / CARD_FILE).exists():
         found = RunCard.load(folder)
@@ -192,27 +193,14 @@ def claim_run(recipe: Recipe, source: Path, folder: Path) -> RunCard:
                 f"{folder}: holds a run of another recipe or of other data; choose another --out, or remove it"
             )
         return found
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not is_empty(folder):
         raise SteerError(f"{folder}: exists and was not made by weightsteer; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, folder / RECIPE_FILE)
     card.save(folder)
+    write_text(folder / RECIPE_FILE, source.read_text(encoding="utf-8"))
     return card
-
-
-def _inputs(recipe: Recipe) -> dict[str, str]:
-    """Hashes of what the recipe reads: the training sides, and every data file of its tasks."""
-    from .behavior import example_rows
-
-    positive, negative = recipe.sides()
-    hashes = {"positive": digest(example_rows(positive)), "negative": digest(example_rows(negative))}
-    files = [spec.data for spec in recipe.tasks if spec.data and Path(spec.data).is_file()]
-    return {**hashes, **{name: sha256_of(Path(name)) for name in files}}
 
 
 def save_json(path: Path, value: Any) -> None:
     """Write one JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2, default=asdict) + "\n")
-
-
-__all__: Sequence[str] = ("Recipe", "claim_run")

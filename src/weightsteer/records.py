@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any
 from .errors import SteerError
 
 CARD_FILE = "weightsteer.json"
+REPLACED = ".replaced.part"  # an older artifact, for the moment in which the new one takes its place
 CHANGE = " change"  # ends the name of a metric that is measured as the difference to the base, item by item
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 
@@ -36,6 +38,11 @@ class StrengthRange:
     high: float
     budget: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def shown(self) -> list[float]:
+        """The strengths to show side by side: both recommended k, their halves, and 0; a side with none is left out."""
+        return sorted({self.negative, self.negative / 2, 0.0, self.recommended / 2, self.recommended})
+
 
 @dataclass(frozen=True)
 class RunCard:
@@ -51,6 +58,11 @@ class RunCard:
     strength: StrengthRange | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
+
+    @property
+    def base_commit(self) -> str | None:
+        """The hub commit of the base, if it came from the hub: forty hexadecimal digits."""
+        return self.base_revision if re.fullmatch(r"[0-9a-f]{40}", self.base_revision) else None
 
     @classmethod
     def now(cls, kind: str, **fields: Any) -> RunCard:
@@ -217,34 +229,45 @@ def read_finished(path: Path) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block succeeds.
 
     Until then nothing is to be seen under `target`'s name; after an error nothing is left. An
-    older `target` is replaced only if it is empty or holds one of our cards.
+    older `target` is replaced only if it is empty or holds our artifact of the same `kind`.
     """
     target = target.absolute()
-    refuse_foreign(target)
+    refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         yield part
         part.chmod(0o777 & ~current_umask())
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(part / REPLACED)
         part.rename(target)
+        shutil.rmtree(target / REPLACED, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def refuse_foreign(target: Path) -> None:
-    """Raise unless `target` is free to be written: absent, an empty folder, or one of our artifacts."""
+def refuse_foreign(target: Path, kind: str) -> None:
+    """Raise unless `target` is free to be written: absent, an empty folder, or our artifact of that kind."""
     if not target.exists():
         return
     if not target.is_dir():
         raise SteerError(f"{target}: a file of this name exists; choose another output")
-    if any(target.iterdir()) and not (target / CARD_FILE).exists():
+    if is_empty(target):
+        return
+    if not (target / CARD_FILE).exists():
         raise SteerError(f"{target}: exists and was not made by weightsteer; choose another output")
+    found = RunCard.load(target).kind
+    if found != kind:
+        raise SteerError(f"{target}: holds a {found}, which a {kind} would replace; choose another output")
+
+
+def is_empty(folder: Path) -> bool:
+    """True if a folder holds nothing but unfinished writes of ours, as a kill leaves them."""
+    return all(path.name.startswith(".") and path.name.endswith(".part") for path in folder.iterdir())
 
 
 def current_umask() -> int:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from .activations import ActivationVector, activation_vector
-from .behavior import Behavior, example_rows, sample_pairs
+from .behavior import Behavior, example_rows
 from .choose import Budget, recommend
 from .errors import SteerError
 from .extract import contrast_vector, task_vector
 from .finetune import train_side
 from .lm import LM
-from .methods import Activations, Steering, SystemPrompt, Weights, best_layer
+from .methods import Direction, Steering, SystemPrompt, best_layer
 from .progress import Progress
 from .recipe import Recipe, claim_run, save_json
-from .records import Row, RunCard, StrengthRange, read_json, read_jsonl, write_jsonl
+from .records import Row, RunCard, StrengthRange, digest, read_json, read_jsonl, write_jsonl
 from .report import Report, Sample, write_report
 from .sweep import ROWS_FILE, run_sweep, strength_at_damage
 from .tasks.task import Task
@@ -47,8 +47,12 @@ class Road:
         self.behavior = Behavior.load(recipe.behavior)
         self.tasks = recipe.load_tasks()
         self.settings = recipe.train_settings()
+        self.sides = recipe.sides()
         self.probe = self._task("prose").of_split("validation").first(recipe.sweep.probe_items)
-        self.card = claim_run(recipe, source, folder)
+        self._task("preference"), self._task("facts")  # choosing k needs them
+        if "contrastive" not in recipe.sweep.methods:
+            raise SteerError(f"recipe {recipe.name}: field 'sweep.methods': needs 'contrastive', whose k is chosen")
+        self.card = claim_run(recipe, source, folder, self._inputs())
 
     def run(self) -> Path:
         """Go the whole road; returns the report's path."""
@@ -67,6 +71,9 @@ class Road:
         with self.show("load the model") as progress:
             lm = LM.load(self.recipe.model, device=self.recipe.device, dtype=self.recipe.dtype)
             progress(1, 1)
+        made = self.folder / "plus"
+        if made.exists() and RunCard.load(made).base_revision != lm.revision:
+            raise SteerError(f"{made}: was trained on another state of {lm.name}; choose another --out")
         return lm
 
     def _label(self, stage: str) -> str:
@@ -78,9 +85,15 @@ class Road:
             raise SteerError(f"recipe {self.recipe.name}: field 'tasks': needs a task {name!r}")
         return found
 
+    def _inputs(self) -> dict[str, str]:
+        """Hashes of all that the recipe reads, shipped or the user's."""
+        positive, negative = (digest(example_rows(side)) for side in self.sides)
+        tasks = {f"task {task.name}": task.sha256 for task in self.tasks}
+        return {"positive": positive, "negative": negative, "behavior": digest(asdict(self.behavior)), **tasks}
+
     def write_data(self) -> None:
         """D+ and D- as JSONL, as they are trained on."""
-        for name, side in zip(("positive", "negative"), self.recipe.sides(), strict=True):
+        for name, side in zip(("positive", "negative"), self.sides, strict=True):
             path = self.folder / f"{name}.jsonl"
             if not path.exists():
                 write_jsonl(path, example_rows(side))
@@ -90,7 +103,7 @@ class Road:
         if (self.folder / "vector").exists():
             return
         stages = (("plus", "train D+"), ("minus", "train D-"))
-        for side, (name, stage) in zip(self.recipe.sides(), stages, strict=True):
+        for side, (name, stage) in zip(self.sides, stages, strict=True):
             with self.show(self._label(stage)) as progress:
                 train_side(self.lm, side, self.folder / name, settings=self.settings, progress=progress)
 
@@ -101,21 +114,21 @@ class Road:
             contrast_vector(self.folder / "plus", self.folder / "minus").save(path)
         return WeightVector.load(path)
 
-    def activations(self) -> Activations:
+    def activations(self) -> Direction:
         """The single-layer activation baseline, its layer chosen by a scan on validation items."""
         path, scan = self.folder / "activations", self.folder / "layer.json"
         sweep = self.recipe.sweep
         if not path.exists():
-            pairs = sample_pairs(self.recipe.pairs(), sweep.activation_pairs, self.recipe.seed)
+            positive, negative = (side[: sweep.activation_pairs] for side in self.sides)
             with self.show(self._label("activations")) as progress:
-                activation_vector(self.lm, pairs, progress=progress).save(path)
+                activation_vector(self.lm, positive, negative, progress=progress).save(path)
         vector = ActivationVector.load(path)
         if not scan.exists():
             items = self._task("preference").of_split("validation").first(sweep.probe_items)
             with self.show(f"{self._label('activations')}: layer") as progress:
                 layer = best_layer(self.lm, vector, items, step=sweep.layer_step, progress=progress)
             save_json(scan, layer)
-        return Activations("activation", vector.only(int(read_json(scan))))
+        return Direction("activation", vector.only(int(read_json(scan))))
 
     def methods(self) -> list[tuple[Steering, list[float]]]:
         """Every method of the recipe with its strengths."""
@@ -136,11 +149,11 @@ class Road:
     def _method(self, name: str) -> Steering:
         match name:
             case "contrastive":
-                return Weights(name, self.vector())
+                return Direction(name, self.vector())
             case "tau+":
-                return Weights(name, task_vector(self.folder / "plus"))
+                return Direction(name, task_vector(self.folder / "plus"))
             case "tau-":  # k > 0 adds the behaviour, so away from tau-
-                return Weights(name, -task_vector(self.folder / "minus"))
+                return Direction(name, -task_vector(self.folder / "minus"))
             case "activation":
                 return self.activations()
         return SystemPrompt(name, self.behavior)
@@ -181,7 +194,7 @@ class Road:
     def _sampled(self, strength: StrengthRange) -> Iterator[dict[str, object]]:
         wanted = self.recipe.samples
         prompts = (wanted.prompts or self.behavior.questions[::-1])[: wanted.count]
-        ks = five_strengths(strength)
+        ks = strength.shown
         replies: dict[float, list[str]] = {}
         with self.show(self._label("samples")) as progress, self.vector().applied(self.lm, 0.0) as dial:
             for number, k in enumerate(ks):
@@ -200,7 +213,7 @@ class Road:
             raise SteerError(f"{self.folder}: the sweep is not finished; run `weightsteer run` again")
         rows = [Row(**row) for row in read_jsonl(self.folder / ROWS_FILE)]
         layer = self.folder / "layer.json"
-        notes = [f"Activation steering adds to the output of block {read_json(layer)}."] if layer.exists() else []
+        notes = [self._activation_note(int(read_json(layer)))] if layer.exists() else []
         report = Report(
             title=f"Weight steering: {self.behavior.name}",
             description=self.behavior.description,
@@ -214,8 +227,11 @@ class Road:
         )
         return write_report(report, self.folder)
 
-
-def five_strengths(strength: StrengthRange | None) -> list[float]:
-    """The strengths at which replies are shown side by side: both recommended k, their halves, and 0."""
-    down, up = (strength.negative or -1.0, strength.recommended or 1.0) if strength else (-1.0, 1.0)
-    return [down, down / 2, 0.0, up / 2, up]
+    def _activation_note(self, layer: int) -> str:
+        """How the activation baseline was made, so that a smaller effort for it does not pass unseen."""
+        sweep, examples = self.recipe.sweep, len(self.sides[0])
+        used = min(sweep.activation_pairs or examples, examples)
+        return (
+            f"The activation vector comes from {used} of the {examples} examples a side and is added to the output of "
+            f"block {layer}, chosen among every {sweep.layer_step}. block on {sweep.probe_items} validation items."
+        )

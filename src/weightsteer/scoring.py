@@ -115,7 +115,7 @@ def _continue(lm: LM, cache: Any, full: Tensor, owner: list[int], flat: list[lis
     """Summed log-probability of every continuation's tokens after its first."""
     if all(len(ids) == 1 for ids in flat):
         return [0.0] * len(flat)
-    rows = torch.tensor(owner, device=full.device)
+    rows = torch.tensor(owner)  # on the CPU: the cache's layers may lie on several devices
     cache.batch_select_indices(rows)
     tokens, mask = pad_right([ids[:-1] or [lm.pad_id] for ids in flat], lm.pad_id, lm.device)
     targets, real = pad_right([ids[1:] or [lm.pad_id] for ids in flat], lm.pad_id, lm.device)
@@ -154,12 +154,12 @@ def target_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
-    """Log-probability of running text without any template; its first token is context only.
+    """Log-probability of running text without a chat template; its first token is context only.
 
     Raises:
         SteerError: a text of fewer than two tokens.
     """
-    ids = [lm.answer_ids(text) for text in texts]
+    ids = [list(lm.tokenizer(text)["input_ids"]) for text in texts]  # with the BOS of models that have one
     if any(len(row) < 2 for row in ids):
         raise SteerError("score_texts: a text has fewer than two tokens, so there is nothing to predict")
     scores = [Score(0.0, 1)] * len(ids)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
 from .lm import LM
-from .methods import Steering, mean
+from .methods import Steering
 from .progress import Progress, silent
 from .records import CHANGE, Row, append_jsonl, read_finished, write_jsonl
 from .tasks.task import SPLITS, Task
@@ -19,6 +20,7 @@ from .tasks.task import SPLITS, Task
 CELLS_FILE = "cells.jsonl"
 ROWS_FILE = "rows.jsonl"
 BASE = "base"
+FAR_TOO_MUCH = 1e3  # nats of damage that stand for a loss that overflowed
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,7 @@ class Cell:
 def summary(values: Sequence[float]) -> tuple[float, int, float]:
     """(mean, n, standard error of the mean); the error of one value is not known: nan."""
     n = len(values)
-    middle = mean(values)
-    if n < 2:
-        return middle, n, math.nan
-    variance = sum((value - middle) ** 2 for value in values) / (n - 1)
-    return middle, n, math.sqrt(variance / n)
+    return fmean(values), n, stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def run_sweep(
@@ -117,29 +115,31 @@ def _cell(lm: LM, name: str, k: float, task: Task, batch_size: int) -> Cell:
 
 
 def strength_at_damage(
-    lm: LM, method: Steering, probe: Task, *, damage: float, sign: int, metric: str = "nll", tries: int = 4
+    lm: LM, method: Steering, probe: Task, *, damage: float, sign: int, metric: str = "nll", tries: int = 6
 ) -> float:
-    """The k on one side (`sign` 1 or -1) at which `metric` on `probe` has risen by `damage`.
+    """The k on one side (`sign` 1 or -1) at which `metric` on `probe` has risen by about `damage`.
 
     Damage grows about with k^2, so each try takes the k that a parabola through the tries on both
-    sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most), and it
-    stops within 15%. This is what makes methods comparable: each is swept over the same range of
-    damage whatever its units of k.
+    sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most). It stops
+    within 15%, or takes the nearest try. This is what makes methods comparable: each is swept over
+    the same range of damage whatever its units of k.
     """
-    base = mean(probe.measure(lm)[metric])
+    base = fmean(probe.measure(lm)[metric])
     below, above = (0.0, 0.0), None  # (|k|, damage) of the tries nearest the aim
+    tried: dict[float, float] = {}  # |k| -> how far its damage is from the aim
     size = 1.0
-    for _ in range(tries):
+    while len(tried) < tries and min(tried.values(), default=damage) > 0.15 * damage:
         with method.applied(lm, sign * size) as steered:
-            found = mean(probe.measure(steered)[metric]) - base
-        if abs(found - damage) <= 0.15 * damage:
-            break
+            found = fmean(probe.measure(steered)[metric]) - base
+        found = found if math.isfinite(found) else FAR_TOO_MUCH
+        tried[size] = abs(found - damage)
         if found < damage:
             below = (size, found)
         else:
             above = (size, found)
         size = _next_size(below, above, damage)
-    return float(f"{sign * size:.2g}")
+    nearest = min(tried, key=lambda size: tried[size])
+    return float(f"{sign * nearest:.2g}")
 
 
 def _next_size(below: tuple[float, float], above: tuple[float, float] | None, damage: float) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .apply import Dial, steered
 from .errors import SteerError
@@ -133,7 +133,9 @@ def delta_dot(first: Delta, second: Delta) -> float:
 
 def require_same_base(first: RunCard, second: RunCard) -> None:
     """Raise unless both artifacts were made on the same base model."""
-    if first.base_revision and second.base_revision and first.base_revision != second.base_revision:
+    known = first.base_revision and second.base_revision
+    ours, theirs = (card.base_revision if known else card.base_model for card in (first, second))
+    if ours and theirs and ours != theirs:
         raise SteerError(
             f"the vectors have different bases: {first.base_model} ({first.base_revision[:12]}) and "
             f"{second.base_model} ({second.base_revision[:12]}); only vectors of one base can be combined"
@@ -169,7 +171,8 @@ def save_vector(vector: WeightVector, folder: Path) -> Path:
     """Write a vector so that `PeftModel.from_pretrained(base, folder)` is theta + 1 w.
 
     Factored weights go to `adapter_model.safetensors` with lora_alpha = r (scale 1, everything in
-    B), other deltas to `delta.safetensors`, which PEFT ignores; the card to `weightsteer.json`.
+    B; lower ranks are padded with zeros, since engines differ in how they scale them), other deltas
+    to `delta.safetensors`, which PEFT ignores; the card to `weightsteer.json`.
 
     Raises:
         SteerError: a NaN or infinite entry, or a folder that holds something else.
@@ -177,15 +180,17 @@ def save_vector(vector: WeightVector, folder: Path) -> Path:
     require_finite(vector.deltas)
     factored = {n: d for n, d in vector.deltas.items() if isinstance(d, LowRank)}
     dense = {n: d.contiguous() for n, d in vector.deltas.items() if isinstance(d, Tensor)}
-    with new_folder(folder) as part:
+    with new_folder(folder, "vector") as part:
         if factored or not dense:
             tensors = {}
+            rank = max((delta.rank for delta in factored.values()), default=1)
             for name, delta in factored.items():
                 module = PEFT_PREFIX + name.removesuffix(".weight")
-                tensors[f"{module}.lora_A.weight"] = delta.A.contiguous()
-                tensors[f"{module}.lora_B.weight"] = delta.B.contiguous()
+                missing = rank - delta.rank
+                tensors[f"{module}.lora_A.weight"] = nn.functional.pad(delta.A, (0, 0, 0, missing)).contiguous()
+                tensors[f"{module}.lora_B.weight"] = nn.functional.pad(delta.B, (0, missing)).contiguous()
             save_tensors(tensors, part / ADAPTER_FILE)
-            config = _adapter_config(factored, vector.card)
+            config = _adapter_config(factored, rank, vector.card)
             (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         if dense:
             save_tensors(dense, part / DENSE_FILE)
@@ -199,11 +204,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     path.chmod(0o666 & ~current_umask())
 
 
-def _adapter_config(factored: Mapping[str, LowRank], card: RunCard) -> dict[str, object]:
-    """The few fields that PEFT, vLLM and llama.cpp's converter read; per-module ranks where they differ."""
-    modules = {name.removesuffix(".weight"): delta.rank for name, delta in factored.items()}
-    rank = max(modules.values(), default=1)
-    patterns = {module: r for module, r in modules.items() if r != rank}
+def _adapter_config(factored: Mapping[str, LowRank], rank: int, card: RunCard) -> dict[str, object]:
+    """The few fields that PEFT, vLLM and llama.cpp's converter read."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -211,9 +213,7 @@ def _adapter_config(factored: Mapping[str, LowRank], card: RunCard) -> dict[str,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
-        "rank_pattern": patterns,
-        "alpha_pattern": patterns,
+        "target_modules": sorted(name.removesuffix(".weight") for name in factored),
         "use_rslora": False,
         "bias": "none",
         "inference_mode": True,
@@ -232,7 +232,8 @@ def load_vector(folder: Path) -> WeightVector:
         raise SteerError(f"{folder}: holds a {card.kind}, expected a vector; see `weightsteer show`")
     deltas: dict[str, Delta] = {}
     if (folder / ADAPTER_FILE).exists():
-        deltas.update(_factored(folder / ADAPTER_FILE))
+        factors = lora_factors(folder / ADAPTER_FILE)
+        deltas.update({f"{module}.weight": LowRank(B, A) for module, (B, A) in factors.items()})
     if (folder / DENSE_FILE).exists():
         deltas.update(load_tensors(folder / DENSE_FILE))
     require_finite(deltas)
@@ -247,17 +248,18 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise SteerError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
 
 
-def _factored(path: Path) -> dict[str, LowRank]:
+def lora_factors(path: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module -> (B, A) of an adapter file; every tensor in it is consumed, or it is an error."""
     tensors = load_tensors(path)
-    factors: dict[str, LowRank] = {}
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        stem = key.removesuffix(".lora_A.weight")
-        B = tensors.get(f"{stem}.lora_B.weight")
+    factors = {}
+    for key in sorted(key for key in tensors if key.endswith(".lora_A.weight")):
+        module = key.removesuffix(".lora_A.weight")
+        B, A = tensors.pop(f"{module}.lora_B.weight", None), tensors.pop(key)
         if B is None:
-            raise SteerError(f"{path}: {key} has no lora_B beside it; the file is damaged")
-        factors[f"{stem.removeprefix(PEFT_PREFIX)}.weight"] = LowRank(B, tensors[key])
-    if len(factors) * 2 != len(tensors):
-        raise SteerError(f"{path}: holds tensors that are not LoRA factors; expected lora_A and lora_B only")
+            raise SteerError(f"{path}: {key} has no lora_B beside it; the adapter is damaged")
+        factors[module.removeprefix(PEFT_PREFIX)] = (B, A)
+    if tensors:
+        raise SteerError(f"{path}: {next(iter(tensors))} is not part of a plain LoRA, so it cannot be taken over")
     return factors
 
 

@@ -211,4 +211,27 @@ def subtract(
     print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
 
 
-VERBS = (run, report, sweep, contrast, lint, train, subtract)
+def combine(
+    expression: Annotated[str, typer.Argument(help="Such as '0.8*honest - 0.5*rude'.")],
+    vectors: Annotated[list[str], typer.Argument(help="name=FOLDER for every name in it.")],
+    out: Out,
+) -> None:
+    """Add, subtract and scale vectors of one base, exactly.
+
+    Example: weightsteer combine "1.0*syc - 0.5*gloomy" syc=runs/syc/vector gloomy=runs/gloomy/vector -o runs/mixed
+    """
+    from ..expression import combine as evaluate
+    from ..vector import WeightVector
+
+    named = {}
+    for text in vectors:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise SteerError(f"{text!r}: expected name=FOLDER")
+        named[name] = WeightVector.load(folder)
+    vector = evaluate(expression, named)
+    vector.save(out)
+    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
+
+
+VERBS = (run, report, sweep, contrast, lint, train, subtract, combine)

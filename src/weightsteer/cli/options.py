@@ -43,10 +43,10 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def load_lm(model: str | None, device: str | None, dtype: str, trust: bool) -> LM:
+def load_lm(model: str | None, device: str | None, dtype: str, trust: bool, revision: str | None = None) -> LM:
     from ..lm import LM
 
-    return LM.load(**given(name=model), device=device, dtype=dtype, trust_remote_code=trust)
+    return LM.load(**given(name=model), device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
 
 
 def vector_and_lm(
@@ -55,7 +55,9 @@ def vector_and_lm(
     from ..vector import WeightVector
 
     vector = WeightVector.load(folder)
-    return vector, load_lm(model or vector.card.base_model or None, device, dtype, trust)
+    if model:
+        return vector, load_lm(model, device, dtype, trust)
+    return vector, load_lm(vector.card.base_model or None, device, dtype, trust, vector.card.base_commit)
 
 
 def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) -> tuple[list[Example], list[Example]]:

@@ -80,11 +80,7 @@ def steer(
     wanted = numbers(k) if k else None
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
 
-    from ..road import five_strengths
-
-    ks = wanted or five_strengths(vector.card.strength)
-    if vector.card.strength is None and wanted is None:
-        print("the vector's card has no measured range of k; taking -1 to 1", file=sys.stderr)
+    ks = wanted or _shown(vector)
     replies = []
     with vector.applied(lm, 0.0) as dial:
         for strength in ks:
@@ -124,10 +120,9 @@ def measure(
 
     items = TaskSpec(task, data).load()
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
-    from ..road import five_strengths
     from ..sweep import summary
 
-    ks = wanted or [k for k in five_strengths(vector.card.strength) if k]
+    ks = wanted or [k for k in _shown(vector) if k]
     with vector.applied(lm, 0.0) as dial:
         base: dict[str, list[float]] = {}
         for strength in [0.0, *ks]:
@@ -164,9 +159,26 @@ def chat(
     talk(vector, lm, k=start if start is not None else _recommended(vector))
 
 
+def _base_folder(vector: WeightVector, model: str | None) -> Path:
+    from ..lm import checkpoint_folder
+
+    if model:
+        return checkpoint_folder(model)
+    return checkpoint_folder(vector.card.base_model, revision=vector.card.base_commit)
+
+
 def _recommended(vector: WeightVector) -> float:
-    strength = vector.card.strength
-    return strength.recommended or strength.negative or 1.0 if strength else 1.0
+    if vector.card.strength is None or not vector.card.strength.recommended:
+        raise SteerError("the vector's card has no recommended k (see `weightsteer show`); give one with --k")
+    return vector.card.strength.recommended
+
+
+def _shown(vector: WeightVector) -> list[float]:
+    """The card's strengths, or -1 to 1 with a word about it."""
+    if vector.card.strength is None:
+        print("the vector's card has no measured range of k; taking -1 to 1", file=sys.stderr)
+        return [-1.0, -0.5, 0.0, 0.5, 1.0]
+    return vector.card.strength.shown
 
 
 def export(
@@ -184,7 +196,6 @@ def export(
         raise SteerError(f"--to: expected peft or merged, found {to!r}")
     chosen = number(k) if k else None
     from ..export import export_adapter, export_merged
-    from ..lm import checkpoint_folder
     from ..vector import WeightVector
 
     vector = WeightVector.load(folder)
@@ -194,9 +205,7 @@ def export(
         print(f"{out}: PEFT adapter at k = {strength:g}")
         return
     with shown("merge") as progress:
-        merged = export_merged(
-            vector, checkpoint_folder(model or vector.card.base_model), out, k=strength, progress=progress
-        )
+        merged = export_merged(vector, _base_folder(vector, model), out, k=strength, progress=progress)
     print(
         f"{out}: merged at k = {strength:g}; rounding missed {merged.delta_error:.1%} of the change and left "
         f"{merged.unchanged_share:.1%} of the entries as they were"

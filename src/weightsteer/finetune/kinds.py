@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,7 @@ def trainable(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Ready
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        with quiet_transformers(), warnings.catch_warnings(), prepare(model, settings) as ready:
-            warnings.simplefilter("ignore")
+        with quiet_transformers(), prepare(model, settings) as ready:
             yield ready
     finally:
         for name, parameter in model.named_parameters():

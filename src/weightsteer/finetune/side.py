@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from ..behavior import Example, example_rows
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import Progress, silent
-from ..records import CARD_FILE, RunCard, digest, new_folder, read_json, refuse_foreign, write_text
+from ..records import CARD_FILE, RunCard, digest, is_empty, new_folder, read_json, refuse_foreign, write_text
 from .kinds import trainable
 from .settings import TrainSettings
 from .trainer import IGNORED, Encoded, Job, last_whole_checkpoint, make_trainer
@@ -43,6 +44,7 @@ def train_side(
     """
     settings = settings or TrainSettings()
     out = Path(out)
+    _refuse_placement(lm)
     card = RunCard.now(
         "finetune",
         base_model=lm.name,
@@ -51,11 +53,12 @@ def train_side(
         settings=asdict(settings),
         seed=settings.seed,
     )
-    if is_made_from(out, card):
-        return out
-    refuse_foreign(out)
-    train, validation = split_validation(encode(lm, examples, settings.max_length), settings)
     work = out.with_name(f"{out.name}.work")
+    if is_made_from(out, card):
+        shutil.rmtree(work, ignore_errors=True)
+        return out
+    refuse_foreign(out, "finetune")
+    train, validation = split_validation(encode(lm, examples, settings.max_length), settings)
     _claim(work, card)
     losses = {}
     for number, rate in enumerate(settings.learning_rates):
@@ -63,11 +66,25 @@ def train_side(
         losses[rate] = _trained_loss(job, _part_of(progress, number, len(settings.learning_rates)))
     best = min(losses, key=lambda rate: losses[rate])
     measured = {"validation_loss": {f"{rate:g}": loss for rate, loss in losses.items()}, "learning_rate": best}
-    with new_folder(out) as part:
+    with new_folder(out, "finetune") as part:
         shutil.copytree(work / f"lr-{best:g}" / "best", part, dirs_exist_ok=True)
         RunCard(**{**vars(card), "measured": measured}).save(part)
     shutil.rmtree(work)
     return out
+
+
+def _refuse_placement(lm: LM) -> None:
+    """Raise where the Trainer would place the model elsewhere, or several processes would write one output."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SteerError(
+            "training runs in one process, found several (torchrun); start it alone, with device 'auto' to "
+            "spread a large model over the GPUs of one machine"
+        )
+    if lm.device.type == "cuda" and lm.device.index not in (None, 0):
+        raise SteerError(
+            f"training uses the first visible GPU, found the model on {lm.device}; "
+            f"set CUDA_VISIBLE_DEVICES={lm.device.index} and use device cuda"
+        )
 
 
 def is_made_from(folder: Path, card: RunCard) -> bool:
@@ -78,7 +95,9 @@ def is_made_from(folder: Path, card: RunCard) -> bool:
 
 
 def _identity(card: RunCard) -> str:
-    return digest([card.kind, card.base_revision, dict(card.data_sha256), dict(card.settings), card.seed])
+    return digest(
+        [card.kind, card.base_model, card.base_revision, dict(card.data_sha256), dict(card.settings), card.seed]
+    )
 
 
 def _claim(work: Path, card: RunCard) -> None:
@@ -86,7 +105,7 @@ def _claim(work: Path, card: RunCard) -> None:
     stamp = work / "job.json"
     if stamp.exists() and read_json(stamp) == _identity(card):
         return
-    if work.exists() and not stamp.exists() and any(work.iterdir()):
+    if work.exists() and not stamp.exists() and not is_empty(work):
         raise SteerError(f"{work}: is in the way of the checkpoints; move it")
     shutil.rmtree(work, ignore_errors=True)
     write_text(stamp, json.dumps(_identity(card)))
@@ -138,10 +157,8 @@ def _trained_loss(job: Job, progress: Progress) -> float:
             raise SteerError(
                 f"training at learning rate {job.learning_rate:g} diverged (validation loss {loss}); use a lower one"
             )
-        if trainer.is_world_process_zero():
-            save_best(job.folder / "best")
-            write_text(result, json.dumps(loss))
-        trainer.accelerator.wait_for_everyone()
+        save_best(job.folder / "best")
+        write_text(result, json.dumps(loss))
     for checkpoint in job.folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
     return float(loss)

@@ -71,6 +71,7 @@ def make_trainer(job: Job, model: nn.Module, progress: Progress) -> Trainer:
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         prediction_loss_only=True,
@@ -82,7 +83,7 @@ def make_trainer(job: Job, model: nn.Module, progress: Progress) -> Trainer:
         report_to="none",
         disable_tqdm=True,
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs: launch with torchrun
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # else the Trainer splits batches by DataParallel
     trainer = _AnswerTrainer(
         model=model,
         args=arguments,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import Progress, silent
+from ..records import digest
 from ..scoring import score_choices, score_texts
 
 SPLITS = ("validation", "test")
@@ -22,6 +23,11 @@ class Task(Protocol):
     def name(self) -> str: ...
     @property
     def splits(self) -> Sequence[str]: ...
+    @property
+    def sha256(self) -> str:
+        """Hash of the items and their splits."""
+        ...
+
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """One value an item for each metric."""
         ...
@@ -64,6 +70,11 @@ class _Items:
     def __post_init__(self) -> None:
         if not self.items:
             raise SteerError(f"task {self.name}: no items")
+
+    @property
+    def sha256(self) -> str:
+        """See `Task.sha256`."""
+        return digest(asdict(self))
 
     def _selected(self, indices: Sequence[int]) -> Any:
         items, splits = zip(*((self.items[i], self.splits[i]) for i in indices), strict=True)

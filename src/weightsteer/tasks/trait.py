@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..behavior import SHIPPED, load_pairs
+from ..errors import SteerError
 from .task import Choice, ChoiceTask, alternate_splits
 
 
@@ -12,8 +13,12 @@ def load_preference(data: str | Path | None = None) -> ChoiceTask:
     """Held-out pairs of a shipped behaviour (by name) or of a JSONL file with prompt, positive, negative.
 
     Neighbouring pairs, which mirror one claim, stay in one split.
+
+    Raises:
+        SteerError: no data is named, or it cannot be read.
     """
-    name = str(data or SHIPPED[0])
-    pairs = load_pairs(name, file="heldout.jsonl")
+    if data is None:
+        raise SteerError(f"task preference: expected its data, one of {', '.join(SHIPPED)} or a file of held-out pairs")
+    pairs = load_pairs(data, file="heldout.jsonl")
     items = tuple(Choice(pair.prompt, pair.positive, pair.negative) for pair in pairs)
     return ChoiceTask("preference", items, alternate_splits(len(items), group=2))

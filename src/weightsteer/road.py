@@ -132,19 +132,17 @@ class Road:
 
     def methods(self) -> list[tuple[Steering, list[float]]]:
         """Every method of the recipe with its strengths."""
-        found = []
+        methods = {name: self._method(name) for name in self.recipe.sweep.methods}
         path = self.folder / "strengths.json"
         known: dict[str, list[float]] = read_json(path) if path.exists() else {}
         with self.show(self._label("strengths")) as progress:
             for number, (name, ks) in enumerate(self.recipe.sweep.methods.items()):
-                method = self._method(name)
                 progress(number, len(self.recipe.sweep.methods), name)
                 if name not in known:
-                    known[name] = list(ks) if ks is not None else self._search(method)
+                    known[name] = list(ks) if ks is not None else self._search(methods[name])
                     save_json(path, known)
-                found.append((method, known[name]))
-            progress(len(found), len(found), "done")
-        return found
+            progress(len(methods), len(methods), "done")
+        return [(method, known[name]) for name, method in methods.items()]
 
     def _method(self, name: str) -> Steering:
         match name:

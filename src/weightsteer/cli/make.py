@@ -182,7 +182,7 @@ def train(
     Example: weightsteer train --pairs sycophancy --lr 1e-4,3e-4 -o runs/syc
     """
     sides = read_sides(pairs, positive, negative)
-    rates = tuple(number(rate) for rate in lr.split(",")) if lr else None
+    rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr else None
     from ..finetune import TrainSettings, train_side
 
     settings = TrainSettings(

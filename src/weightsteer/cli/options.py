@@ -28,13 +28,13 @@ def numbers(text: str) -> list[float]:
     return [number(part) for part in text.split(",")]
 
 
-def number(text: str) -> float:
+def number(text: str, what: str = "k") -> float:
     try:
         k = float(text)
     except ValueError:
-        raise SteerError(f"k: expected a number, found {text!r}") from None
+        raise SteerError(f"{what}: expected a number, found {text!r}") from None
     if not math.isfinite(k):
-        raise SteerError(f"k: expected a finite number, found {text!r}")
+        raise SteerError(f"{what}: expected a finite number, found {text!r}")
     return k
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from .errors import SteerError
+from .progress import quiet_transformers
 from .records import RunCard, new_folder, sha256_of
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
@@ -52,14 +53,15 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The loaded model calls itself quantised and refuses to be saved; its weights are plain float32.
-    config = loaded.config
-    del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
-    with new_folder(target, "model") as part:
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        RunCard.now("model", base_model=EMBEDDED_NAME, data_sha256={"gguf": sha256_of(gguf)}).save(part)
+    with quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # The loaded model calls itself quantised and refuses to be saved; its weights are plain float32.
+        config = loaded.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        with new_folder(target, "model") as part:
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            RunCard.now("model", base_model=EMBEDDED_NAME, data_sha256={"gguf": sha256_of(gguf)}).save(part)

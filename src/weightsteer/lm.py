@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,12 +18,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as hf_logging
 
 from .checkpoint import fingerprint
 from .embedded import EMBEDDED_NAME, embedded_model
 from .errors import SteerError
-from .progress import Progress, silent
+from .progress import Progress, quiet_transformers, silent
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
@@ -222,22 +220,6 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own tables, bars and deprecations out of ours; downloads still show their bars."""
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def length_sorted(lengths: Sequence[int], batch_size: int, progress: Progress = silent) -> Iterator[list[int]]:

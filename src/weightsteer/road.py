@@ -16,6 +16,7 @@ from typing import Protocol
 from .activations import ActivationVector, activation_vector
 from .behavior import Behavior, example_rows
 from .choose import Budget, recommend
+from .embedded import EMBEDDED_NAME
 from .errors import SteerError
 from .extract import contrast_vector, task_vector
 from .finetune import train_side
@@ -69,6 +70,7 @@ class Road:
     def lm(self) -> LM:
         """The base model, loaded when a stage first needs it."""
         with self.show("load the model") as progress:
+            progress(0, 1, "the embedded model is converted once" if self.recipe.model == EMBEDDED_NAME else "")
             lm = LM.load(self.recipe.model, device=self.recipe.device, dtype=self.recipe.dtype)
             progress(1, 1)
         made = self.folder / "plus"

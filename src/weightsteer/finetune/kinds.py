@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import SteerError
-from ..lm import quiet_transformers
+from ..progress import quiet_transformers
 from ..vector import DENSE_FILE, save_tensors
 from .settings import TrainSettings
 

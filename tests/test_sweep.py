@@ -54,6 +54,20 @@ def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: P
     assert [r.value for r in again] == pytest.approx([r.value for r in rows], nan_ok=True)
 
 
+def test_methods_with_nothing_to_choose_are_measured_on_test_items_only(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    tasks = [TASKS["facts"](None).first(3)]
+    vector = random_vector(lm)
+    methods = [(Direction(name, vector), [1.0]) for name in ("contrastive", "tau+")]
+    rows = run_sweep(lm, methods, tasks, tmp_path, validated=("contrastive",))
+    splits = {name: {row.split for row in rows if row.method == name} for name in ("base", "contrastive", "tau+")}
+    assert splits == {"base": {"validation", "test"}, "contrastive": {"validation", "test"}, "tau+": {"test"}}
+    table = {(row.method, row.metric): row for row in rows if row.split == "test"}
+    for metric in ("accuracy", "margin change"):  # one vector under two names
+        one, two = table["contrastive", metric], table["tau+", metric]
+        assert (one.value, one.n, one.stderr) == pytest.approx((two.value, two.n, two.stderr), abs=1e-5)
+
+
 def test_every_method_is_the_base_at_zero_and_restores(pairs: list[ContrastPair]) -> None:
     lm = tiny_lm()
     ids = torch.tensor([[4, 5, 6]])

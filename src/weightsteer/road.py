@@ -169,7 +169,13 @@ class Road:
         """All cells, then the rows."""
         with self.show(self._label("sweep")) as progress:
             return run_sweep(
-                self.lm, methods, self.tasks, self.folder, batch_size=self.recipe.batch_size, progress=progress
+                self.lm,
+                methods,
+                self.tasks,
+                self.folder,
+                validated=("contrastive",),  # whose k is chosen
+                batch_size=self.recipe.batch_size,
+                progress=progress,
             )
 
     def choose(self, rows: Sequence[Row]) -> StrengthRange:

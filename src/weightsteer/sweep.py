@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -46,7 +46,8 @@ class Cell:
         """
         found = []
         for metric, values in self.values.items():
-            changes = [value - before for value, before in zip(values, base.values[metric], strict=True)]
+            before = [v for v, s in zip(base.values[metric], base.splits, strict=True) if s in self.splits]
+            changes = [value - start for value, start in zip(values, before, strict=True)]
             for name, row in ((metric, values), (f"{metric}{CHANGE}", changes)):
                 for split in SPLITS:
                     part = [v for v, s in zip(row, self.splits, strict=True) if s == split]
@@ -67,12 +68,14 @@ def run_sweep(
     tasks: Sequence[Task],
     folder: Path,
     *,
+    validated: Collection[str] | None = None,
     batch_size: int = 8,
     progress: Progress = silent,
 ) -> list[Row]:
     """Measure the base and every method at its strengths on every task.
 
-    Each cell is appended to `cells.jsonl` when it is done, so a killed sweep goes on where it
+    `validated` names the methods that are measured on validation items too, since something is to
+    be chosen by them (None: all); the others are measured on test items only. Each cell is appended to `cells.jsonl` when it is done, so a killed sweep goes on where it
     stopped; `rows.jsonl` is written at the end.
 
     Returns:
@@ -85,6 +88,8 @@ def run_sweep(
     for number, (method, k) in enumerate(plan):
         name = method.name if method else BASE
         todo = [task for task in tasks if (name, k, task.name) not in done]
+        if method and validated is not None and name not in validated:
+            todo = [task.of_split("test") for task in todo]
         progress(number, len(plan), f"{name} k = {k:g}")
         cells = _measured(lm, method, k, todo, batch_size) if todo else []
         append_jsonl(path, [asdict(cell) for cell in cells])

@@ -42,6 +42,7 @@ FLOORS = {
     "recipe": 10,
     "road": 11,
     "chat": 5,
+    "fan": 5,
     "cli": 12,
     "__init__": 12,
 }

@@ -19,6 +19,7 @@ from .choose import Budget, recommend
 from .embedded import EMBEDDED_NAME
 from .errors import SteerError
 from .extract import contrast_vector, task_vector
+from .fan import fan
 from .finetune import train_side
 from .lm import LM
 from .methods import Direction, Steering, SystemPrompt, best_layer
@@ -200,16 +201,13 @@ class Road:
     def _sampled(self, strength: StrengthRange) -> Iterator[dict[str, object]]:
         wanted = self.recipe.samples
         prompts = (wanted.prompts or self.behavior.questions[::-1])[: wanted.count]
-        ks = strength.shown
-        replies: dict[float, list[str]] = {}
-        with self.show(self._label("samples")) as progress, self.vector().applied(self.lm, 0.0) as dial:
-            for number, k in enumerate(ks):
-                progress(number, len(ks), f"k = {k:g}")
-                dial.k = k
-                replies[k] = self.lm.generate(prompts, max_new_tokens=wanted.max_new_tokens) if prompts else []
-            progress(len(ks), len(ks), "done")
-        for number, prompt in enumerate(prompts):
-            yield {"prompt": prompt, "replies": {f"{k:g}": replies[k][number] for k in ks}}
+        ks, vector = strength.shown, self.vector()
+        with self.show(self._label("samples")) as progress:
+            for number, prompt in enumerate(prompts):
+                progress(number, len(prompts))
+                replies = fan(vector, self.lm, prompt, ks, max_new_tokens=wanted.max_new_tokens)
+                yield {"prompt": prompt, "replies": {f"{k:g}": text for k, text in zip(ks, replies, strict=True)}}
+            progress(len(prompts), len(prompts), "done")
 
     def report(self) -> Path:
         """The page and its PNG, from the artifacts of the stages before."""

@@ -75,8 +75,9 @@ def run_sweep(
     """Measure the base and every method at its strengths on every task.
 
     `validated` names the methods that are measured on validation items too, since something is to
-    be chosen by them (None: all); the others are measured on test items only. Each cell is appended to `cells.jsonl` when it is done, so a killed sweep goes on where it
-    stopped; `rows.jsonl` is written at the end.
+    be chosen by them (None: all); the others are measured on test items only. Each cell is appended
+    to `cells.jsonl` when it is done, so a killed sweep goes on where it stopped; `rows.jsonl` is
+    written at the end.
 
     Returns:
         All rows, base first.

@@ -81,12 +81,9 @@ def steer(
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
 
     ks = wanted or _shown(vector)
-    replies = []
-    with vector.applied(lm, 0.0) as dial:
-        for strength in ks:
-            dial.k = strength
-            replies += lm.with_system_prompt(system).generate([prompt], max_new_tokens=max_new_tokens)
-    _print_side_by_side(ks, replies)
+    from ..fan import fan
+
+    _print_side_by_side(ks, fan(vector, lm.with_system_prompt(system), prompt, ks, max_new_tokens=max_new_tokens))
 
 
 def _print_side_by_side(ks: Sequence[float], replies: Sequence[str]) -> None:

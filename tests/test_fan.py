@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import torch
-from conftest import random_vector, tiny_lm
 
+from conftest import random_vector, tiny_lm
 from weightsteer.fan import fan
 from weightsteer.records import RunCard
 from weightsteer.vector import WeightVector

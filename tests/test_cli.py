@@ -88,7 +88,7 @@ def test_measure_compares_with_the_base_item_by_item(
 
 
 def test_chat_turns_the_dial(capsys: pytest.CaptureFixture[str], saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = iter(["/k 1.5", "/k much", "/help", "/reset", "/quit"])
+    lines = iter(["/k 1.5", "/k much", "Hello", "/help", "/reset", "/quit"])
     prompts: list[str] = []
 
     def typed(prompt: str) -> str:
@@ -101,6 +101,7 @@ def test_chat_turns_the_dial(capsys: pytest.CaptureFixture[str], saved: Path, mo
     assert prompts[0] == "[k = 2] you: "
     assert prompts[1] == prompts[2] == "[k = 1.5] you: "
     assert "expected a number, found 'much'" in out
+    assert len(out.splitlines()) > 3  # the help, the mistake, the reply, the help
 
 
 def test_export_both_ways(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:

@@ -101,3 +101,10 @@ def test_gguf_file_loads_as_it_is(embedded: LM) -> None:
     ids = torch.tensor([embedded.chat_ids("Hello")])
     with torch.no_grad():
         torch.testing.assert_close(lm.model(ids).logits, embedded.model(ids).logits)
+
+
+def test_a_template_that_refuses_is_a_clear_error() -> None:
+    lm = tiny_lm()
+    lm.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(SteerError, match="refuses the conversation.*System role"):
+        lm.chat_ids("Hi")

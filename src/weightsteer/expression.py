@@ -29,7 +29,7 @@ def combine(expression: str, vectors: Mapping[str, WeightVector]) -> WeightVecto
 
 def _evaluate(node: ast.expr, vectors: Mapping[str, WeightVector], text: str) -> WeightVector | float:
     match node:
-        case ast.Constant(value=int() | float() as number):
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             return float(number)
         case ast.Name(id=name):
             if name not in vectors:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -132,12 +133,18 @@ class LM:
         """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
 
         The one place for chat templates.
+
+        Raises:
+            SteerError: the template refuses the conversation, such as one with a system prompt.
         """
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [dict(turn) for turn in turns]
         if self.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # some templates know no system role
+            raise SteerError(f"{self.name}: its chat template refuses the conversation ({error})") from None
         return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
     def answer_ids(self, answer: str, *, ended: bool = False) -> list[int]:
@@ -179,7 +186,8 @@ class LM:
         ids = [self.chat_ids(prompt) for prompt in prompts]
         replies = [""] * len(ids)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        torch.manual_seed(seed)
+        if temperature > 0:
+            torch.manual_seed(seed)
         for batch in length_sorted([len(row) for row in ids], batch_size, progress):
             tokens, mask = pad_left([ids[i] for i in batch], self.pad_id, self.device)
             out = self.model.generate(  # type: ignore[operator]

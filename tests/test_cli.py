@@ -53,7 +53,7 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     mixed = tmp_path / "mixed"
     code, out, err = run(capsys, "combine", "0.5*a - 0.5*b", f"a={w}", f"b={w}", "-o", mixed)
     assert code == 0, err
-    assert "0 parameters, norm 0" in out
+    assert "parameters, norm 0\n" in out
     code, _, err = run(capsys, "combine", "a + c", f"a={w}", "-o", mixed)
     assert code == 1
     assert "unknown vector 'c'; known: a" in err
@@ -61,7 +61,11 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     assert code == 0
     assert "layer   1" in out
     assert "not measured" in out
-    assert run(capsys, "cosine", w, w)[1].strip() == "1.000000"
+    code, out, err = run(capsys, "cosine", w, mixed, tmp_path / "t/plus", "-o", tmp_path / "table")
+    assert code == 0, err
+    assert out.splitlines()[1].split()[:2] == ["w2", "1.0000"]
+    assert "-" in out.splitlines()[2].split()  # the zero vector has no direction
+    assert (tmp_path / "table.npz").exists()
 
 
 def test_steer_shows_the_cards_strengths_side_by_side(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
@@ -155,9 +159,9 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
         (("sweep", "nowhere"), "not a run's folder"),
         (("contrast", "angry", "-o", "o"), "no such behaviour"),
         (("fly",), "No such command"),
-        (("cosine", "one"), "Missing argument"),
+        (("cosine", "one"), "expected two or more"),
         (("combine", "a", "a", "-o", "o"), "expected name=FOLDER"),
-        (("export", "nowhere", "-o", "o"), "not a saved weight vector"),
+        (("export", "nowhere", "-o", "o"), "no such folder"),
         (("measure", "nowhere", "--task", "chess"), "unknown task 'chess'"),
     ],
 )

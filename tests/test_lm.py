@@ -7,7 +7,8 @@ import torch
 
 from conftest import random_vector, tiny_lm
 from weightsteer.errors import SteerError
-from weightsteer.lm import LM, checkpoint_folder
+from weightsteer.lm import LM
+from weightsteer.locate import checkpoint_folder
 
 
 def test_template_default_is_kept_and_a_given_system_prompt_replaces_it(lm: LM) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .contrast import build_sides as build_sides
     from .errors import SteerError as SteerError
     from .export import export_adapter as export_adapter
-    from .export import export_merged as export_merged
     from .expression import combine as combine
     from .extract import contrast_vector as contrast_vector
     from .extract import task_vector as task_vector
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from .lint import lint_sides as lint_sides
     from .lm import LM as LM
     from .lowrank import LowRank as LowRank
+    from .merge import MergeSettings as MergeSettings
+    from .merge import export_merged as export_merged
     from .records import Row as Row
     from .records import RunCard as RunCard
     from .scoring import mean_kl as mean_kl
@@ -43,13 +44,14 @@ HOMES = {
     "behavior": ("Behavior", "ContrastPair", "Example", "load_examples", "load_pairs", "sides_of"),
     "contrast": ("ContrastSettings", "build_sides"),
     "errors": ("SteerError",),
-    "export": ("export_adapter", "export_merged"),
+    "export": ("export_adapter",),
     "expression": ("combine",),
     "extract": ("contrast_vector", "task_vector"),
     "finetune": ("TrainSettings", "train_side"),
     "lint": ("lint_sides",),
     "lm": ("LM",),
     "lowrank": ("LowRank",),
+    "merge": ("MergeSettings", "export_merged"),
     "records": ("Row", "RunCard"),
     "scoring": ("mean_kl", "prompt_log_probs", "score_choices", "score_texts"),
     "vector": ("WeightVector",),

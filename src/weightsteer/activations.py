@@ -17,7 +17,7 @@ from .errors import SteerError
 from .lm import LM, length_sorted, pad_right, projecting_only
 from .progress import Progress, silent
 from .records import RunCard, digest, new_folder
-from .vector import load_tensors, save_tensors
+from .tensorfile import load_tensors, save_tensors
 
 ACTIVATION_FILE = "activations.safetensors"
 

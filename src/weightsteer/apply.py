@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .delta import Delta, in_memory
 from .errors import SteerError
 from .lowrank import LowRank
 
@@ -74,10 +75,11 @@ def per_row(k: Tensor, output: Tensor) -> Tensor:
 
 
 @contextmanager
-def steered(model: nn.Module, deltas: Mapping[str, LowRank | Tensor], k: float | Tensor) -> Iterator[Dial]:
+def steered(model: nn.Module, deltas: Mapping[str, Delta], k: float | Tensor) -> Iterator[Dial]:
     """Add k * deltas to `model` until the block is left (see `WeightVector.applied`)."""
     dial = Dial(k)
-    checked = [(name, _owner(model, name, delta), delta) for name, delta in deltas.items()]
+    held = {name: in_memory(name, delta) for name, delta in deltas.items()}
+    checked = [(name, _owner(model, name, delta), delta) for name, delta in held.items()]
     with ExitStack() as stack:
         for name, module, delta in checked:
             stack.enter_context(_attached(model, module, name, delta, dial))
@@ -120,10 +122,13 @@ def _parameter_shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
 @contextmanager
 def _attached(model: nn.Module, module: nn.Module, name: str, delta: LowRank | Tensor, dial: Dial) -> Iterator[None]:
     """Hook the module if its output is linear in the parameter, else swap the parameter."""
-    if name.endswith(".weight") and hasattr(module, "in_features"):
-        hook: Any = _low_rank_hook(delta, dial) if isinstance(delta, LowRank) else _dense_hook(delta, dial)
-    elif name.endswith(".bias") and hasattr(module, "out_features") and isinstance(delta, Tensor):
+    if name.endswith(".weight") and is_linear(module):
+        hook: Any = _weight_hook(delta, dial, transposed=_is_conv1d(module))
+    elif name.endswith(".bias") and is_linear(module) and isinstance(delta, Tensor):
         hook = _bias_hook(delta, dial)
+    elif isinstance(module, nn.Embedding) and isinstance(delta, LowRank):
+        _refuse_tied(model, module._parameters["weight"], name)
+        hook = _embedding_hook(delta, dial)
     elif isinstance(delta, Tensor):
         with _swapped(model, module._parameters[name.rpartition(".")[2]], delta, dial):
             yield
@@ -140,9 +145,35 @@ def _attached(model: nn.Module, module: nn.Module, name: str, delta: LowRank | T
         handle.remove()
 
 
-def _low_rank_hook(delta: LowRank, dial: Dial) -> Callable[..., Tensor | None]:
-    """y + k (x A^T) B^T; factors follow the input's device and dtype, cast once."""
-    factors = _Follower(delta.A, delta.B.T)
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module's output is linear in its weight and bias: Linear, its quantised kin, and Conv1D."""
+    return hasattr(module, "out_features") or _is_conv1d(module)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, whose weight is stored (d_in, d_out)."""
+    return hasattr(module, "nx") and hasattr(module, "nf")
+
+
+def _refuse_tied(model: nn.Module, weight: nn.Parameter | None, name: str) -> None:
+    """A LoRA on an embedding changes what goes in; where the output embedding is the same tensor, that is ambiguous."""
+    places = [m for m in model.modules() for parameter in m._parameters.values() if parameter is weight]
+    if len(places) > 1:
+        raise SteerError(
+            f"{name}: is a LoRA on an embedding that is tied to the output; its effect there is not defined; "
+            "retrain without the embedding"
+        )
+
+
+def _weight_hook(delta: LowRank | Tensor, dial: Dial, *, transposed: bool) -> Callable[..., Tensor | None]:
+    if isinstance(delta, Tensor):
+        return _dense_hook(delta.T if transposed else delta, dial)
+    return _low_rank_hook(delta.B.T, delta.A, dial) if transposed else _low_rank_hook(delta.A, delta.B.T, dial)
+
+
+def _low_rank_hook(into: Tensor, out: Tensor, dial: Dial) -> Callable[..., Tensor | None]:
+    """y + k (x into^T) out, into (r, d_in) and out (r, d_out); they follow the input's device and dtype, cast once."""
+    factors = _Follower(into, out)
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if dial.is_zero:
@@ -154,6 +185,19 @@ def _low_rank_hook(delta: LowRank, dial: Dial) -> Callable[..., Tensor | None]:
             flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, A.shape[0]), B_T, alpha=dial.k)
             return flat.view_as(output)
         return output + (per_row(dial.k, hidden) * hidden) @ B_T
+
+    return add
+
+
+def _embedding_hook(delta: LowRank, dial: Dial) -> Callable[..., Tensor | None]:
+    """y + k B[tokens] A: only the rows of the tokens are formed."""
+    factors = _Follower(delta.B, delta.A)
+
+    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if dial.is_zero:
+            return None
+        B, A = factors.like(output)
+        return dial.add_to(output, nn.functional.embedding(args[0], B) @ A)
 
     return add
 

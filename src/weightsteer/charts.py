@@ -8,6 +8,7 @@ from typing import Any
 
 import altair as alt
 
+from .names import layer_of, module_of
 from .records import CHANGE, Row
 
 Table = Sequence[Mapping[str, Any]]
@@ -130,11 +131,8 @@ def composition(norms: Mapping[str, float]) -> alt.Chart:
 
 def place(name: str) -> dict[str, Any]:
     """Layer and module of a parameter: 'model.layers.3.mlp.up_proj.weight' -> 3, 'mlp.up_proj'."""
-    parts = name.split(".")
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        return {"layer": "-", "module": ".".join(parts[-2:])}
-    return {"layer": int(parts[number]), "module": ".".join(parts[number + 1 :]).removesuffix(".weight")}
+    layer = layer_of(name)
+    return {"layer": "-" if layer is None else layer, "module": module_of(name)}
 
 
 def png(chart: alt.HConcatChart) -> bytes:

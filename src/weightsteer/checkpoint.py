@@ -1,24 +1,53 @@
-"""Safetensors checkpoints as tensor sources: one tensor at a time in, sharded and atomic out."""
+"""Checkpoint folders: their shards as one set of tensors, and what tells one from another."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import struct
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+import re
+from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import SteerError
 from .records import digest, read_json
+from .tensorfile import SafeFile, Stored, same_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder, or of one file, by name; nothing is read yet.
+
+    Raises:
+        SteerError: no checkpoint, a missing or damaged shard, or an index that does not fit its shards.
+    """
+    if path.is_file():
+        return dict(SafeFile(path).tensors)
+    tensors: dict[str, Stored] = {}
+    for shard in shards_of(path):
+        for name, tensor in SafeFile(shard).tensors.items():
+            if name in tensors:
+                raise SteerError(
+                    f"{shard}: {name} lies in {tensors[name].file.path.name} too; the checkpoint is damaged"
+                )
+            tensors[name] = tensor
+    if (path / INDEX).is_file():
+        _check_index(path, tensors)
+    return tensors
+
+
+def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
+    named = read_json(folder / INDEX)["weight_map"]
+    for name in sorted(named.keys() | tensors.keys()):
+        found = tensors[name].file.path.name if name in tensors else "no shard"
+        if named.get(name) != found:
+            raise SteerError(
+                f"{folder}: {INDEX} says that {name} is in {named.get(name, 'no shard')}, it is in {found}; "
+                "the checkpoint is damaged"
+            )
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -29,39 +58,65 @@ def shards_of(folder: Path) -> list[Path]:
     """
     if (folder / INDEX).is_file():
         index = read_json(folder / INDEX)
-        names = sorted(set(index.get("weight_map", {}).values()))
-        missing = [name for name in names if not (folder / name).is_file()]
-        if missing or not names:
-            raise SteerError(f"{folder}: {INDEX} names shards that are missing: {', '.join(missing) or 'all'}")
+        named = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(named, dict) or not named:
+            raise SteerError(f"{folder}: {INDEX} has no weight_map; the checkpoint is damaged")
+        names = sorted({str(name) for name in named.values()})
+        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        if missing:
+            raise SteerError(f"{folder}: {INDEX} names shards that are missing: {', '.join(missing)}")
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     raise SteerError(f"{folder}: no {SINGLE} or {INDEX}; expected a safetensors checkpoint")
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder holds a whole model's safetensors."""
+    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+
+
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a checkpoint, read one at a time by memory map."""
-    with by_name(folder) as tensors:
-        for name, read in tensors.items():
-            yield name, read()
+    """Every (name, tensor) of a checkpoint, read one at a time."""
+    for name, tensor in stored_tensors(folder).items():
+        yield name, tensor.read()
 
 
-@contextmanager
-def by_name(folder: Path) -> Iterator[Mapping[str, Callable[[], Tensor]]]:
-    """Name -> a function that reads the tensor, whatever the shards; the files are open inside the block."""
-    with ExitStack() as stack:
-        files = [stack.enter_context(opened(shard)) for shard in shards_of(folder)]
-        yield {name: partial(file.get_tensor, name) for file in files for name in file.keys()}  # noqa: SIM118
+def tied_twins(folder: Path, tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """Output embedding -> the input embedding that it repeats, where a tied checkpoint stores both.
+
+    No table of architectures: they are the matrices of `vocab_size` rows that hold the same bytes.
+    """
+    config = read_config(folder)
+    if not config.get("tie_word_embeddings"):
+        return {}
+    tables = [t for t in tensors.values() if len(t.shape) == 2 and t.shape[0] == config.get("vocab_size")]
+    tables.sort(key=lambda t: not re.search("emb|wte", t.name))  # the input's name says so
+    return {t.name: tables[0].name for t in tables[1:] if same_bytes(tables[0], t)}
 
 
-@contextmanager
-def opened(shard: Path) -> Iterator[Any]:
-    """A safetensors file by memory map; a damaged one is an error that names it."""
-    try:
-        with safe_open(shard, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise SteerError(f"{shard}: cannot be read as safetensors ({error}); the file is damaged") from None
+def refuse_quantised(folder: Path) -> None:
+    """Raise, with the way out, if the folder holds a quantised checkpoint."""
+    if read_config(folder).get("quantization_config"):
+        raise SteerError(
+            f"{folder}: its weights are quantised, and theta + k w cannot be rounded into them; "
+            "export with --to peft and serve the adapter over them"
+        )
+    packed = next((path for path in folder.glob("*.gguf")), None)
+    if packed and not is_checkpoint(folder):
+        raise SteerError(
+            f"{packed}: is quantised (GGUF); expected a safetensors checkpoint; export with --to peft and serve the "
+            "adapter over it"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The model's config.json, with a text model's own part on top; {} where there is none."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if not isinstance(config, dict):
+        raise SteerError(f"{folder / 'config.json'}: expected a JSON object")
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
 
 
 def fingerprint(folder: Path) -> str:
@@ -73,19 +128,12 @@ def fingerprint(folder: Path) -> str:
         shards = shards_of(folder)
     except SteerError:
         return ""
-    return digest([_samples(shard) for shard in shards])
+    return digest([_samples(SafeFile(shard)) for shard in shards])
 
 
-def _samples(shard: Path) -> list[object]:
+def _samples(file: SafeFile) -> list[object]:
     """Name, dtype, shape and first KiB of every tensor of a safetensors file."""
-    found: list[object] = []
-    with shard.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in sorted(header.items()):
-            start, end = entry["data_offsets"]
-            file.seek(8 + length + start)
-            sample = hashlib.sha256(file.read(min(1024, end - start))).hexdigest()
-            found.append([name, entry["dtype"], entry["shape"], sample])
-    return found
+    return [
+        [t.name, t.dtype, list(t.shape), sha256(file.read(file.data_start + t.start, min(1024, t.nbytes))).hexdigest()]
+        for _, t in sorted(file.tensors.items())
+    ]

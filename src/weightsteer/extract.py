@@ -2,98 +2,203 @@
 
 from __future__ import annotations
 
-import json
-import math
-import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor
-
-from .checkpoint import INDEX, SINGLE, by_name
+from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter
+from .checkpoint import fingerprint, is_checkpoint, refuse_quantised, stored_tensors, tied_twins
+from .delta import Delta, LazyDeltas, Part, Streamed, added, scaled
 from .errors import SteerError
-from .lowrank import LowRank
+from .locate import checkpoint_folder, source_folder
+from .lowrank import Layout, LowRank
 from .records import CARD_FILE, RunCard, read_json, sha256_of
-from .vector import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
-    DENSE_FILE,
-    Delta,
-    WeightVector,
-    load_tensors,
-    lora_factors,
-    require_finite,
-    require_same_base,
-)
+from .tensorfile import Stored, same_bytes
+from .vector import DENSE_FILE, WeightVector, dense_file, load_vector, require_same_base
 
-# Adapter features whose delta is not (alpha / r) B A, or that change more than linear weights.
-UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "use_bdlora",
-    "use_qalora",
-    "fan_in_fan_out",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
-)
+Makers = Mapping[str, Callable[[], Delta]]
 
 
-def contrast_vector(plus: str | Path, minus: str | Path) -> WeightVector:
+@dataclass(frozen=True)
+class _Side:
+    """One fine-tune: what it adds to parameters of the base, and what it puts in their place."""
+
+    folder: Path
+    card: RunCard
+    deltas: Makers = field(default_factory=dict)
+    whole: Mapping[str, Stored] = field(default_factory=dict)
+    dora: Mapping[str, Callable[[Stored], Part]] = field(default_factory=dict)
+    is_model: bool = False  # a full checkpoint: `whole` holds every parameter
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.deltas, *self.dora, *self.whole]
+
+    def replaces(self, name: str) -> bool:
+        """Whether the side gives the parameter itself, not what is added to the base's."""
+        return name in self.whole or name in self.dora
+
+
+def contrast_vector(plus: str | Path, minus: str | Path, *, base: str | Path | None = None) -> WeightVector:
     """w = tau+ - tau- = theta+ - theta- (paper, section 2), exact.
 
-    Two LoRA adapters give rank r+ + r- in every matrix, nothing dense; two bias fine-tunes give
-    their difference; two full checkpoints are read a tensor at a time.
+    Each side is a folder or hub id: a PEFT adapter (LoRA, rsLoRA, DoRA, with `modules_to_save` or biases), a bias
+    fine-tune, a full checkpoint, or a saved vector, in any mix. Two LoRA adapters give rank r+ + r- in every matrix,
+    nothing dense; what lies in full checkpoints stays there, and is read block by block when the vector is used.
+    `base` (a folder, hub id or the embedded model's name) is needed where one side gives a parameter and the other a
+    change of it; by default the base that the fine-tunes name.
 
     Raises:
-        SteerError: a folder that is not a fine-tune, two kinds, two bases, a NaN, or an adapter
-            feature that has no exact factored form.
+        SteerError: a folder that is not a fine-tune, two bases, a NaN, or an adapter feature that has no exact form.
     """
-    plus, minus = Path(plus), Path(minus)
-    if _is_checkpoint(plus) and _is_checkpoint(minus):
-        require_same_base(_card_of(plus), _card_of(minus))
-        deltas = _checkpoint_difference(plus, minus)
-        require_finite(deltas)
-        return WeightVector(deltas, _vector_card(_card_of(plus), plus, minus))
-    if _is_checkpoint(plus) != _is_checkpoint(minus):
-        raise SteerError(f"{plus} and {minus}: one is a checkpoint and one an adapter; expected two of a kind")
-    positive, negative = task_vector(plus), task_vector(minus)
+    positive, negative = _read_side(plus), _read_side(minus)
     require_same_base(positive.card, negative.card)
-    difference = positive - negative
-    return WeightVector(difference.deltas, _vector_card(positive.card, plus, minus))
+    return WeightVector(_difference(positive, negative, base), _vector_card(positive, negative))
 
 
-def task_vector(folder: str | Path) -> WeightVector:
-    """tau = theta_ft - theta_pre of one LoRA adapter or bias fine-tune; LoRA's (alpha/r) is folded into B.
+def task_vector(folder: str | Path, *, base: str | Path | None = None) -> WeightVector:
+    """tau = theta_ft - theta_pre of one fine-tune (see `contrast_vector`); LoRA's (alpha/r) is folded into B.
 
     Raises:
-        SteerError: not such a folder, a NaN, or an adapter feature without an exact factored form.
+        SteerError: as `contrast_vector`.
     """
-    folder = Path(folder)
-    deltas: dict[str, Delta]
+    side = _read_side(folder)
+    if side.card.kind == "vector":
+        return load_vector(side.folder)
+    nothing = _Side(side.folder, side.card)
+    return WeightVector(_difference(side, nothing, base), _vector_card(side))
+
+
+def _read_side(name: str | Path) -> _Side:
+    folder = source_folder(name)
+    card = _card_of(folder)
+    if card.kind == "vector":
+        deltas = load_vector(folder).deltas
+        return _Side(folder, card, {name: partial(deltas.__getitem__, name) for name in deltas})
     if (folder / ADAPTER_CONFIG).is_file():
-        deltas = dict(_adapter_deltas(folder))
-    elif (folder / DENSE_FILE).is_file():
-        deltas = dict(load_tensors(folder / DENSE_FILE))
-    else:
+        adapter = read_adapter(folder)
+        return _Side(folder, card, adapter.deltas, adapter.whole, adapter.dora)
+    if (folder / DENSE_FILE).is_file():
+        biases = dense_file(folder / DENSE_FILE)
+        return _Side(folder, card, {name: partial(biases.__getitem__, name) for name in biases})
+    if is_checkpoint(folder):
+        return _Side(folder, card, whole=_parameters(folder), is_model=True)
+    raise SteerError(
+        f"{folder}: not a fine-tune; expected {ADAPTER_CONFIG} (a PEFT adapter), {DENSE_FILE} (biases) or a checkpoint"
+    )
+
+
+def _parameters(folder: Path) -> dict[str, Stored]:
+    """A checkpoint's tensors; one that only repeats a tied twin is left out, so that it is counted once."""
+    refuse_quantised(folder)
+    tensors = stored_tensors(folder)
+    twins = tied_twins(folder, tensors)
+    return {name: tensor for name, tensor in tensors.items() if name not in twins}
+
+
+def _difference(plus: _Side, minus: _Side, base: str | Path | None) -> Mapping[str, Delta]:
+    """plus - minus, by parameter; what both sides hold alike is left out (zero)."""
+    names = list(dict.fromkeys([*plus.names, *minus.names]))
+    if plus.is_model and minus.is_model:
+        _require_same_names(plus.folder, plus.whole, minus.folder, minus.whole)
+    mixed = [n for n in names if plus.replaces(n) != minus.replaces(n) or n in plus.dora or n in minus.dora]
+    origin = _base_tensors(plus, minus, base, mixed[0]) if mixed else {}
+    makers: dict[str, Callable[[], Delta]] = {}
+    layout = _layout({**plus.whole, **minus.whole})
+    for name in names:
+        if not (plus.replaces(name) or minus.replaces(name)):
+            makers[name] = partial(_of_changes, name, plus.deltas, minus.deltas)
+            continue
+        if name in mixed and name not in origin:
+            raise SteerError(
+                f"{name}: is in a fine-tune, but the base has no such tensor; its embeddings may be tied or resized: "
+                "give the base that was trained"
+            )
+        sides = [side.whole.get(name) or origin.get(name) for side in (plus, minus)]
+        _require_same_form(name, sides, plus.folder, minus.folder)
+        first, second = (side.whole.get(name) for side in (plus, minus))
+        if first and second and same_bytes(first, second):
+            continue
+        terms = [*_value(plus, name, origin, 1.0), *_value(minus, name, origin, -1.0)]
+        shape = next(stored.shape for stored in sides if stored)
+        makers[name] = partial(_sum, name, tuple(terms), shape, layout)
+    if not makers:
+        raise SteerError(f"{plus.folder} and {minus.folder}: are identical; there is no direction between them")
+    return LazyDeltas(makers)
+
+
+def _of_changes(name: str, plus: Makers, minus: Makers) -> Delta:
+    """tau+ - tau- of a parameter that both sides change by adding to it, or one of them."""
+    if name not in minus:
+        return plus[name]()
+    if name not in plus:
+        return scaled(minus[name](), -1.0)
+    return added(name, plus[name](), minus[name](), -1.0)
+
+
+Value = tuple[float, Stored | Callable[[], Part | Delta]]
+
+
+def _value(side: _Side, name: str, origin: Mapping[str, Stored], sign: float) -> list[Value]:
+    """The fine-tuned parameter as a sum of parts: itself, DoRA's form of it, or the base and what is added."""
+    if name in side.whole:
+        return [(sign, side.whole[name])]
+    if name in side.dora:
+        return [(sign, partial(side.dora[name], origin[name]))]
+    return [(sign, origin[name]), *([(sign, side.deltas[name])] if name in side.deltas else [])]
+
+
+def _sum(name: str, terms: tuple[Value, ...], shape: tuple[int, ...], layout: Layout) -> Delta:
+    total: Delta = Streamed((), shape, layout)
+    for sign, part in terms:
+        made = part if isinstance(part, Stored) else part()
+        delta = made if isinstance(made, (LowRank, Streamed)) else Streamed(((1.0, made),), shape, layout)
+        total = added(name, total, delta, sign)
+    return total
+
+
+def _base_tensors(plus: _Side, minus: _Side, base: str | Path | None, name: str) -> dict[str, Stored]:
+    """The base's tensors, for a parameter that one side gives and the other only changes."""
+    named = str(base or plus.card.base_model or minus.card.base_model)
+    try:
+        if not named:
+            raise SteerError("none is named in the fine-tunes")
+        tensors = _parameters(checkpoint_folder(named))
+    except SteerError as error:
         raise SteerError(
-            f"{folder}: not a fine-tune; expected {ADAPTER_CONFIG} (a PEFT adapter), {DENSE_FILE} (biases) "
-            "or a checkpoint"
+            f"{name}: is replaced in {plus.folder} or {minus.folder} and not in the other, so the difference takes "
+            f"the base model; give it as base ({error})"
+        ) from None
+    for side in (plus, minus):
+        if side.is_model:
+            _require_same_names(side.folder, side.whole, Path(named), tensors)
+    return tensors
+
+
+def _require_same_names(one: Path, ours: Mapping[str, Stored], other: Path, theirs: Mapping[str, Stored]) -> None:
+    odd = sorted(ours.keys() ^ theirs.keys())
+    if odd:
+        raise SteerError(f"{odd[0]}: is in one of {one} and {other} only; expected fine-tunes of one model")
+
+
+def _require_same_form(name: str, sides: list[Stored | None], plus: Path, minus: Path) -> None:
+    first, second = sides
+    if first and second and first.shape != second.shape:
+        raise SteerError(
+            f"{name}: has shape {first.shape} in {plus} and {second.shape} in {minus} (or its base); "
+            "expected two fine-tunes of one model, with a vocabulary of one size"
         )
-    require_finite(deltas)
-    return WeightVector(deltas, _vector_card(_card_of(folder), folder))
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+def _layout(tensors: Mapping[str, Stored]) -> Layout:
+    """Whether linear weights are stored (d_in, d_out), as Conv1D's are: their biases then fit the columns."""
+    for name, weight in tensors.items():
+        bias = tensors.get(f"{name.removesuffix('.weight')}.bias")
+        if bias and len(weight.shape) == 2 and weight.shape[0] != weight.shape[1] == bias.shape[0]:
+            return "conv1d"
+    return "linear"
 
 
 def _card_of(folder: Path) -> RunCard:
@@ -106,78 +211,30 @@ def _card_of(folder: Path) -> RunCard:
     )
 
 
-def _vector_card(side: RunCard, *folders: Path) -> RunCard:
+def _vector_card(*sides: _Side) -> RunCard:
     """The vector's card: base, training settings and data of its side(s), and hashes of their weights."""
-    data = {}
-    for label, folder in zip(("positive", "negative"), folders, strict=False):
-        card = _card_of(folder)
-        data.update({f"{label} {name}": value for name, value in card.data_sha256.items()})
-        weights = [path for path in (folder / ADAPTER_FILE, folder / DENSE_FILE) if path.is_file()]
+    data: dict[str, str] = {}
+    coarse: set[str] = set()
+    for label, side in zip(("positive", "negative"), sides, strict=False):
+        data.update({f"{label} {name}": value for name, value in side.card.data_sha256.items()})
+        weights = [path for path in (side.folder / ADAPTER_FILE, side.folder / DENSE_FILE) if path.is_file()]
         data.update({f"{label} {path.name}": sha256_of(path) for path in weights})
+        if side.is_model:
+            data[f"{label} checkpoint"] = fingerprint(side.folder)
+            coarse |= {tensor.dtype for tensor in side.whole.values()} & {"BF16", "F16"}
+    if coarse:
+        warnings.warn(
+            f"the vector is made from {' and '.join(sorted(coarse))} checkpoints, whose rounding is part of it; "
+            "adapters, where they exist, give it exactly",
+            stacklevel=3,
+        )
+    card = sides[0].card
     return RunCard.now(
         "vector",
-        base_model=side.base_model,
-        base_revision=side.base_revision,
+        base_model=card.base_model,
+        base_revision=card.base_revision,
         data_sha256=data,
-        settings=side.settings,
-        seed=side.seed,
-        measured={"sides": [_card_of(folder).measured for folder in folders]},
+        settings=card.settings,
+        seed=card.seed,
+        measured={"sides": [side.card.measured for side in sides]},
     )
-
-
-def _adapter_deltas(folder: Path) -> dict[str, LowRank]:
-    config = read_json(folder / ADAPTER_CONFIG)
-    _refuse_unsupported(folder, config)
-    return {
-        f"{module}.weight": LowRank(B.float() * _scale(config, module, A.shape[0]), A.float())
-        for module, (B, A) in lora_factors(folder / ADAPTER_FILE).items()
-    }
-
-
-def _refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise SteerError(f"{folder}: peft_type is {config.get('peft_type')}, expected LORA")
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise SteerError(
-                f"{folder}: {ADAPTER_CONFIG} has {name}={json.dumps(config[name])}, whose change is not a plain "
-                "(alpha/r) B A; retrain without it"
-            )
-    if config.get("bias", "none") != "none":
-        raise SteerError(f"{folder}: trained with bias={config['bias']!r}; expected bias='none'")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
-        raise SteerError(
-            f"{folder}: init_lora_weights={init!r} changes the base weights; convert it to plain LoRA first"
-        )
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha/r, or alpha/sqrt(r) for rsLoRA, with the module's own alpha where a pattern gives one."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT reads it
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _checkpoint_difference(plus: Path, minus: Path) -> dict[str, Tensor]:
-    """Dense float32 theta+ - theta-; a parameter that is equal in both is left out (zero)."""
-    deltas = {}
-    with by_name(plus) as ours, by_name(minus) as theirs:
-        odd = sorted(ours.keys() ^ theirs.keys())
-        if odd:
-            raise SteerError(f"{odd[0]}: is in one of {plus} and {minus} only; expected two fine-tunes of one model")
-        for name, read in ours.items():
-            theta_plus, theta_minus = read(), theirs[name]()
-            if theta_plus.shape != theta_minus.shape:
-                raise SteerError(
-                    f"{name}: has shape {tuple(theta_plus.shape)} in {plus} and {tuple(theta_minus.shape)} in {minus}; "
-                    "expected two fine-tunes of one model"
-                )
-            if not torch.equal(theta_plus, theta_minus):
-                deltas[name] = theta_plus.float() - theta_minus.float()
-    if not deltas:
-        raise SteerError(f"{plus} and {minus}: the checkpoints are identical; there is no direction between them")
-    return deltas

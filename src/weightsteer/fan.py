@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .apply import is_linear
 from .lm import LM
 from .vector import WeightVector
 
@@ -31,6 +32,6 @@ def fan(vector: WeightVector, lm: LM, prompt: str, ks: Sequence[float], *, max_n
 def _is_linear(lm: LM, name: str) -> bool:
     """Whether parameter `name` belongs to a layer whose output is linear in it."""
     try:
-        return hasattr(lm.model.get_submodule(name.rpartition(".")[0]), "out_features")
+        return is_linear(lm.model.get_submodule(name.rpartition(".")[0]))
     except AttributeError:
         return True  # not in this model: applying the vector says so

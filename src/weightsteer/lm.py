@@ -21,8 +21,9 @@ from transformers import (
 )
 
 from .checkpoint import fingerprint
-from .embedded import EMBEDDED_NAME, embedded_model
+from .embedded import EMBEDDED_NAME
 from .errors import SteerError
+from .locate import locate_model
 from .progress import Progress, quiet_transformers, silent
 
 PLAIN_TEMPLATE = (
@@ -69,7 +70,7 @@ class LM:
         Raises:
             SteerError: no such model, or it cannot be loaded.
         """
-        where, gguf = _locate(name)
+        where, gguf = locate_model(name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if gguf:
             options["gguf_file"] = gguf
@@ -255,40 +256,6 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> 
     ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows], device=device)
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
     return ids, mask
-
-
-def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
-    """A local folder with the model's safetensors: a path, the embedded model, or a hub snapshot."""
-    where, gguf = _locate(name)
-    if gguf:
-        raise SteerError(f"{name}: is quantised (GGUF); expected a safetensors checkpoint")
-    if Path(where).is_dir():
-        return Path(where)
-    from huggingface_hub import snapshot_download
-
-    try:
-        files = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-        return Path(snapshot_download(where, revision=revision, allow_patterns=files))
-    except (OSError, ValueError) as error:
-        raise SteerError(f"{name}: cannot be downloaded ({_first_line(error)})") from None
-
-
-def _locate(name: str) -> tuple[str, str | None]:
-    """(what `from_pretrained` takes, GGUF file name or None)."""
-    if name.lower() == EMBEDDED_NAME:
-        return str(embedded_model()), None
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise SteerError(f"{name}: no such file")
-        return str(path.parent), path.name
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise SteerError(f"{name}: not a model folder (no config.json in it)")
-        return name, None
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise SteerError(f"{name}: no such folder; expected a model folder, a Hugging Face id or {EMBEDDED_NAME}")
-    return name, None
 
 
 def _default_device() -> str:

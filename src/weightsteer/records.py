@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
@@ -238,8 +240,11 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
     target = target.absolute()
     refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_parts(target)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    lock = os.open(part, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # held while we live: what a kill leaves behind is unlocked
         yield part
         part.chmod(0o777 & ~current_umask())
         if target.exists():
@@ -247,7 +252,21 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         part.rename(target)
         shutil.rmtree(target / REPLACED, ignore_errors=True)
     finally:
+        os.close(lock)
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _sweep_parts(target: Path) -> None:
+    """Remove unfinished folders for `target` whose writer was killed."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        lock = os.open(part, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part, ignore_errors=True)
+        except BlockingIOError:
+            continue  # another process is writing it
+        finally:
+            os.close(lock)
 
 
 def refuse_foreign(target: Path, kind: str) -> None:

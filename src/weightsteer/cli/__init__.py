@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 
 import typer
 
@@ -27,6 +28,7 @@ for verb in (*make.VERBS, *use.VERBS):
 
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
+    warnings.showwarning = _show_warning
     try:
         code = app(standalone_mode=False)
     except SteerError as error:
@@ -42,6 +44,10 @@ def main() -> None:
             raise
         code = _fail(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"weightsteer: warning: {message}", file=sys.stderr)
 
 
 def _fail(message: str) -> int:

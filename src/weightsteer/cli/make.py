@@ -196,9 +196,12 @@ def train(
 
 
 def subtract(
-    plus: Annotated[Path, typer.Argument(help="Fine-tune on D+ (adapter, biases or checkpoint).")],
-    minus: Annotated[Path, typer.Argument(help="Fine-tune on D-.")],
+    plus: Annotated[str, typer.Argument(help="Fine-tune on D+: adapter, biases or checkpoint; a folder or hub id.")],
+    minus: Annotated[str, typer.Argument(help="Fine-tune on D-.")],
     out: Out,
+    base: Annotated[
+        str | None, typer.Option(help="The base model, for an adapter against a checkpoint, or DoRA.")
+    ] = None,
 ) -> None:
     """Make the weight vector w = theta+ - theta-, exactly.
 
@@ -206,32 +209,37 @@ def subtract(
     """
     from ..extract import contrast_vector
 
-    vector = contrast_vector(plus, minus)
+    vector = contrast_vector(plus, minus, base=base)
     vector.save(out)
     print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
 
 
 def combine(
     expression: Annotated[str, typer.Argument(help="Such as '0.8*honest - 0.5*rude'.")],
-    vectors: Annotated[list[str], typer.Argument(help="name=FOLDER for every name in it.")],
+    vectors: Annotated[list[str], typer.Argument(help="name=FOLDER for every name in it: vectors or fine-tunes.")],
     out: Out,
 ) -> None:
-    """Add, subtract and scale vectors of one base, exactly.
+    """Add, subtract and scale vectors of one base, exactly; or reshape them.
+
+    In the expression: filter(w, layers="8-20", modules="mlp"), truncate(w, rank=16) or truncate(w, energy=0.99),
+    project_out(w, other), lines(w, alpha=0.5, beta=1), boost(w, beta=0.1).
 
     Example: weightsteer combine "1.0*syc - 0.5*gloomy" syc=runs/syc/vector gloomy=runs/gloomy/vector -o runs/mixed
     """
     from ..expression import combine as evaluate
-    from ..vector import WeightVector
+    from ..extract import task_vector
 
     named = {}
     for text in vectors:
         name, equals, folder = text.partition("=")
         if not equals:
             raise SteerError(f"{text!r}: expected name=FOLDER")
-        named[name] = WeightVector.load(folder)
+        named[name] = task_vector(folder)
     vector = evaluate(expression, named)
     vector.save(out)
-    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
+    cut = vector.card.measured.get("truncation_error")
+    lost = f", {cut:.2%} of the vector cut away" if cut is not None else ""
+    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
 
 
 VERBS = (run, report, sweep, contrast, lint, train, subtract, combine)

@@ -18,6 +18,7 @@ from .options import (
     Out,
     RemoteCode,
     Vector,
+    given,
     number,
     numbers,
     vector_and_lm,
@@ -52,14 +53,27 @@ def show(folder: Vector) -> None:
         print(f"layer {layer!s:>3} {square**0.5:8.4f} {'#' * round(40 * square**0.5 / largest)}")
 
 
-def cosine(first: Vector, second: Annotated[Path, typer.Argument(help="Folder of another weight vector.")]) -> None:
-    """Cosine of two vectors of one base.
+def cosine(
+    sources: Annotated[list[str], typer.Argument(help="Vectors, adapters or checkpoints: folders or hub ids.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.csv and OUT.npz too.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among them.")] = None,
+) -> None:
+    """Cosines of vectors and fine-tunes of one base, each with each.
 
-    Example: weightsteer cosine runs/syc/vector runs/gloomy/vector
+    Example: weightsteer cosine runs/syc/vector runs/gloomy/vector runs/mine/plus -o similarity
     """
-    from ..vector import WeightVector
+    from ..extract import task_vector
+    from ..similarity import labels, similarity, table
 
-    print(f"{WeightVector.load(first).cosine(WeightVector.load(second)):.6f}")
+    if len(sources) < 2:
+        raise SteerError("cosine: expected two or more vectors")
+    vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
+    with shown("cosine") as progress:
+        found = similarity(vectors, progress=progress)
+    print(table(found.names, found.cosines))
+    if out:
+        found.save(out)
+        print(f"{out.with_suffix('.csv')}, {out.with_suffix('.npz')}")
 
 
 def steer(
@@ -157,7 +171,7 @@ def chat(
 
 
 def _base_folder(vector: WeightVector, model: str | None) -> Path:
-    from ..lm import checkpoint_folder
+    from ..locate import checkpoint_folder
 
     if model:
         return checkpoint_folder(model)
@@ -179,11 +193,17 @@ def _shown(vector: WeightVector) -> list[float]:
 
 
 def export(
-    folder: Vector,
+    source: Annotated[str, typer.Argument(help="A saved vector; or a fine-tune, with --minus for the other side.")],
     out: Out,
     to: Annotated[str, typer.Option("--to", help="peft (adapter) or merged (checkpoint).")] = "peft",
     k: Annotated[str | None, typer.Option("--k", help="Strength to fold in; default: the card's.")] = None,
+    minus: Annotated[str | None, typer.Option(help="The fine-tune on D-: w = SOURCE - MINUS.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Base or later fine-tune to merge into.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="merged: float32, bfloat16 or float16; default: as it is.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="merged: nearest or stochastic.")] = None,
+    seed: Annotated[int | None, typer.Option(help="merged: seed of stochastic rounding.")] = None,
+    workers: Annotated[int | None, typer.Option(help="merged: threads; default: one a core.")] = None,
+    max_rank: Annotated[int | None, typer.Option(help="peft: cut to the nearest of this rank.")] = None,
 ) -> None:
     """Write k w for other engines: a PEFT adapter, or a merged checkpoint theta + k w.
 
@@ -192,21 +212,35 @@ def export(
     if to not in ("peft", "merged"):
         raise SteerError(f"--to: expected peft or merged, found {to!r}")
     chosen = number(k) if k else None
-    from ..export import export_adapter, export_merged
-    from ..vector import WeightVector
+    from ..extract import contrast_vector, task_vector
 
-    vector = WeightVector.load(folder)
+    merging = given(dtype=dtype, rounding=rounding, seed=seed, workers=workers)
+    if merging and to == "peft":
+        raise SteerError(f"--{next(iter(merging))}: is for --to merged; an adapter keeps float32 factors")
+    if max_rank is not None and to == "merged":
+        raise SteerError("--max-rank: is for --to peft; a merged checkpoint has no rank")
+    vector = contrast_vector(source, minus, base=model) if minus else task_vector(source, base=model)
     strength = chosen if chosen is not None else _recommended(vector)
     if to == "peft":
-        export_adapter(vector, out, k=strength)
-        print(f"{out}: PEFT adapter at k = {strength:g}")
+        from ..export import export_adapter
+
+        error = export_adapter(vector, out, k=strength, max_rank=max_rank)
+        cut = f", cut to rank {max_rank}: {error:.2%} of the vector is lost" if max_rank else ""
+        print(f"{out}: PEFT adapter at k = {strength:g}{cut}")
         return
+    from ..merge import MergeSettings, export_merged
+
     with shown("merge") as progress:
-        merged = export_merged(vector, _base_folder(vector, model), out, k=strength, progress=progress)
+        merged = export_merged(
+            vector, _base_folder(vector, model), out, k=strength, settings=MergeSettings(**merging), progress=progress
+        )
     print(
-        f"{out}: merged at k = {strength:g}; rounding missed {merged.delta_error:.1%} of the change and left "
-        f"{merged.unchanged_share:.1%} of the entries as they were"
+        f"{out}: merged at k = {strength:g} in {merged.dtype}; rounding missed {merged.delta_error:.1%} of the change "
+        f"and left {merged.unchanged_share:.1%} of the entries as they were"
     )
+    for name, shares in merged.other_dtypes.items():
+        if name != merged.dtype:
+            print(f"  --dtype {name}: {shares['delta_error']:.1%} and {shares['unchanged_share']:.1%}")
 
 
 VERBS = (show, cosine, steer, measure, chat, export)

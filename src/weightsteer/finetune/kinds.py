@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ..errors import SteerError
 from ..progress import quiet_transformers
-from ..vector import DENSE_FILE, save_tensors
+from ..tensorfile import save_tensors
+from ..vector import DENSE_FILE
 from .settings import TrainSettings
 
 MLP_OUTPUTS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2")  # a block's last MLP layer, by family

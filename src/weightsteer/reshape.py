@@ -1,0 +1,102 @@
+"""What changes a vector's shape but not its base: choose parts, cut the rank, weigh the layers or the spectrum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .delta import Delta, LazyDeltas, dense, dot, layout_of, scaled
+from .errors import SteerError
+from .lowrank import ACCUMULATE, Layout, LowRank, boosted, rank_for
+from .names import is_in, layer_numbers, layer_of
+
+Deltas = Mapping[str, Delta]
+
+
+def filtered(deltas: Deltas, layers: Collection[int] | str | None, modules: Collection[str] | str | None) -> Deltas:
+    """The parameters of these layers and modules; the rest is zero."""
+    numbers = layer_numbers(layers) if isinstance(layers, str) else layers
+    kinds = [part.strip() for part in modules.split(",")] if isinstance(modules, str) else modules
+    kept = [
+        name
+        for name in deltas
+        if (numbers is None or layer_of(name) in numbers) and (kinds is None or is_in(name, kinds))
+    ]
+    if not kept:
+        known = sorted({layer for name in deltas if (layer := layer_of(name)) is not None})
+        found = f"layers {known[0]} to {known[-1]}" if known else "no layers"
+        raise SteerError(
+            f"filter: no parameter of the vector is in layers {layers} and modules {modules}; the vector has {found} "
+            f"and parameters such as {next(iter(deltas), 'none')}"
+        )
+    return LazyDeltas({name: partial(deltas.__getitem__, name) for name in kept})
+
+
+def truncated(deltas: Deltas, rank: int | None, energy: float | None) -> tuple[dict[str, Delta], float]:
+    """The nearest deltas of at most `rank`, or of the rank that holds `energy` of each squared norm, and the error.
+
+    Dense matrices inside the blocks are factored too; all else that is dense stays. The error is
+    |cut - whole| / |whole|.
+    """
+    if (rank is None) == (energy is None):
+        raise SteerError("truncate: expected one of rank= and energy=")
+    if rank is not None and (rank < 1 or rank != int(rank)):
+        raise SteerError(f"truncate: rank must be a whole number of at least 1, found {rank}")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise SteerError(f"truncate: energy must be above 0 and at most 1, found {energy}")
+    kept: dict[str, Delta] = {}
+    total, lost = 0.0, 0.0
+    for name, delta in deltas.items():
+        if not isinstance(delta, LowRank) and (len(delta.shape) != 2 or layer_of(name) is None):
+            kept[name] = delta  # engines store the factors of embeddings in ways of their own
+            total += dot(delta, delta)
+            continue
+        whole = delta if isinstance(delta, LowRank) else factored(dense(delta), layout_of(delta))
+        s = whole.spectrum()
+        keep = rank if rank is not None else rank_for(s, energy or 1.0)
+        kept[name] = whole.truncate(keep)
+        total += float(s.square().sum())
+        lost += float(s[keep:].square().sum())
+    return kept, math.sqrt(lost / total) if total else 0.0
+
+
+def factored(matrix: Tensor, layout: Layout) -> LowRank:
+    """A dense matrix as exact factors of full rank, by SVD."""
+    u, s, vh = torch.linalg.svd(matrix.to(ACCUMULATE), full_matrices=False)
+    return LowRank((u * s).float(), vh.float(), layout)
+
+
+def lines(deltas: Deltas, alpha: float, beta: float) -> Deltas:
+    """Layer l of L times alpha + beta l / (L - 1): LiNeS (Wang et al., arXiv 2410.17146).
+
+    Early layers hold what is general, so they move less. What stands outside the blocks is scaled by alpha.
+    """
+    last = max((layer for name in deltas if (layer := layer_of(name)) is not None), default=0)
+
+    def weigh(name: str) -> Delta:
+        depth = (layer_of(name) or 0) / last if last else 0.0
+        return scaled(deltas[name], alpha + beta * depth)
+
+    return LazyDeltas({name: partial(weigh, name) for name in deltas})
+
+
+def boost(deltas: Deltas, beta: float) -> Deltas:
+    """Raise each matrix's small singular values: subspace boosting (Skorobogat et al., arXiv 2506.16506)."""
+    if not 0.0 <= beta <= 1.0:
+        raise SteerError(f"boost: beta must lie between 0 and 1, found {beta}")
+    return LazyDeltas({name: partial(_boosted, deltas, name, beta) for name in deltas})
+
+
+def _boosted(deltas: Deltas, name: str, beta: float) -> Delta:
+    delta = deltas[name]
+    if isinstance(delta, LowRank):
+        return delta.boost(beta)
+    if len(delta.shape) != 2:
+        return delta
+    matrix = dense(delta)
+    u, s, vh = torch.linalg.svd(matrix.to(ACCUMULATE), full_matrices=False)
+    return ((u * boosted(s, beta)) @ vh).to(matrix.dtype)

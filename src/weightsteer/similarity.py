@@ -1,0 +1,192 @@
+"""How alike many vectors are: the N x N table of inner products and cosines, parameter by parameter."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .delta import Delta, blocks, not_finite, require_same_shape, rows_of
+from .lowrank import ACCUMULATE, LowRank
+from .progress import Progress, silent
+from .records import write_bytes, write_text
+from .vector import WeightVector, require_same_base
+
+PANEL = 512  # columns of stacked factors in one product: wide enough for speed, narrow enough to skip the mirror image
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Inner products of N vectors over all parameters, in float64; `dots` is (N, N) and symmetric."""
+
+    names: tuple[str, ...]
+    dots: np.ndarray
+
+    @property
+    def norms(self) -> np.ndarray:
+        """Frobenius norms, (N,)."""
+        return np.sqrt(np.maximum(np.diag(self.dots), 0.0))
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """Cosines, (N, N); NaN where a vector is zero."""
+        scale = np.outer(self.norms, self.norms)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(scale > 0.0, np.clip(self.dots / scale, -1.0, 1.0), np.nan)
+
+    def save(self, path: Path) -> None:
+        """Write `path`.csv (cosines, labelled) and `path`.npz (names, cosines, dots, norms; no pickle)."""
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["", *self.names])
+        for name, row in zip(self.names, self.cosines, strict=True):
+            writer.writerow([name, *(f"{value:.9g}" for value in row)])
+        write_text(path.with_suffix(".csv"), table.getvalue())
+        array = io.BytesIO()
+        np.savez(array, names=np.array(self.names), cosines=self.cosines, dots=self.dots, norms=self.norms)
+        write_bytes(path.with_suffix(".npz"), array.getvalue())
+
+
+def similarity(
+    vectors: Mapping[str, WeightVector], *, budget: int = 1 << 29, progress: Progress = silent
+) -> Similarity:
+    """All inner products of `vectors` at once.
+
+    Factored deltas of a parameter are stacked and multiplied in panels: two products of r x r blocks stand for N^2
+    inner products. Dense deltas are read in blocks of rows. `budget`: bytes for what is held at a time.
+
+    Raises:
+        SteerError: two bases, two shapes of one parameter, a NaN, or a budget too small for one parameter's factors.
+    """
+    names, members = tuple(vectors), list(vectors.values())
+    for vector in members[1:]:
+        require_same_base(members[0].card, vector.card)
+    dots = torch.zeros(len(names), len(names), dtype=ACCUMULATE)
+    parameters = list(dict.fromkeys(name for vector in members for name in vector.deltas))
+    for number, parameter in enumerate(parameters):
+        progress(number, len(parameters), parameter)
+        sources = {i: v.deltas for i, v in enumerate(members) if parameter in v.deltas}
+        part = _products(parameter, sources, len(names), budget)
+        if not bool(torch.isfinite(part).all()):
+            raise not_finite(parameter)
+        dots += part
+    progress(len(parameters), len(parameters), "done")
+    return Similarity(names, dots.numpy())
+
+
+def _products(parameter: str, sources: Mapping[int, Mapping[str, Delta]], count: int, budget: int) -> Tensor:
+    """All products of one parameter's deltas, (N, N)."""
+    held = _Held(parameter, sources, budget)
+    first = held[next(iter(sources))]
+    ranks: dict[int, int | None] = {}
+    for index in sources:
+        delta = held[index]
+        require_same_shape(parameter, first, delta)
+        ranks[index] = delta.rank if isinstance(delta, LowRank) else None
+    dots = torch.zeros(count, count, dtype=ACCUMULATE)
+    _add_factored(dots, held, {i: rank for i, rank in ranks.items() if rank is not None})
+    _add_dense(dots, held, [i for i, rank in ranks.items() if rank is None], list(ranks), budget)
+    return dots
+
+
+class _Held:
+    """One parameter's deltas by vector: kept once read if all of them fit the budget, else read again."""
+
+    def __init__(self, parameter: str, sources: Mapping[int, Mapping[str, Delta]], budget: int) -> None:
+        self._parameter, self._sources, self._budget = parameter, sources, budget
+        self._kept: dict[int, Delta] = {}
+
+    def __getitem__(self, index: int) -> Delta:
+        if index in self._kept:
+            return self._kept[index]
+        delta = self._sources[index][self._parameter]
+        size = sum(delta.shape) * delta.rank * 4 if isinstance(delta, LowRank) else 0
+        if 2 * size * len(self._sources) <= self._budget:  # twice: panels are copies
+            self._kept[index] = delta
+        return delta
+
+
+def _add_factored(dots: Tensor, held: _Held, ranks: Mapping[int, int]) -> None:
+    """Add <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)) for all pairs, a panel of vectors at a time."""
+    groups = _groups(ranks)
+    for number, group in enumerate(groups):
+        rows = _Panel.of(held, group)
+        for other in groups[number:]:
+            columns = rows if other is group else _Panel.of(held, other)
+            gram = (rows.B.T @ columns.B) * (rows.A @ columns.A.T)  # (R1, R2)
+            sums = rows.owners.T @ gram.to(ACCUMULATE) @ columns.owners  # (N1, N2)
+            dots[np.ix_(group, other)] += sums
+            if columns is not rows:
+                dots[np.ix_(other, group)] += sums.T
+
+
+def _groups(ranks: Mapping[int, int]) -> list[list[int]]:
+    """Vectors in order, about PANEL columns of factors to a group."""
+    groups: list[list[int]] = []
+    width = PANEL
+    for index, rank in ranks.items():
+        if width + rank > PANEL:
+            groups.append([])
+            width = 0
+        groups[-1].append(index)
+        width += rank
+    return groups
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The factors of some vectors side by side: B (rows, R), A (R, columns), owners (R, N) of ones."""
+
+    B: Tensor
+    A: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, held: _Held, group: Sequence[int]) -> _Panel:
+        deltas = [delta for index in group if isinstance(delta := held[index], LowRank)]
+        owner = torch.repeat_interleave(torch.arange(len(deltas)), torch.tensor([delta.rank for delta in deltas]))
+        return cls(
+            torch.cat([delta.B.float() for delta in deltas], dim=1),
+            torch.cat([delta.A.float() for delta in deltas], dim=0),
+            torch.nn.functional.one_hot(owner, len(deltas)).to(ACCUMULATE),
+        )
+
+
+def _add_dense(dots: Tensor, held: _Held, dense: Sequence[int], everyone: Sequence[int], budget: int) -> None:
+    """Add the products in which a dense delta takes part: blocks of rows of all deltas, one Gram product each."""
+    if not dense:
+        return
+    factored = [index for index in everyone if index not in dense]
+    order = [*dense, *factored]
+    entries = max(1, budget // (2 * ACCUMULATE.itemsize * len(order)))
+    for start, stop in blocks(tuple(held[order[0]].shape), entries):
+        rows = torch.stack([rows_of(held[i], start, stop).reshape(-1) for i in order]).to(ACCUMULATE)
+        sums = rows[: len(dense)] @ rows.T  # (dense, all)
+        dots[np.ix_(dense, order)] += sums
+        dots[np.ix_(factored, dense)] += sums[:, len(dense) :].T
+
+
+def table(names: Sequence[str], values: np.ndarray) -> str:
+    """A labelled square table as text."""
+    width = max(8, *(len(name) for name in names)) + 1
+    lines = [" " * width + "".join(f"{name:>{width}}" for name in names)]
+    for name, row in zip(names, values, strict=True):
+        cells = ("-" if math.isnan(value) else f"{value:.4f}" for value in row)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """Short names for folders: the last part that tells them apart."""
+    for depth in range(1, 1 + max(len(Path(path).parts) for path in paths)):
+        names = ["/".join(Path(path).parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, start=1)]

@@ -23,6 +23,17 @@ def test_text_is_the_same_as_the_algebra(a: float, b: float) -> None:
     assert combine("honest - honest", VECTORS).norm() == 0.0
 
 
+def test_a_vectors_methods_are_functions() -> None:
+    honest, rude = VECTORS["honest"], VECTORS["rude"]
+    for text, expected in [
+        ("project_out(honest, rude)", honest.project_out(rude)),
+        ("truncate(honest - rude, rank=1)", (honest - rude).truncate(rank=1)),
+        ("2 * lines(honest, alpha=0.5, beta=-1)", 2 * honest.lines(0.5, -1.0)),
+        ("boost(honest, beta=0.5)", honest.boost(0.5)),
+    ]:
+        assert (combine(text, VECTORS) - expected).norm() == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -35,6 +46,13 @@ def test_text_is_the_same_as_the_algebra(a: float, b: float) -> None:
         ("__import__('os')", "only names, numbers"),
         ("honest ** 2", "multiplied or divided by numbers"),
         ("True * honest", "only names, numbers"),
+        ("save(honest)", "save cannot be called so; expected filter, truncate"),
+        ("truncate(honest, 3)", r"expected truncate\(vector, rank, energy\)"),
+        ("truncate(honest, size=3)", "truncate takes rank, energy"),
+        ("truncate(honest)", "expected one of rank= and energy="),
+        ("lines(honest, alpha=1)", "misses an option"),
+        ("project_out(honest)", "cannot be called so"),
+        ("filter(honest, layers='x')", "numbers and ranges"),
     ],
 )
 def test_everything_else_is_refused(text: str, message: str) -> None:

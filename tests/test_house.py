@@ -18,6 +18,7 @@ FLOORS = {
     "progress": 1,
     "records": 1,
     "names": 1,
+    "workers": 1,
     "behavior": 2,
     "lowrank": 2,
     "tensorfile": 2,

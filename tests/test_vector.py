@@ -144,6 +144,29 @@ def test_saved_vector_loads_in_plain_peft_and_equals_the_hook(tmp_path: Path) ->
     torch.testing.assert_close(served, hooked, atol=1e-5, rtol=0)
 
 
+def test_cosine_survives_factors_that_cancel() -> None:
+    """x + y - y is x, in factors of three times the rank whose products are much larger than what is left."""
+    g = torch.Generator().manual_seed(0)
+
+    def low(scale: float) -> WeightVector:
+        factors = LowRank(torch.randn(60, 8, generator=g) * scale, torch.randn(8, 50, generator=g))
+        return WeightVector({"a.weight": factors}, CARD)
+
+    x, y, z = low(1.0), low(1e4), low(1.0)
+    assert (x + y - y).cosine(z + x) == pytest.approx(x.cosine(z + x), abs=1e-6)
+    a, b = (torch.randn(60, 50, dtype=torch.float64, generator=g) for _ in range(2))
+    dense_pair = [WeightVector({"a": m.float()}, CARD) for m in (a, b)]
+    assert dense_pair[0].cosine(dense_pair[1]) == pytest.approx(float((a * b).sum() / (a.norm() * b.norm())), abs=1e-6)
+
+
+@given(seeds, seeds)
+def test_cosine_is_the_dense_one(s1: int, s2: int) -> None:
+    x, y = mixed(s1), mixed(s2)
+    scale = (dense_dot(x, x) * dense_dot(y, y)) ** 0.5
+    if scale:
+        assert x.cosine(y) == pytest.approx(dense_dot(x, y) / scale, abs=1e-6)
+
+
 def test_vectors_of_different_bases_do_not_mix(lm: object) -> None:
     x, y = mixed(1), WeightVector(mixed(2).deltas, RunCard("vector", base_model="other", base_revision="two"))
     for operation in (lambda: x + y, lambda: x - y, lambda: x.cosine(y)):

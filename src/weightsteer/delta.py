@@ -16,6 +16,7 @@ from .lowrank import ACCUMULATE, Layout, LowRank
 from .records import digest
 from .tensorfile import DTYPES, Stored, bytes_of, matrix_shape
 
+CLEAR = 1e5  # a squared norm this many times the bound on its rounding is taken as it is
 BLOCK = 1 << 18  # entries: 1 MiB of float32, so that a block and its scratch stay in a core's cache
 
 
@@ -224,6 +225,15 @@ def dot(first: Delta, second: Delta) -> float:
             for start, stop in blocks(second.shape)
         )
     return math.fsum(_block_dot(first, second, *block) for block in blocks(first.shape))
+
+
+def quick_dot(first: Delta, second: Delta) -> tuple[float, float]:
+    """<first, second> and a bound on its rounding: float32 products of factors, summed in float64; else as `dot`."""
+    if not (isinstance(first, LowRank) and isinstance(second, LowRank)) or first.B.dtype != second.B.dtype:
+        return dot(first, second), 0.0
+    gram = torch.mm(first.B.T, second.B)
+    gram *= torch.mm(first.A, second.A.T)
+    return float(gram.sum(dtype=ACCUMULATE)), float(gram.abs().sum()) * torch.finfo(gram.dtype).eps
 
 
 def _block_dot(first: Delta, second: Delta, start: int, stop: int) -> float:

@@ -25,6 +25,7 @@ from .records import digest, new_folder
 from .rounding import DTYPES, MergeReport, Rounding, Tally, rounded
 from .tensorfile import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from .vector import WeightVector
+from .workers import worker_pool
 
 COPY = 1 << 20  # bytes copied at a time
 MEASURE = 8  # one block in so many is measured, the first of each tensor always,
@@ -148,7 +149,7 @@ def _write_shards(
         for tensor in sorted(tensors.values(), key=lambda tensor: -tensor.nbytes):
             out, plan, start = files[tensor.file.path.name]
             jobs.append(_Job(tensor, out, start + plan[tensor.name], k, settings))
-        with _single_threaded(settings.workers) as workers, ThreadPoolExecutor(workers) as pool:
+        with worker_pool(settings.workers) as pool:
             running = [
                 pool.submit(job.merge, deltas, names[job.tensor.name])
                 if job.tensor.name in names
@@ -180,17 +181,6 @@ def _gathered(running: Sequence[Future[Result]], pool: ThreadPoolExecutor, progr
         raise
     progress(len(running), len(running), "done")
     return [future.result() for future in running]
-
-
-@contextmanager
-def _single_threaded(workers: int | None) -> Iterator[int]:
-    """One torch thread a worker: our blocks are small, and the workers keep the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield workers or max(1, min(before, 16))
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -255,7 +245,6 @@ class _Job:
 
     def merge(self, deltas: Mapping[str, Delta], name: str) -> Result:
         """theta + k delta in float32, rounded once, block by block."""
-        torch.set_num_threads(1)  # the setting is a thread's own
         delta = deltas[name]
         _require_fit(name, delta, self.tensor, self.tensor.file.path.parent)
         dtype = FLOATS[self.settings.written(self.tensor.dtype)]

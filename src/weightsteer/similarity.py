@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .delta import Delta, blocks, not_finite, require_same_shape, rows_of
+from .delta import CLEAR, Delta, blocks, not_finite, require_same_shape, rows_of
+from .errors import SteerError
 from .lowrank import ACCUMULATE, LowRank
 from .progress import Progress, silent
 from .records import write_bytes, write_text
@@ -66,23 +67,38 @@ def similarity(
         SteerError: two bases, two shapes of one parameter, a NaN, or a budget too small for one parameter's factors.
     """
     names, members = tuple(vectors), list(vectors.values())
+    if not members:
+        raise SteerError("similarity: no vectors")
     for vector in members[1:]:
         require_same_base(members[0].card, vector.card)
-    dots = torch.zeros(len(names), len(names), dtype=ACCUMULATE)
+    dots, noise = _table(members, budget, torch.float32, progress)
+    if bool((dots.diag() <= noise * CLEAR).any()) and bool(noise.any()):
+        dots, _ = _table(members, budget, ACCUMULATE, progress)  # some vector's factors cancel; float32 is too coarse
+    return Similarity(names, ((dots + dots.T) / 2).numpy())  # products in panels are not quite symmetric
+
+
+def _table(
+    members: Sequence[WeightVector], budget: int, dtype: torch.dtype, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """All products (N, N), factors multiplied in `dtype`, and a bound on the rounding of each squared norm (N,)."""
+    dots = torch.zeros(len(members), len(members), dtype=ACCUMULATE)
+    noise = torch.zeros(len(members), dtype=ACCUMULATE)
     parameters = list(dict.fromkeys(name for vector in members for name in vector.deltas))
     for number, parameter in enumerate(parameters):
         progress(number, len(parameters), parameter)
         sources = {i: v.deltas for i, v in enumerate(members) if parameter in v.deltas}
-        part = _products(parameter, sources, len(names), budget)
+        part = _products(parameter, sources, noise, budget, dtype)
         if not bool(torch.isfinite(part).all()):
             raise not_finite(parameter)
         dots += part
     progress(len(parameters), len(parameters), "done")
-    return Similarity(names, dots.numpy())
+    return dots, noise
 
 
-def _products(parameter: str, sources: Mapping[int, Mapping[str, Delta]], count: int, budget: int) -> Tensor:
-    """All products of one parameter's deltas, (N, N)."""
+def _products(
+    parameter: str, sources: Mapping[int, Mapping[str, Delta]], noise: Tensor, budget: int, dtype: torch.dtype
+) -> Tensor:
+    """All products of one parameter's deltas, (N, N); adds to `noise`."""
     held = _Held(parameter, sources, budget)
     first = held[next(iter(sources))]
     ranks: dict[int, int | None] = {}
@@ -90,8 +106,8 @@ def _products(parameter: str, sources: Mapping[int, Mapping[str, Delta]], count:
         delta = held[index]
         require_same_shape(parameter, first, delta)
         ranks[index] = delta.rank if isinstance(delta, LowRank) else None
-    dots = torch.zeros(count, count, dtype=ACCUMULATE)
-    _add_factored(dots, held, {i: rank for i, rank in ranks.items() if rank is not None})
+    dots = torch.zeros(len(noise), len(noise), dtype=ACCUMULATE)
+    _add_factored(dots, noise, held, {i: rank for i, rank in ranks.items() if rank is not None}, dtype)
     _add_dense(dots, held, [i for i, rank in ranks.items() if rank is None], list(ranks), budget)
     return dots
 
@@ -113,17 +129,20 @@ class _Held:
         return delta
 
 
-def _add_factored(dots: Tensor, held: _Held, ranks: Mapping[int, int]) -> None:
+def _add_factored(dots: Tensor, noise: Tensor, held: _Held, ranks: Mapping[int, int], dtype: torch.dtype) -> None:
     """Add <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)) for all pairs, a panel of vectors at a time."""
     groups = _groups(ranks)
     for number, group in enumerate(groups):
-        rows = _Panel.of(held, group)
+        rows = _Panel.of(held, group, dtype)
         for other in groups[number:]:
-            columns = rows if other is group else _Panel.of(held, other)
+            columns = rows if other is group else _Panel.of(held, other, dtype)
             gram = (rows.B.T @ columns.B) * (rows.A @ columns.A.T)  # (R1, R2)
             sums = rows.owners.T @ gram.to(ACCUMULATE) @ columns.owners  # (N1, N2)
             dots[np.ix_(group, other)] += sums
-            if columns is not rows:
+            if columns is rows:
+                coarse = gram.abs().to(ACCUMULATE) * torch.finfo(dtype).eps
+                noise[group] += (rows.owners.T @ coarse @ rows.owners).diag()
+            else:
                 dots[np.ix_(other, group)] += sums.T
 
 
@@ -149,12 +168,12 @@ class _Panel:
     owners: Tensor
 
     @classmethod
-    def of(cls, held: _Held, group: Sequence[int]) -> _Panel:
+    def of(cls, held: _Held, group: Sequence[int], dtype: torch.dtype) -> _Panel:
         deltas = [delta for index in group if isinstance(delta := held[index], LowRank)]
         owner = torch.repeat_interleave(torch.arange(len(deltas)), torch.tensor([delta.rank for delta in deltas]))
         return cls(
-            torch.cat([delta.B.float() for delta in deltas], dim=1),
-            torch.cat([delta.A.float() for delta in deltas], dim=0),
+            torch.cat([delta.B.to(dtype) for delta in deltas], dim=1),
+            torch.cat([delta.A.to(dtype) for delta in deltas], dim=0),
             torch.nn.functional.one_hot(owner, len(deltas)).to(ACCUMULATE),
         )
 

@@ -17,6 +17,7 @@ from . import reshape
 from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, adapter_config, adapter_tensors, read_adapter
 from .apply import Dial, steered
 from .delta import (
+    CLEAR,
     Delta,
     LazyDeltas,
     Streamed,
@@ -25,6 +26,7 @@ from .delta import (
     dot,
     layout_of,
     not_finite,
+    quick_dot,
     require_finite,
     require_same_shape,
     rows_of,
@@ -34,6 +36,7 @@ from .errors import SteerError
 from .lowrank import LowRank
 from .records import CARD_FILE, RunCard, new_folder
 from .tensorfile import Planned, SafeFile, write_stream
+from .workers import worker_pool
 
 if TYPE_CHECKING:
     import torch
@@ -118,16 +121,41 @@ class WeightVector:
         return {name: math.sqrt(max(square, 0.0)) for name, square in self._dots(self).items()}
 
     def cosine(self, other: WeightVector) -> float:
-        """Cosine over all parameters (paper, section 6: monitoring).
+        """Cosine over all parameters, within 1e-5 and mostly 1e-7 (paper, section 6: monitoring).
 
         Raises:
-            SteerError: the bases differ, or one of the vectors is zero.
+            SteerError: the bases differ, two shapes of one parameter, a NaN, or one of the vectors is zero.
         """
         require_same_base(self.card, other.card)
-        norms = self.norm() * other.norm()
+        square, product, other_square, noise = self._products(other)
+        norms = math.sqrt(max(square, 0.0)) * math.sqrt(max(other_square, 0.0))
+        if norms <= noise * CLEAR:  # the factors cancel: float32 is too coarse for what is left of them
+            norms, product = self.norm() * other.norm(), self.dot(other)
         if norms == 0.0:
             raise SteerError("cosine: one of the vectors is zero, so it has no direction")
-        return max(-1.0, min(1.0, self.dot(other) / norms))
+        return max(-1.0, min(1.0, product / norms))
+
+    def _products(self, other: WeightVector) -> tuple[float, float, float, float]:
+        """<w, w>, <w, o>, <o, o> in quick arithmetic, and a bound on their rounding."""
+        mine, theirs = self.deltas, other.deltas
+
+        def products(name: str) -> tuple[float, ...]:
+            ours, others = mine.get(name), theirs.get(name)
+            found = []
+            for first, second in ((ours, ours), (ours, others), (others, others)):
+                if first is not None and second is not None:
+                    require_same_shape(name, first, second)
+                    found.append(quick_dot(first, second))
+                else:
+                    found.append((0.0, 0.0))
+            if not all(math.isfinite(value) for value, _ in found):
+                raise not_finite(name)
+            return (*(value for value, _ in found), sum(bound for _, bound in found))
+
+        with worker_pool() as pool:
+            sums = [math.fsum(column) for column in zip(*pool.map(products, mine.keys() | theirs.keys()), strict=True)]
+        square, product, other_square, noise = sums or [0.0] * 4
+        return square, product, other_square, noise
 
     def filter(
         self, *, layers: Collection[int] | str | None = None, modules: Collection[str] | str | None = None

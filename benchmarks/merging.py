@@ -1,0 +1,102 @@
+"""theta + k w into a checkpoint of 1.26B parameters: ours against PEFT, mergekit, the dense way and `cp`."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from functools import partial
+from pathlib import Path
+
+from measure import Usage, in_turn, run_command, table
+from synthetic import LARGE, SMALL, Shape, write_adapter, write_checkpoint
+
+PEERS = Path(__file__).parent / "peers"
+WEIGHTSTEER = str(Path(sys.executable).parent / "weightsteer")
+OURS = "weightsteer"
+
+
+def prepare(root: Path, shape: Shape) -> dict[str, Path]:
+    """Base, both adapters, and both merged into checkpoints of their own."""
+    base = write_checkpoint(root / "base", shape)
+    made = {"base": base}
+    for seed, side in enumerate(("plus", "minus"), start=1):
+        made[side] = write_adapter(root / side, shape, base, seed=seed)
+        made[f"{side} merged"] = root / f"{side}-merged"
+        if not made[f"{side} merged"].exists():
+            run_command(_export(made[side], None, base, made[f"{side} merged"]), made[f"{side} merged"])
+    return made
+
+
+def _export(plus: Path, minus: Path | None, base: Path, out: Path) -> list[str]:
+    command = [WEIGHTSTEER, "export", str(plus), "--to", "merged", "-m", str(base), "--k=1", "-o", str(out)]
+    return [*command, "--minus", str(minus)] if minus else command
+
+
+def _mergekit(program: str, root: Path, base: Path, models: list[str], out: Path) -> Usage:
+    recipe = root / "mergekit.yaml"
+    weights = "".join(
+        f"  - model: {model}\n    parameters: {{weight: {weight}}}\n"
+        for model, weight in zip(models, (1.0, -1.0), strict=True)
+    )
+    recipe.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\nmodels:\n{weights}"
+        "parameters: {normalize: false}\ndtype: bfloat16\n"
+    )
+    cache = root / "lora-cache"  # kept by path, so that a second run would find the first one's work
+    shutil.rmtree(cache, ignore_errors=True)
+    options = ["--no-copy-tokenizer", "--lora-merge-cache", str(cache)]
+    return run_command([program, str(recipe), str(out), *options], out)
+
+
+def merging(root: Path, mergekit: str, runs: int) -> str:
+    """Tables of both kinds of merge, and of memory at two sizes."""
+    small, out = prepare(root / "small", SMALL), root / "out"
+    base, plus, minus = small["base"], small["plus"], small["minus"]
+    python = sys.executable
+    adapters = in_turn(
+        {
+            OURS: lambda: run_command(_export(plus, minus, base, out), out),
+            "cp -r": lambda: run_command(["cp", "-r", str(base), str(out)], out),
+            "PEFT cat, merge, save": lambda: run_command(
+                [python, str(PEERS / "peft_merge.py"), str(base), str(plus), str(minus), str(out)], out
+            ),
+            "mergekit, two LoRAs": partial(_mergekit, mergekit, root, base, [f"{base}+{plus}", f"{base}+{minus}"], out),
+        },
+        runs,
+    )
+    one, two = small["plus merged"], small["minus merged"]
+    checkpoints = in_turn(
+        {
+            OURS: lambda: run_command(_export(one, two, base, out), out),
+            "mergekit task_arithmetic": partial(_mergekit, mergekit, root, base, [str(one), str(two)], out),
+            "dense, three models in memory": lambda: run_command(
+                [python, str(PEERS / "dense_merge.py"), str(base), str(one), str(two), str(out)], out
+            ),
+        },
+        runs,
+    )
+    shutil.rmtree(out, ignore_errors=True)
+    return "\n\n".join(
+        [
+            "## Merging",
+            "From two rank-32 adapters into 1.26B parameters, bfloat16, 2.5 GB in six shards; whole processes, "
+            "interpreter start included:",
+            table(adapters, OURS),
+            "From two full checkpoints:",
+            table(checkpoints, OURS),
+        ]
+    )
+
+
+def memory(root: Path, runs: int) -> str:
+    """Peak memory of a merge at two sizes of model."""
+    sizes = {}
+    for name, shape in {"1.26B": SMALL, "4.71B": LARGE}.items():
+        folder = root / ("small" if shape == SMALL else "large")
+        base = write_checkpoint(folder / "base", shape)
+        plus, minus = (write_adapter(folder / s, shape, base, seed=i) for i, s in enumerate(("plus", "minus"), 1))
+        out = root / "out"
+        run = partial(run_command, _export(plus, minus, base, out), out)
+        sizes[name] = in_turn({name: run}, runs)[name]
+        shutil.rmtree(out, ignore_errors=True)
+    return f"Peak memory by size of the model, from adapters:\n\n{table(sizes, '1.26B')}"

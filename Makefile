@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs bench clean
 
 demo: .venv/ready
 	$(BIN)/weightsteer run recipes/demo.yaml
@@ -19,6 +19,16 @@ check: test
 docs: .venv/ready
 	$(BIN)/python docs/make_cli.py
 
+# Against PEFT, mergekit and cp: about an hour and 40 GB of disk, in build/benchmarks.
+bench: .venv/ready .venv-mergekit/ready
+	$(BIN)/python benchmarks/run.py --mergekit .venv-mergekit/bin/mergekit-yaml
+
+.venv-mergekit/ready:
+	$(PYTHON) -m venv .venv-mergekit
+	.venv-mergekit/bin/python -m pip install --quiet torch==2.13.0
+	.venv-mergekit/bin/python -m pip install --quiet mergekit==0.1.5
+	touch $@
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
@@ -27,4 +37,4 @@ docs: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-mergekit build runs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import platform
 import shutil
@@ -27,15 +28,21 @@ class Usage:
 def run_command(command: Sequence[str], out: Path) -> Usage:
     """Run a command as its own process; `out` is removed first."""
     shutil.rmtree(out, ignore_errors=True)
+    # through this file as a small process: a child's peak memory starts at that of the process that forked it
+    done = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return Usage(*json.loads(done.stdout))
+
+
+def main() -> None:
+    """Run the command of the arguments; print its wall and processor seconds and peak memory."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None
-    text = process.stdout.read()
+    process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(command)} failed:\n{text.decode()[-3000:]}")
-    return Usage(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20)
+    print(json.dumps([wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**20]))
+    sys.exit(1 if status else 0)
 
 
 def time_function(function: Callable[[], object]) -> Usage:
@@ -91,3 +98,7 @@ def machine() -> str:
     return (
         f"{os.cpu_count()} cores of {model}, {memory:.0f} GiB, {platform.system()}, Python {platform.python_version()}"
     )
+
+
+if __name__ == "__main__":
+    main()

@@ -31,6 +31,7 @@ from weightsteer.vector import WeightVector
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NEAREST = MergeSettings(rounding="nearest")
 
 
 def write_model(folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
@@ -60,12 +61,12 @@ def test_every_entry_is_the_float32_sum_rounded_once(
     seed: int,
     k: float,
 ) -> None:
-    """Bit for bit: whole numbers make the float32 product exact, whatever its order."""
+    """Bit for bit: whole numbers make the float32 sums exact, whatever their order."""
     g, tmp = torch.Generator().manual_seed(seed), tmp_path_factory.mktemp("m")
-    theta = torch.randn(rows, columns, generator=g).to(dtype)
+    theta = torch.randn(rows, columns, generator=g).bfloat16().to(dtype)
     delta = LowRank(integers((rows, rank), g), integers((rank, columns), g))
     base = write_model(tmp / "base", {"a.weight": theta, "b": torch.arange(5)})
-    export_merged(vector_of(a_weight=delta), base, tmp / "out", k=k)
+    export_merged(vector_of(a_weight=delta), base, tmp / "out", k=k, settings=NEAREST)
     out = load_file(tmp / "out" / "model.safetensors")
     assert torch.equal(out["a.weight"], (theta.float() + k * (delta.B @ delta.A)).to(dtype))
     assert torch.equal(out["b"], torch.arange(5))
@@ -79,7 +80,8 @@ def test_factors_are_rounded_once(
     g, tmp = torch.Generator().manual_seed(seed), tmp_path_factory.mktemp("m")
     theta = torch.randn(6, 5, generator=g).to(dtype)
     delta = LowRank(torch.randn(6, 2, generator=g), torch.randn(2, 5, generator=g))
-    export_merged(vector_of(a_weight=delta), write_model(tmp / "base", {"a.weight": theta}), tmp / "out", k=k)
+    base = write_model(tmp / "base", {"a.weight": theta})
+    export_merged(vector_of(a_weight=delta), base, tmp / "out", k=k, settings=NEAREST)
     found = load_file(tmp / "out" / "model.safetensors")["a.weight"].double()
     exact = theta.double() + k * (delta.B.double() @ delta.A.double())
     slack = 0.5 if dtype != torch.float32 else 4.0  # half a unit is the best rounding; float32 adds its own sums'
@@ -96,7 +98,7 @@ def test_checkpoints_of_any_dtype_merge_bit_for_bit(
     models = [{name: torch.randn(shape, generator=g).to(kind) for name, shape in shapes.items()} for kind in kinds]
     theta, plus, minus = (write_model(tmp / str(i), model) for i, model in enumerate(models))
     w = contrast_vector(plus, minus)
-    export_merged(w, theta, tmp / "out", k=k)
+    export_merged(w, theta, tmp / "out", k=k, settings=NEAREST)
     for name, merged in load_file(tmp / "out" / "model.safetensors").items():
         base, one, two = (model[name] for model in models)
         assert torch.equal(merged, (base.float() + k * (one.float() - two.float())).to(base.dtype)), name
@@ -305,7 +307,7 @@ def test_the_report_counts_what_rounding_did(tmp_path_factory: pytest.TempPathFa
     theta = torch.randn(40, 50, generator=g).bfloat16()
     delta = LowRank(torch.randn(40, 2, generator=g) * 1e-3, torch.randn(2, 50, generator=g))
     base = write_model(tmp / "base", {"a.weight": theta})
-    report = export_merged(vector_of(a_weight=delta), base, tmp / "out", k=1.0)
+    report = export_merged(vector_of(a_weight=delta), base, tmp / "out", k=1.0, settings=NEAREST)
     merged = load_file(tmp / "out" / "model.safetensors")["a.weight"]
     change = delta.B.double() @ delta.A.double()
     missed = (merged.double() - theta.double() - change).norm() / change.norm()

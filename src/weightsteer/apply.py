@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .delta import Delta, in_memory
 from .errors import SteerError
 from .lowrank import LowRank
+from .workers import one_thread_if_small
 
 SWAPPED = "_weightsteer_swapped"  # marks a parameter that is swapped, and what stands in for it
 
@@ -180,11 +181,13 @@ def _low_rank_hook(into: Tensor, out: Tensor, dial: Dial) -> Callable[..., Tenso
             return None
         x = args[0]
         A, B_T = factors.like(output)
-        hidden = nn.functional.linear(x.to(output), A)  # (..., r)
-        if isinstance(dial.k, float):
+        work = x.numel() // x.shape[-1] * A.shape[0] * (A.shape[1] + B_T.shape[1])
+        with one_thread_if_small(work, output.device):
+            hidden = nn.functional.linear(x.to(output), A)  # (..., r)
+            if isinstance(dial.k, Tensor):
+                return output + (per_row(dial.k, hidden) * hidden) @ B_T
             flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, A.shape[0]), B_T, alpha=dial.k)
             return flat.view_as(output)
-        return output + (per_row(dial.k, hidden) * hidden) @ B_T
 
     return add
 

@@ -120,15 +120,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells one local base from another: every tensor's name, form, and first KiB of data.
+    """A hash that tells one folder's weights from another's: every tensor's name, form, and first KiB of data.
 
     Reading gigabytes to name a model would be slow; a fine-tune changes the start of each tensor that it trains.
+    "" where there are no weights in safetensors.
     """
-    try:
-        shards = shards_of(folder)
-    except SteerError:
-        return ""
-    return digest([_samples(SafeFile(shard)) for shard in shards])
+    files = shards_of(folder) if is_checkpoint(folder) else sorted(folder.glob("*.safetensors"))
+    return digest([_samples(SafeFile(file)) for file in files]) if files else ""
 
 
 def _samples(file: SafeFile) -> list[object]:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from .adapter import ADAPTER_CONFIG, ADAPTER_FILE, read_adapter
+from .adapter import ADAPTER_CONFIG, read_adapter
 from .checkpoint import fingerprint, is_checkpoint, refuse_quantised, stored_tensors, tied_twins
 from .delta import Delta, LazyDeltas, Part, Streamed, added, scaled
 from .errors import SteerError
 from .locate import checkpoint_folder, source_folder
 from .lowrank import Layout, LowRank
-from .records import CARD_FILE, RunCard, read_json, sha256_of
+from .records import CARD_FILE, RunCard, read_json
 from .tensorfile import Stored, same_bytes
 from .vector import DENSE_FILE, WeightVector, dense_file, load_vector, require_same_base
 
@@ -217,10 +217,8 @@ def _vector_card(*sides: _Side) -> RunCard:
     coarse: set[str] = set()
     for label, side in zip(("positive", "negative"), sides, strict=False):
         data.update({f"{label} {name}": value for name, value in side.card.data_sha256.items()})
-        weights = [path for path in (side.folder / ADAPTER_FILE, side.folder / DENSE_FILE) if path.is_file()]
-        data.update({f"{label} {path.name}": sha256_of(path) for path in weights})
+        data[f"{label} weights"] = fingerprint(side.folder)
         if side.is_model:
-            data[f"{label} checkpoint"] = fingerprint(side.folder)
             coarse |= {tensor.dtype for tensor in side.whole.values()} & {"BF16", "F16"}
     if coarse:
         warnings.warn(

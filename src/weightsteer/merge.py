@@ -10,7 +10,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -22,14 +21,14 @@ from .lineage import carry_config, carry_over, write_lineage
 from .lowrank import LowRank
 from .progress import Progress, silent
 from .records import digest, new_folder
-from .rounding import DTYPES, MergeReport, Rounding, Tally, rounded
+from .rounding import DTYPES, Dither, MergeReport, Rounding, Tally, default_rounding, dither_
 from .tensorfile import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from .vector import WeightVector
 from .workers import worker_pool
 
 COPY = 1 << 20  # bytes copied at a time
-MEASURE = 8  # one block in so many is measured, the first of each tensor always,
-SAMPLE = 1 << 14  # on about so many of its entries: 1 in 128 of a large model's, all of a tiny one's
+MEASURE = 32  # one block in so many is measured, the first of each tensor always,
+SAMPLE = 1 << 14  # on about so many of its entries: 1 in 500 of a large model's, all of a tiny one's
 
 
 @dataclass(frozen=True)
@@ -37,18 +36,19 @@ class MergeSettings:
     """How theta + k w is written.
 
     `dtype` float32, bfloat16 or float16 for every floating tensor; None keeps each one's own. `rounding` nearest, or
-    stochastic with `seed`. `workers` threads; None is one a core.
+    stochastic with `seed`; None takes what keeps more of the effect: stochastic in bfloat16, nearest else. `workers`
+    threads; None is one a core.
     """
 
     dtype: str | None = None
-    rounding: Rounding = "nearest"
+    rounding: Rounding | None = None
     seed: int = 0
     workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise SteerError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
-        if self.rounding not in ("nearest", "stochastic"):
+        if self.rounding not in (None, "nearest", "stochastic"):
             raise SteerError(f"rounding: expected nearest or stochastic, found {self.rounding!r}")
         if self.workers is not None and self.workers < 1:
             raise SteerError(f"workers: expected at least 1, found {self.workers}")
@@ -89,7 +89,10 @@ def export_merged(
         raise SteerError(f"{folder}: is the base itself; choose another output")
     with new_folder(folder, "merged") as part:
         tally, sha256 = _write_shards(vector.deltas, names if k else {}, tensors, base, part, k, settings, progress)
-        report = tally.report(_written_dtype(tensors, names, settings), settings.rounding, sha256)
+        kinds = sorted({FLOATS[settings.written(tensors[name].dtype)] for name in names}, key=str)
+        roundings = sorted({settings.rounding or default_rounding(kind) for kind in kinds})
+        written = " and ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        report = tally.report(written, " and ".join(roundings), sha256)
         carry_over(base, part, settings.dtype)
         origin = {"k": k, "merged into": str(base), **asdict(replace(settings, workers=None))}
         write_lineage(vector.card, base, part, origin, report)
@@ -248,18 +251,18 @@ class _Job:
         delta = deltas[name]
         _require_fit(name, delta, self.tensor, self.tensor.file.path.parent)
         dtype = FLOATS[self.settings.written(self.tensor.dtype)]
-        chance = torch.Generator().manual_seed(self.settings.seed ^ crc32(self.tensor.name.encode()))
+        rounding = self.settings.rounding or default_rounding(dtype)
+        dither = Dither(self.settings.seed, self.tensor.name)
         tally, at, columns = Tally(tensors=1), self.at, matrix_shape(self.tensor.shape)[1]
         for number, (start, stop) in enumerate(blocks(self.tensor.shape)):
             raw = _SCRATCH.space.take("theta", stop - start, columns, FLOATS[self.tensor.dtype])
             theta = self.tensor.rows_into(raw, start)
             total = _SCRATCH.space.take("total", stop - start, columns, torch.float32).copy_(theta)
             add_rows(total, delta, self.k, start, stop, _SCRATCH.space)
-            if self.settings.rounding == "nearest":
-                result = _SCRATCH.space.take("result", stop - start, columns, dtype).copy_(total)
-            else:
-                result = rounded(total, dtype, self.settings.rounding, chance)
-            _require_finite(self.tensor.name, total, result)
+            _require_finite(self.tensor.name, total, dtype)
+            if rounding == "stochastic":
+                dither_(total, dtype, dither)
+            result = _SCRATCH.space.take("result", stop - start, columns, dtype).copy_(total)
             at += _put(self.out, result, at)
             if number % MEASURE == 0:
                 few = max(1, SAMPLE // columns)
@@ -277,12 +280,11 @@ class _PerThread(threading.local):
 _SCRATCH = _PerThread()
 
 
-def _require_finite(name: str, total: Tensor, result: Tensor) -> None:
-    """Raise if a NaN came in, or if the result is beyond the output's range (bfloat16's is float32's own)."""
-    ranged = result.dtype == torch.float16
-    suspect = ranged or not math.isfinite(float(total.sum()))
-    if suspect and not bool(torch.isfinite(result).all()):
-        raise not_finite(f"{name} (theta + k w as {str(result.dtype).removeprefix('torch.')})")
+def _require_finite(name: str, total: Tensor, dtype: torch.dtype) -> None:
+    """Raise if a NaN came in, or if the sum is beyond the output's range (bfloat16's is float32's own)."""
+    suspect = dtype == torch.float16 or not math.isfinite(float(total.sum()))
+    if suspect and not bool(torch.isfinite(total.to(dtype)).all()):
+        raise not_finite(f"{name} (theta + k w as {str(dtype).removeprefix('torch.')})")
 
 
 def _put(out: int, block: Tensor, at: int) -> int:
@@ -294,8 +296,3 @@ def _put_bytes(out: int, content: memoryview, at: int) -> int:
     while done < len(content):
         done += os.pwrite(out, content[done:], at + done)
     return done
-
-
-def _written_dtype(tensors: Mapping[str, Stored], names: Mapping[str, str], settings: MergeSettings) -> str:
-    kinds = sorted({settings.written(tensors[name].dtype) for name in names})
-    return " and ".join(str(FLOATS[kind]).removeprefix("torch.") for kind in kinds)

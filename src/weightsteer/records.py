@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -244,7 +244,8 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     lock = os.open(part, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # held while we live: what a kill leaves behind is unlocked
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held while we live: what a kill leaves behind is unlocked
         yield part
         part.chmod(0o777 & ~current_umask())
         if target.exists():
@@ -263,8 +264,8 @@ def _sweep_parts(target: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(part, ignore_errors=True)
-        except BlockingIOError:
-            continue  # another process is writing it
+        except OSError:
+            continue  # another process is writing it, or there are no locks here
         finally:
             os.close(lock)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Literal
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -14,18 +16,48 @@ Rounding = Literal["nearest", "stochastic"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def rounded(x: Tensor, dtype: torch.dtype, rounding: Rounding, generator: torch.Generator | None) -> Tensor:
-    """float32 `x` in `dtype`: to the nearest, or to either neighbour with a chance that makes the mean exact."""
-    near = x.to(dtype)
-    if rounding == "nearest" or dtype == torch.float32:
-        return near
-    miss = x - near.float()
-    bits = near.view(torch.int16)
-    # the neighbour on x's side: these formats are sign and magnitude, so one bit pattern up is one step away from 0
-    other = torch.where(x.abs() > near.float().abs(), bits + 1, bits - 1).view(dtype)
-    gap = (other.float() - near.float()).abs()
-    chance = torch.rand(x.shape, generator=generator) * gap
-    return torch.where((miss.abs() > chance) & torch.isfinite(other), other, near)
+def default_rounding(dtype: torch.dtype) -> Rounding:
+    """What keeps more of a behaviour vector's effect (measured: docs/vectors.md): stochastic in bfloat16."""
+    return "stochastic" if dtype == torch.bfloat16 else "nearest"
+
+
+class Dither:
+    """Sixteen random bits an entry for stochastic rounding: drawn once a seed, used from random places.
+
+    Drawing them anew for every entry of a model would take longer than merging it.
+    """
+
+    def __init__(self, seed: int, name: str = "") -> None:
+        self._bits = _bits_of(seed)
+        self._places = torch.Generator().manual_seed(seed ^ crc32(name.encode()))
+
+    def take(self, count: int) -> Tensor:
+        """(count,) int32 between 0 and 65535."""
+        longest = self._bits.numel()
+        if count > longest:
+            return torch.cat([self.take(min(longest, count - at)) for at in range(0, count, longest)])
+        start = int(torch.randint(longest - count + 1, (1,), generator=self._places))
+        return self._bits[start : start + count]
+
+
+@lru_cache(maxsize=2)
+def _bits_of(seed: int) -> Tensor:
+    return torch.randint(1 << 16, (1 << 21,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+
+
+def dither_(x: Tensor, dtype: torch.dtype, dither: Dither) -> Tensor:
+    """Move float32 `x`, in place, to either neighbour in `dtype`, with the chance that makes the mean exact."""
+    bits = dither.take(x.numel()).view(x.shape)
+    if dtype == torch.bfloat16:  # float32's own upper half: a random carry out of the lower half, which is cut off
+        x.view(torch.int32).add_(bits).bitwise_and_(-(1 << 16))
+    elif dtype == torch.float16:
+        near = x.to(dtype)
+        pattern = near.view(torch.int16)
+        # sign and magnitude: the next pattern is one step further from zero
+        other = torch.where(x.abs() > near.float().abs(), pattern + 1, pattern - 1).view(dtype).float()
+        crossed = (x - near.float()).abs() * (1 << 16) > bits * (other - near.float()).abs()
+        x.copy_(torch.where(crossed & torch.isfinite(other), other, near.float()))
+    return x
 
 
 @dataclass(frozen=True)
@@ -77,7 +109,7 @@ class Tally:
             self.errors[name] = self.errors.get(name, 0.0) + other.errors[name]
             self.unchanged[name] = self.unchanged.get(name, 0) + other.unchanged[name]
 
-    def report(self, dtype: str, rounding: Rounding, vector_sha256: str) -> MergeReport:
+    def report(self, dtype: str, rounding: str, vector_sha256: str) -> MergeReport:
         """The sums as shares."""
         shares = {
             name: {

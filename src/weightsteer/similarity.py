@@ -72,7 +72,7 @@ def similarity(
     for vector in members[1:]:
         require_same_base(members[0].card, vector.card)
     dots, noise = _table(members, budget, torch.float32, progress)
-    if bool((dots.diag() <= noise * CLEAR).any()) and bool(noise.any()):
+    if bool(((dots.diag() <= noise * CLEAR) & (noise > 0)).any()):
         dots, _ = _table(members, budget, ACCUMULATE, progress)  # some vector's factors cancel; float32 is too coarse
     return Similarity(names, ((dots + dots.T) / 2).numpy())  # products in panels are not quite symmetric
 

@@ -1,4 +1,4 @@
-"""Several threads, one tensor each: better than several threads on one small tensor."""
+"""How many threads: several tensors at once, and small products on one core."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+SMALL = 2_000_000  # multiply-adds: a product that one core ends before a second one has woken up
 MOST = 16  # more threads than this wait for memory, not for processors
 
 
@@ -20,5 +21,19 @@ def worker_pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
         count = workers or min(before, MOST)
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def one_thread_if_small(work: int, device: torch.device) -> Iterator[None]:
+    """Run products of `work` multiply-adds on one core if they are small: waking another costs more than they do."""
+    before = torch.get_num_threads()
+    if device.type != "cpu" or work > SMALL or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)

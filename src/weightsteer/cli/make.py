@@ -20,6 +20,7 @@ from .options import (
     load_lm,
     number,
     read_sides,
+    refuse_input,
 )
 
 
@@ -207,6 +208,7 @@ def subtract(
 
     Example: weightsteer subtract runs/syc/plus runs/syc/minus -o runs/syc/vector
     """
+    refuse_input(out, plus, minus, base)
     from ..extract import contrast_vector
 
     vector = contrast_vector(plus, minus, base=base)
@@ -234,6 +236,7 @@ def combine(
         name, equals, folder = text.partition("=")
         if not equals:
             raise SteerError(f"{text!r}: expected name=FOLDER")
+        refuse_input(out, folder)
         named[name] = task_vector(folder)
     vector = evaluate(expression, named)
     vector.save(out)

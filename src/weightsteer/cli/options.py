@@ -43,6 +43,13 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
+def refuse_input(out: Path, *sources: str | Path | None) -> None:
+    """Raise if the output is one of the inputs."""
+    for source in sources:
+        if source is not None and out.resolve() == Path(source).resolve():
+            raise SteerError(f"{out}: is an input too; choose another output")
+
+
 def load_lm(model: str | None, device: str | None, dtype: str, trust: bool, revision: str | None = None) -> LM:
     from ..lm import LM
 

@@ -21,6 +21,7 @@ from .options import (
     given,
     number,
     numbers,
+    refuse_input,
     vector_and_lm,
 )
 
@@ -212,6 +213,7 @@ def export(
     if to not in ("peft", "merged"):
         raise SteerError(f"--to: expected peft or merged, found {to!r}")
     chosen = number(k) if k else None
+    refuse_input(out, source, minus, model)
     from ..extract import contrast_vector, task_vector
 
     merging = given(dtype=dtype, rounding=rounding, seed=seed, workers=workers)

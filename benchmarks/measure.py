@@ -28,6 +28,7 @@ class Usage:
 def run_command(command: Sequence[str], out: Path) -> Usage:
     """Run a command as its own process; `out` is removed first."""
     shutil.rmtree(out, ignore_errors=True)
+    os.sync()  # or the disk would still be writing what the contender before left
     # through this file as a small process: a child's peak memory starts at that of the process that forked it
     done = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True)
     if done.returncode:

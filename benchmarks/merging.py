@@ -32,7 +32,7 @@ def _export(plus: Path, minus: Path | None, base: Path, out: Path) -> list[str]:
     return [*command, "--minus", str(minus)] if minus else command
 
 
-def _mergekit(program: str, root: Path, base: Path, models: list[str], out: Path) -> Usage:
+def _mergekit(program: str, root: Path, base: Path, models: list[str], out: Path, *flags: str) -> Usage:
     recipe = root / "mergekit.yaml"
     weights = "".join(
         f"  - model: {model}\n    parameters: {{weight: {weight}}}\n"
@@ -44,48 +44,51 @@ def _mergekit(program: str, root: Path, base: Path, models: list[str], out: Path
     )
     cache = root / "lora-cache"  # kept by path, so that a second run would find the first one's work
     shutil.rmtree(cache, ignore_errors=True)
-    options = ["--no-copy-tokenizer", "--lora-merge-cache", str(cache)]
+    options = ["--no-copy-tokenizer", "--lora-merge-cache", str(cache), *flags]
     return run_command([program, str(recipe), str(out), *options], out)
 
 
-def merging(root: Path, mergekit: str, runs: int) -> str:
-    """Tables of both kinds of merge, and of memory at two sizes."""
+def from_adapters(root: Path, mergekit: str, runs: int) -> str:
+    """A merge of two LoRAs' difference."""
     small, out = prepare(root / "small", SMALL), root / "out"
     base, plus, minus = small["base"], small["plus"], small["minus"]
-    python = sys.executable
-    adapters = in_turn(
+    medians = in_turn(
         {
             OURS: lambda: run_command(_export(plus, minus, base, out), out),
             "cp -r": lambda: run_command(["cp", "-r", str(base), str(out)], out),
             "PEFT cat, merge, save": lambda: run_command(
-                [python, str(PEERS / "peft_merge.py"), str(base), str(plus), str(minus), str(out)], out
+                [sys.executable, str(PEERS / "peft_merge.py"), str(base), str(plus), str(minus), str(out)], out
             ),
             "mergekit, two LoRAs": partial(_mergekit, mergekit, root, base, [f"{base}+{plus}", f"{base}+{minus}"], out),
         },
         runs,
     )
-    one, two = small["plus merged"], small["minus merged"]
-    checkpoints = in_turn(
+    shutil.rmtree(out, ignore_errors=True)
+    return (
+        "## Merging\n\nFrom two rank-32 adapters into 1.26B parameters, bfloat16, 2.5 GB in six shards; whole "
+        f"processes, interpreter start included:\n\n{table(medians, OURS)}"
+    )
+
+
+def from_checkpoints(root: Path, mergekit: str, runs: int) -> str:
+    """A merge of two full checkpoints' difference."""
+    small, out = prepare(root / "small", SMALL), root / "out"
+    base, one, two = small["base"], small["plus merged"], small["minus merged"]
+    medians = in_turn(
         {
             OURS: lambda: run_command(_export(one, two, base, out), out),
             "mergekit task_arithmetic": partial(_mergekit, mergekit, root, base, [str(one), str(two)], out),
+            "mergekit, -j 2 --async-write": partial(
+                _mergekit, mergekit, root, base, [str(one), str(two)], out, "-j", "2", "--async-write"
+            ),
             "dense, three models in memory": lambda: run_command(
-                [python, str(PEERS / "dense_merge.py"), str(base), str(one), str(two), str(out)], out
+                [sys.executable, str(PEERS / "dense_merge.py"), str(base), str(one), str(two), str(out)], out
             ),
         },
         runs,
     )
     shutil.rmtree(out, ignore_errors=True)
-    return "\n\n".join(
-        [
-            "## Merging",
-            "From two rank-32 adapters into 1.26B parameters, bfloat16, 2.5 GB in six shards; whole processes, "
-            "interpreter start included:",
-            table(adapters, OURS),
-            "From two full checkpoints:",
-            table(checkpoints, OURS),
-        ]
-    )
+    return f"From two full checkpoints, the same sizes:\n\n{table(medians, OURS)}"
 
 
 def memory(root: Path, runs: int) -> str:

@@ -1,6 +1,6 @@
 """`make bench`: every benchmark, or those that are named, and docs/benchmarks.md from their results.
 
-python benchmarks/run.py [--root FOLDER] [--mergekit PROGRAM] [--runs 5] [merging memory cosines steering]
+python benchmarks/run.py [--root FOLDER] [--mergekit PROGRAM] [--runs 5] [adapters checkpoints memory cosines steering]
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ INTRODUCTION = """# Benchmarks
 
     make bench
 
-Medians of {runs} runs, contenders in turn, after a round that does not count; page cache warm. Machine: {machine}.
-{versions}. The checkpoint is synthetic: Llama-shaped, 22 layers, hidden 2048, feed-forward 5632, 32,000 tokens, untied,
-1.26B parameters in bfloat16, six shards of at most 500 MB; adapters have rank 32 on all linear layers. Peak memory is
-the process's resident set, mapped files included.
+Medians of {runs} runs, contenders in turn, after a round that does not count; page cache warm, disk synced before each
+run. Machine: {machine}. {versions}.
+The checkpoint is synthetic: Llama-shaped, 22 layers, hidden 2048, feed-forward 5632, 32,000 tokens, untied, 1.26B
+parameters in bfloat16, six shards of at most 500 MB; the adapters have rank 32 on all linear layers. Peak memory is the
+process's resident set, mapped files included.
 """
 
 
 def main() -> None:
     """Run the named sections and write the page from all that have results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help="merging, memory, cosines, steering; default: all")
+    parser.add_argument("sections", nargs="*", help="adapters, checkpoints, memory, cosines, steering; default: all")
     parser.add_argument("--root", type=Path, default=Path("build/benchmarks"), help="where models are made (40 GB)")
     parser.add_argument(
         "--mergekit", default="mergekit-yaml", help="mergekit's program, from an environment of its own"
@@ -39,12 +40,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     root, runs = options.root.absolute(), options.runs
+    root.mkdir(parents=True, exist_ok=True)
     import merging
     import steering
     import vectors
 
     sections: dict[str, Callable[[], str]] = {
-        "merging": lambda: merging.merging(root, options.mergekit, runs),
+        "adapters": lambda: merging.from_adapters(root, options.mergekit, runs),
+        "checkpoints": lambda: merging.from_checkpoints(root, options.mergekit, runs),
         "memory": lambda: merging.memory(root, runs),
         "cosines": lambda: f"{vectors.many(root, runs)}\n\n{vectors.one(root, runs)}",
         "steering": lambda: f"{steering.hooks(runs)}\n\n{steering.scoring(runs)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from synthetic import SMALL, write_adapter
 from weightsteer.delta import Delta
 from weightsteer.extract import contrast_vector
 from weightsteer.lowrank import LowRank
-from weightsteer.similarity import similarity
+from weightsteer.similarity import similarities
 from weightsteer.vector import WeightVector
 
 COUNT = 32
@@ -35,12 +34,13 @@ def many(root: Path, runs: int) -> str:
                 shutil.rmtree(side)
         folders.append(folder)
     vectors = {str(number): WeightVector.load(folder) for number, folder in enumerate(folders)}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    similarity(vectors)
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = resident("VmRSS")
+    similarities(vectors)
+    grown = resident("VmHWM") - before
     medians = in_turn(
         {
-            "weightsteer, all at once": lambda: time_function(lambda: similarity(vectors)),
+            "weightsteer, all at once": lambda: time_function(lambda: similarities(vectors)),
             "pair by pair, float32 products": lambda: time_function(lambda: pair_by_pair(vectors, torch.float32)),
             "pair by pair, float64 products": lambda: time_function(lambda: pair_by_pair(vectors, torch.float64)),
         },
@@ -52,6 +52,12 @@ def many(root: Path, runs: int) -> str:
         f"{torch.get_num_threads()} threads; ours took {grown:.2f} GiB more than the process had before:\n\n"
         + table(medians, "weightsteer, all at once")
     )
+
+
+def resident(field: str) -> float:
+    """A field of this process's memory, in GiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
 def pair_by_pair(vectors: Mapping[str, WeightVector], dtype: torch.dtype) -> list[list[float]]:

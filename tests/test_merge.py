@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import random_vector, tiny_model
-from weightsteer.checkpoint import shards_of, tensors_of
+from weightsteer.checkpoint import shards_of, stored_tensors
 from weightsteer.delta import Delta
 from weightsteer.errors import SteerError
-from weightsteer.extract import contrast_vector
+from weightsteer.extract import contrast_vector, task_vector
 from weightsteer.lm import LM
 from weightsteer.lowrank import LowRank
 from weightsteer.merge import MergeSettings, export_merged
@@ -32,6 +32,10 @@ from weightsteer.vector import WeightVector
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NEAREST = MergeSettings(rounding="nearest")
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.read() for name, tensor in stored_tensors(folder).items()}
 
 
 def write_model(folder: Path, tensors: dict[str, Tensor], **config: object) -> Path:
@@ -118,9 +122,9 @@ def test_merged_checkpoint_equals_the_hook_and_keeps_the_rest(checkpoint: Path, 
     assert names == {p.name for p in checkpoint.iterdir()} | {"weightsteer.json", "README.md"}
     for name in names - {s.name for s in shards_of(checkpoint)} - {"weightsteer.json", "README.md"}:
         assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
-    base = dict(tensors_of(checkpoint))
+    base = tensors_of(checkpoint)
     untouched = [n for n in base if n not in vector.deltas]
-    assert all(torch.equal(t, base[n]) for n, t in tensors_of(tmp_path / "out") if n in untouched)
+    assert all(torch.equal(t, base[n]) for n, t in tensors_of(tmp_path / "out").items() if n in untouched)
     card = RunCard.load(tmp_path / "out")
     assert card.measured["delta_error"] == report.delta_error
     assert card.settings["k"] == 1.5
@@ -153,7 +157,7 @@ def test_output_dtype_is_chosen(dtype: str, checkpoint: Path, tmp_path: Path, ve
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for _, t in tensors_of(tmp_path / "out"))
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(tmp_path / "out").values())
 
 
 @pytest.mark.parametrize("both", [False, True])
@@ -187,7 +191,8 @@ def test_wrong_bases_are_refused(checkpoint: Path, tmp_path: Path, vector: Weigh
     wrong = WeightVector({"model.layers.0.mlp.up_proj.weight": torch.ones(4, 4)}, vector.card)
     with pytest.raises(SteerError, match=r"shape \(4, 4\)"):
         export_merged(wrong, checkpoint, tmp_path / "out", k=1.0)
-    output = WeightVector({"model.embed_tokens.weight": LowRank(torch.ones(259, 1), torch.ones(1, 32))}, vector.card)
+    alone = LowRank(torch.ones(259, 1), torch.ones(1, 32), "embedding")
+    output = WeightVector({"model.embed_tokens.weight": alone}, vector.card)
     with pytest.raises(SteerError, match="ties input and output"):
         export_merged(output, checkpoint, tmp_path / "out", k=1.0)
     with pytest.raises(SteerError, match="is the base itself|not made by weightsteer"):
@@ -298,6 +303,37 @@ def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path) -> None:
     export_merged(WeightVector.load(w), base, out, k=1.0)
     assert (out / "model.safetensors").read_bytes() == expected
     assert not list(tmp_path.glob(".out.*.part"))
+
+
+def test_a_later_fine_tune_takes_the_vector_of_its_base(tmp_path: Path) -> None:
+    """theta_ft + k (theta+ - theta_pre): the model that is merged into is not the base of the difference."""
+    tensors = {seed: {n: p.detach().clone() for n, p in tiny_model(seed).named_parameters()} for seed in range(3)}
+    config = tiny_model(0).config.to_dict()
+    base, plus, late = (write_model(tmp_path / str(seed), tensors[seed], **config) for seed in range(3))
+    export_merged(task_vector(plus, base=base), late, tmp_path / "out", k=0.5, settings=NEAREST)
+    for name, merged in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(merged, tensors[2][name] + 0.5 * (tensors[1][name] - tensors[0][name])), name
+
+
+def test_the_report_of_a_sample_stands_for_the_whole(tmp_path: Path) -> None:
+    """A large matrix, measured in part, next to a norm, measured whole, whose rounding is a hundred times coarser."""
+    g = torch.Generator().manual_seed(0)
+    tensors = {
+        "a.weight": (0.02 * torch.randn(4096, 1024, generator=g)).bfloat16(),
+        "n.weight": (1 + 0.1 * torch.randn(4096, generator=g)).bfloat16(),
+    }
+    deltas: dict[str, Delta] = {name: 4e-5 * torch.randn(t.shape, generator=g) for name, t in tensors.items()}
+    base = write_model(tmp_path / "base", tensors)
+    report = export_merged(WeightVector(deltas, RunCard("vector")), base, tmp_path / "out", k=1.0, settings=NEAREST)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    missed = sum(
+        float((merged[n].double() - t.double() - deltas[n].double()).square().sum()) for n, t in tensors.items()
+    )
+    size = sum(float(delta.double().square().sum()) for delta in deltas.values())
+    same = sum(int((merged[n] == t).sum()) for n, t in tensors.items())
+    assert report.measured_entries < 0.1 * (4096 * 1024 + 4096)
+    assert report.delta_error == pytest.approx((missed / size) ** 0.5, rel=0.02)
+    assert report.unchanged_share == pytest.approx(same / (4096 * 1024 + 4096), rel=0.02)
 
 
 @settings(max_examples=5)

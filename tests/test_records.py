@@ -119,3 +119,24 @@ def test_card_round_trip(tmp_path: Path) -> None:
 def test_digest_ignores_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_what_a_kill_left_is_swept_and_an_older_artifact_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    dead = tmp_path / ".out.dead.part"
+    (dead / ".replaced.part").mkdir(parents=True)
+    RunCard("vector", base_model="old").save(dead / ".replaced.part")
+    with pytest.raises(ValueError, match="stop"), new_folder(target, "vector"):
+        assert RunCard.load(target).base_model == "old"  # killed between the two renames
+        raise ValueError("stop")
+    assert RunCard.load(target).base_model == "old"
+    assert not dead.exists()
+
+
+def test_an_unfinished_folder_of_a_living_writer_stays(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", "vector") as first:
+        with new_folder(tmp_path / "out", "vector") as second:
+            assert first.exists()
+            RunCard("vector", base_model="second").save(second)
+        RunCard("vector", base_model="first").save(first)
+    assert RunCard.load(tmp_path / "out").base_model == "first"

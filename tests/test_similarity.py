@@ -12,14 +12,14 @@ from test_vector import mixed
 from weightsteer.errors import SteerError
 from weightsteer.lowrank import LowRank
 from weightsteer.records import RunCard
-from weightsteer.similarity import labels, similarity, table
+from weightsteer.similarity import labels, similarities, table
 from weightsteer.vector import WeightVector
 
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=6), st.sampled_from([1, 1 << 10, 1 << 29]))
 def test_the_table_is_every_pairs_own_product(seeds: list[int], budget: int) -> None:
     vectors = {str(i): mixed(seed) for i, seed in enumerate(seeds)}
-    found = similarity(vectors, budget=budget)
+    found = similarities(vectors, budget=budget)
     for i, x in enumerate(vectors.values()):
         for j, y in enumerate(vectors.values()):
             assert found.dots[i, j] == pytest.approx(x.dot(y), abs=1e-5)
@@ -39,7 +39,7 @@ def test_many_ranks_over_several_panels() -> None:
         )
         for i in range(12)
     }
-    found = similarity(vectors)
+    found = similarities(vectors)
     for i, x in enumerate(vectors.values()):
         for j, y in enumerate(vectors.values()):
             assert found.dots[i, j] == pytest.approx(x.dot(y), abs=1e-5 * x.norm() * y.norm())
@@ -54,12 +54,12 @@ def test_factors_that_cancel_are_multiplied_in_float64() -> None:
         )
         for s in (1.0, 1e4, 1.0)
     )
-    found = similarity({"x": x + y - y, "z": z + x})
+    found = similarities({"x": x + y - y, "z": z + x})
     assert found.cosines[0, 1] == pytest.approx(x.cosine(z + x), abs=1e-6)
 
 
 def test_files_are_labelled_and_hold_no_pickle(tmp_path: Path) -> None:
-    found = similarity({"one": mixed(85), "two": mixed(90), "zero": mixed(0)})
+    found = similarities({"one": mixed(85), "two": mixed(90), "zero": mixed(0)})
     found.save(tmp_path / "out")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as stored:
         assert stored["names"].tolist() == ["one", "two", "zero"]
@@ -74,13 +74,13 @@ def test_files_are_labelled_and_hold_no_pickle(tmp_path: Path) -> None:
 def test_two_bases_and_two_shapes_are_refused() -> None:
     other = WeightVector(mixed(85).deltas, RunCard("vector", base_model="other", base_revision="two"))
     with pytest.raises(SteerError, match="different bases"):
-        similarity({"a": mixed(85), "b": other})
+        similarities({"a": mixed(85), "b": other})
     x, y = (WeightVector({"a": torch.ones(n)}, RunCard("vector")) for n in (2, 3))
     with pytest.raises(SteerError, match=r"a: shapes differ, \(2,\) and \(3,\)"):
-        similarity({"x": x, "y": y})
+        similarities({"x": x, "y": y})
     bad = WeightVector({"a": torch.tensor([1.0, float("nan")])}, RunCard("vector"))
     with pytest.raises(SteerError, match="a: holds NaN"):
-        similarity({"x": x, "bad": bad})
+        similarities({"x": x, "bad": bad})
 
 
 def test_labels_are_as_short_as_they_can_be() -> None:

@@ -11,15 +11,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conftest import tiny_lm, tiny_model
+from weightsteer.checkpoint import fingerprint
 from weightsteer.delta import Streamed, dense
 from weightsteer.errors import SteerError
 from weightsteer.extract import contrast_vector, task_vector
 from weightsteer.lm import LM
 from weightsteer.lowrank import LowRank
 from weightsteer.merge import export_merged
+from weightsteer.records import RunCard
 from weightsteer.vector import WeightVector
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -124,7 +126,7 @@ def test_embedding_lora_is_hooked_saved_and_refused_where_it_is_tied(tmp_path: P
     with torch.no_grad():
         served = PeftModel.from_pretrained(tiny_model(tied=False), tmp_path / "w")
         torch.testing.assert_close(served(IDS).logits, steered, atol=1e-5, rtol=1e-5)
-    with pytest.raises(SteerError, match="tied to the output"), tau.applied(tiny_lm(tied=True), 1.0):
+    with pytest.raises(SteerError, match="ties it to the output"), tau.applied(tiny_lm(tied=True), 1.0):
         pass
 
 
@@ -139,6 +141,56 @@ def test_whole_modules_cancel_the_base_in_either_key_style(style: str, tmp_path:
         save_file(tensors, path)
         sides.append(merged)
     assert_difference(contrast_vector(tmp_path / "1", tmp_path / "2"), sides[0], sides[1])
+
+
+def test_a_whole_module_of_a_tied_model_is_its_own_place(tmp_path: Path) -> None:
+    """PEFT trains a copy: of the output head it is hooked, of the input embedding alone it is refused."""
+    base = base_folder(tiny_model(), tmp_path / "base")
+    adapter(tmp_path / "minus", tiny_model(), 2)
+    _, steered = adapter(tmp_path / "head", tiny_model(), 1, modules_to_save=["lm_head"])
+    lm = tiny_lm()
+    negative = task_vector(tmp_path / "minus")
+    path = tmp_path / "minus" / "adapter_model.safetensors"
+    untrained = lm.model.lm_head.weight.detach().clone()
+    save_file({**load_file(path), "base_model.model.lm_head.weight": untrained}, path)
+    w = contrast_vector(tmp_path / "head", tmp_path / "minus")
+    with torch.no_grad(), w.applied(lm, 1.0), negative.applied(lm, 1.0):
+        torch.testing.assert_close(lm.model(IDS).logits, steered, atol=2e-5, rtol=1e-4)
+    adapter(tmp_path / "input", tiny_model(), 1, modules_to_save=["embed_tokens"])
+    tau = task_vector(tmp_path / "input", base=base)
+    saved = WeightVector.load(tau.save(tmp_path / "w"))
+    for vector in (tau, saved):
+        with pytest.raises(SteerError, match="ties it to the output"), vector.applied(lm, 1.0):
+            pass
+        with pytest.raises(SteerError, match="ties input and output"):
+            export_merged(vector, base, tmp_path / "out", k=1.0)
+
+
+def test_a_base_that_was_not_trained_is_refused(tmp_path: Path) -> None:
+    base = base_folder(tiny_model(tied=False), tmp_path / "base")
+    adapter(tmp_path / "plus", tiny_model(tied=False), 1, use_dora=True)
+    card = RunCard("finetune", base_model=str(base), base_revision=fingerprint(base))
+    card.save(tmp_path / "plus")
+    assert task_vector(tmp_path / "plus").norm() > 0  # the card names the base
+    other = base_folder(tiny_model(5, tied=False), tmp_path / "other")
+    with pytest.raises(SteerError, match="not the base that was trained"):
+        task_vector(tmp_path / "plus", base=other)
+    (tmp_path / "plus" / "weightsteer.json").unlink()
+    wide = LlamaForCausalLM(LlamaConfig(**{**tiny_model(tied=False).config.to_dict(), "intermediate_size": 40}))
+    with pytest.raises(SteerError, match="DoRA adapter was trained on a base of shape"):
+        task_vector(tmp_path / "plus", base=base_folder(wide, tmp_path / "wide")).norm()
+
+
+def test_what_an_adapter_and_a_checkpoint_hold_alike_is_left_out(tmp_path: Path) -> None:
+    base = base_folder(tiny_model(), tmp_path / "base")
+    adapter(tmp_path / "plus", tiny_model(), 1, target_modules=["q_proj"])
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "plus").merge_and_unload()
+    full = base_folder(model, tmp_path / "full")
+    w = task_vector(full, base=base)
+    assert sorted(w.deltas) == [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
+    assert (w - task_vector(tmp_path / "plus")).norm() < 1e-5 * w.norm()
+    with pytest.raises(SteerError, match="identical"):
+        task_vector(base, base=base)
 
 
 def test_an_adapter_and_a_checkpoint(tmp_path: Path) -> None:

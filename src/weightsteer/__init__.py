@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from .scoring import prompt_log_probs as prompt_log_probs
     from .scoring import score_choices as score_choices
     from .scoring import score_texts as score_texts
+    from .similarity import Similarity as Similarity
+    from .similarity import similarities as similarities
     from .vector import WeightVector as WeightVector
 
 HOMES = {
@@ -54,6 +56,7 @@ HOMES = {
     "merge": ("MergeSettings", "export_merged"),
     "records": ("Row", "RunCard"),
     "scoring": ("mean_kl", "prompt_log_probs", "score_choices", "score_texts"),
+    "similarity": ("Similarity", "similarities"),
     "vector": ("WeightVector",),
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names}

@@ -66,9 +66,14 @@ def read_adapter(folder: Path) -> Adapter:
     dora: dict[str, Callable[[Stored], Part]] = {}
     for key in sorted(name for name in rest if name.endswith((".lora_A.weight", ".lora_embedding_A"))):
         module, embedding = _module_of(key), key.endswith(".lora_embedding_A")
-        A, B = rest.pop(key), rest.pop(key.replace("_A", "_B"), None)
+        ending = ".lora_embedding_A" if embedding else ".lora_A.weight"
+        A, B = rest.pop(key), rest.pop(key.removesuffix(ending) + ending.replace("_A", "_B"), None)
         if B is None:
             raise SteerError(f"{file.path}: {key} has no lora_B beside it; the adapter is damaged")
+        if len(A.shape) != 2 or len(B.shape) != 2:
+            raise SteerError(
+                f"{file.path}: {module} is a convolution's LoRA, which is not supported; retrain without it"
+            )
         layout: Layout = "embedding" if embedding else "conv1d" if config.get("fan_in_fan_out") else "linear"
         scale = _scale(config, module, A.shape[0])
         factors = partial(_factors, f"{module}.weight", A, B, scale, layout)
@@ -148,6 +153,11 @@ class DoraWeight:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows in float32: (stop - start, d_in)."""
         low = self.low
+        if low.shape != self.base.shape:
+            raise SteerError(
+                f"{self.base.name}: the DoRA adapter was trained on a base of shape {low.shape}, {self.base.file.path} "
+                f"has {self.base.shape}; give the base that was trained"
+            )
         direction = self.base.rows(start, stop).float() + low.B[start:stop] @ low.A
         magnitude = self.magnitude.rows(start, stop).float()  # (rows, 1)
         return direction * (magnitude / torch.linalg.vector_norm(direction, dim=1, keepdim=True))

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .delta import Delta, in_memory
+from .delta import Delta, in_memory, layout_of
 from .errors import SteerError
-from .lowrank import LowRank
+from .lowrank import ALONE, LowRank
 from .workers import one_thread_if_small
 
 SWAPPED = "_weightsteer_swapped"  # marks a parameter that is swapped, and what stands in for it
@@ -79,15 +79,18 @@ def per_row(k: Tensor, output: Tensor) -> Tensor:
 def steered(model: nn.Module, deltas: Mapping[str, Delta], k: float | Tensor) -> Iterator[Dial]:
     """Add k * deltas to `model` until the block is left (see `WeightVector.applied`)."""
     dial = Dial(k)
-    held = {name: in_memory(name, delta) for name, delta in deltas.items()}
-    checked = [(name, _owner(model, name, delta), delta) for name, delta in held.items()]
+    checked = []
+    for name, delta in deltas.items():
+        module = _owner(model, name, delta)
+        _refuse_misplaced(model, module, name, delta)
+        checked.append((name, module, in_memory(name, delta)))
     with ExitStack() as stack:
         for name, module, delta in checked:
             stack.enter_context(_attached(model, module, name, delta, dial))
         yield dial
 
 
-def _owner(model: nn.Module, name: str, delta: LowRank | Tensor) -> nn.Module:
+def _owner(model: nn.Module, name: str, delta: Delta) -> nn.Module:
     """The module that holds parameter `name`, after checking that the delta fits it."""
     path, _, leaf = name.rpartition(".")
     try:
@@ -128,7 +131,6 @@ def _attached(model: nn.Module, module: nn.Module, name: str, delta: LowRank | T
     elif name.endswith(".bias") and is_linear(module) and isinstance(delta, Tensor):
         hook = _bias_hook(delta, dial)
     elif isinstance(module, nn.Embedding) and isinstance(delta, LowRank):
-        _refuse_tied(model, module._parameters["weight"], name)
         hook = _embedding_hook(delta, dial)
     elif isinstance(delta, Tensor):
         with _swapped(model, module._parameters[name.rpartition(".")[2]], delta, dial):
@@ -156,13 +158,20 @@ def _is_conv1d(module: nn.Module) -> bool:
     return hasattr(module, "nx") and hasattr(module, "nf")
 
 
-def _refuse_tied(model: nn.Module, weight: nn.Parameter | None, name: str) -> None:
-    """A LoRA on an embedding changes what goes in; where the output embedding is the same tensor, that is ambiguous."""
-    places = [m for m in model.modules() for parameter in m._parameters.values() if parameter is weight]
-    if len(places) > 1:
+def _refuse_misplaced(model: nn.Module, module: nn.Module, name: str, delta: Delta) -> None:
+    """Raise where the module is not of the kind that the delta was trained on."""
+    layout = layout_of(delta)
+    if isinstance(delta, LowRank) and layout == "linear" and _is_conv1d(module):
         raise SteerError(
-            f"{name}: is a LoRA on an embedding that is tied to the output; its effect there is not defined; "
-            "retrain without the embedding"
+            f"{name}: is stored (d_in, d_out) in this model, and the adapter's config says fan_in_fan_out=false; "
+            "set it to true"
+        )
+    weight = module._parameters.get("weight")
+    places = [m for m in model.modules() for parameter in m._parameters.values() if parameter is weight]
+    if layout in ALONE and isinstance(module, nn.Embedding) and len(places) > 1:
+        raise SteerError(
+            f"{name}: was trained on the input embedding alone, and this model ties it to the output; "
+            "retrain without the embedding, or on a model that is not tied"
         )
 
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from .errors import SteerError
 from .records import digest, read_json
@@ -76,23 +74,26 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / SINGLE).is_file() or (folder / INDEX).is_file()
 
 
-def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) of a checkpoint, read one at a time."""
-    for name, tensor in stored_tensors(folder).items():
-        yield name, tensor.read()
+def vocabulary_tables(folder: Path, tensors: Mapping[str, Stored]) -> list[str]:
+    """The embeddings, input first: the matrices of `vocab_size` rows. No table of architectures."""
+    size = read_config(folder).get("vocab_size")
+    tables = [name for name, tensor in tensors.items() if len(tensor.shape) == 2 and tensor.shape[0] == size]
+    return sorted(tables, key=lambda name: not re.search("emb|wte", name))  # the input's name says so
+
+
+def ties(folder: Path, tensors: Mapping[str, Stored]) -> bool:
+    """Whether input and output embedding are one: the config says so, or leaves it open and no second one differs."""
+    said = read_config(folder).get("tie_word_embeddings")
+    tables = vocabulary_tables(folder, tensors)
+    return said if isinstance(said, bool) else all(same_bytes(tensors[tables[0]], tensors[name]) for name in tables[1:])
 
 
 def tied_twins(folder: Path, tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """Output embedding -> the input embedding that it repeats, where a tied checkpoint stores both.
-
-    No table of architectures: they are the matrices of `vocab_size` rows that hold the same bytes.
-    """
-    config = read_config(folder)
-    if not config.get("tie_word_embeddings"):
+    """Output embedding -> the input embedding that it repeats, where a tied checkpoint stores both."""
+    tables = vocabulary_tables(folder, tensors)
+    if len(tables) < 2 or not ties(folder, tensors):
         return {}
-    tables = [t for t in tensors.values() if len(t.shape) == 2 and t.shape[0] == config.get("vocab_size")]
-    tables.sort(key=lambda t: not re.search("emb|wte", t.name))  # the input's name says so
-    return {t.name: tables[0].name for t in tables[1:] if same_bytes(tables[0], t)}
+    return {name: tables[0] for name in tables[1:] if same_bytes(tensors[tables[0]], tensors[name])}
 
 
 def refuse_quantised(folder: Path) -> None:

@@ -16,7 +16,7 @@ from .lowrank import ACCUMULATE, Layout, LowRank
 from .records import digest
 from .tensorfile import DTYPES, Stored, bytes_of, matrix_shape
 
-CLEAR = 1e5  # a squared norm this many times the bound on its rounding is taken as it is
+CLEAR = 1e5  # a squared norm this many times the size of its rounding is taken as it is
 BLOCK = 1 << 19  # entries: 2 MiB of float32, so that a block and its scratch stay in cache
 
 
@@ -170,9 +170,8 @@ def added(name: str, first: Delta, second: Delta, scale: float = 1.0) -> Delta:
         return first + (second if scale == 1.0 else second * scale)
     if isinstance(first, Streamed) or isinstance(second, Streamed):
         terms = _like_terms([*_terms(first), *((scale * factor, part) for factor, part in _terms(second))])
-        return Streamed(
-            terms, tuple(first.shape), layout_of(first) if isinstance(first, Streamed) else layout_of(second)
-        )
+        layouts = [layout_of(delta) for delta in (first, second)]
+        return Streamed(terms, tuple(first.shape), next((layout for layout in layouts if layout != "linear"), "linear"))
     return torch.add(dense(first), dense(second), alpha=scale)
 
 
@@ -231,7 +230,7 @@ def dot(first: Delta, second: Delta) -> float:
 
 
 def quick_dot(first: Delta, second: Delta) -> tuple[float, float]:
-    """<first, second> and a bound on its rounding: float32 products of factors, summed in float64; else as `dot`."""
+    """<first, second> and the size of its rounding: float32 products of factors, summed in float64; else as `dot`."""
     if not (isinstance(first, LowRank) and isinstance(second, LowRank)) or first.B.dtype != second.B.dtype:
         return dot(first, second), 0.0
     gram = torch.mm(first.B.T, second.B)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 
 from .errors import SteerError
+from .records import RunCard
 from .vector import WeightVector
 
 FUNCTIONS: Mapping[str, tuple[str, ...]] = {
@@ -36,6 +38,16 @@ def combine(expression: str, vectors: Mapping[str, WeightVector]) -> WeightVecto
     if not isinstance(value, WeightVector):
         raise SteerError(f"expression {expression!r}: gives a number, expected a vector")
     return value
+
+
+def derived_card(card: RunCard, expression: str, vectors: Mapping[str, WeightVector]) -> RunCard:
+    """The card of an expression's result: its text, and the cards of what went in."""
+    return replace(
+        RunCard.now("vector", base_model=card.base_model, base_revision=card.base_revision),
+        settings={"expression": expression, "vectors": {name: asdict(vector.card) for name, vector in vectors.items()}},
+        data_sha256={f"{n} {key}": value for n, v in vectors.items() for key, value in v.card.data_sha256.items()},
+        measured=card.measured,
+    )
 
 
 def _evaluate(node: ast.expr, vectors: Mapping[str, WeightVector], text: str) -> WeightVector | float:

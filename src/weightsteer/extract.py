@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -55,7 +55,7 @@ def contrast_vector(plus: str | Path, minus: str | Path, *, base: str | Path | N
     """
     positive, negative = _read_side(plus), _read_side(minus)
     require_same_base(positive.card, negative.card)
-    return WeightVector(_difference(positive, negative, base), _vector_card(positive, negative))
+    return WeightVector(_difference(positive, negative, base), _vector_card(base, positive, negative))
 
 
 def task_vector(folder: str | Path, *, base: str | Path | None = None) -> WeightVector:
@@ -68,7 +68,7 @@ def task_vector(folder: str | Path, *, base: str | Path | None = None) -> Weight
     if side.card.kind == "vector":
         return load_vector(side.folder)
     nothing = _Side(side.folder, side.card)
-    return WeightVector(_difference(side, nothing, base), _vector_card(side))
+    return WeightVector(_difference(side, nothing, base), _vector_card(base, side))
 
 
 def _read_side(name: str | Path) -> _Side:
@@ -107,6 +107,7 @@ def _difference(plus: _Side, minus: _Side, base: str | Path | None) -> Mapping[s
     origin = _base_tensors(plus, minus, base, mixed[0]) if mixed else {}
     makers: dict[str, Callable[[], Delta]] = {}
     layout = _layout({**plus.whole, **minus.whole})
+    copies = {name for side in (plus, minus) if not side.is_model for name in side.whole}
     for name in names:
         if not (plus.replaces(name) or minus.replaces(name)):
             makers[name] = partial(_of_changes, name, plus.deltas, minus.deltas)
@@ -118,12 +119,14 @@ def _difference(plus: _Side, minus: _Side, base: str | Path | None) -> Mapping[s
             )
         sides = [side.whole.get(name) or origin.get(name) for side in (plus, minus)]
         _require_same_form(name, sides, plus.folder, minus.folder)
-        first, second = (side.whole.get(name) for side in (plus, minus))
-        if first and second and same_bytes(first, second):
+        first, second = sides
+        changed = any(name in side.deltas or name in side.dora for side in (plus, minus))
+        if not changed and first and second and same_bytes(first, second):
             continue
         terms = [*_value(plus, name, origin, 1.0), *_value(minus, name, origin, -1.0)]
         shape = next(stored.shape for stored in sides if stored)
-        makers[name] = partial(_sum, name, tuple(terms), shape, layout)
+        alone = name in copies and len(shape) == 2
+        makers[name] = partial(_sum, name, tuple(terms), shape, "module" if alone else layout)
     if not makers:
         raise SteerError(f"{plus.folder} and {minus.folder}: are identical; there is no direction between them")
     return LazyDeltas(makers)
@@ -161,19 +164,23 @@ def _sum(name: str, terms: tuple[Value, ...], shape: tuple[int, ...], layout: La
 
 def _base_tensors(plus: _Side, minus: _Side, base: str | Path | None, name: str) -> dict[str, Stored]:
     """The base's tensors, for a parameter that one side gives and the other only changes."""
-    named = str(base or plus.card.base_model or minus.card.base_model)
+    card = next((side.card for side in (plus, minus) if side.card.base_model), plus.card)
+    named = str(base or card.base_model)
     try:
         if not named:
             raise SteerError("none is named in the fine-tunes")
-        tensors = _parameters(checkpoint_folder(named))
+        folder = checkpoint_folder(named, revision=None if base else card.base_commit)
+        tensors = _parameters(folder)
     except SteerError as error:
         raise SteerError(
             f"{name}: is replaced in {plus.folder} or {minus.folder} and not in the other, so the difference takes "
             f"the base model; give it as base ({error})"
         ) from None
+    if card.base_revision and not card.base_commit and fingerprint(folder) != card.base_revision:
+        raise SteerError(f"{folder}: is not the base that was trained, {card.base_model} ({card.base_revision[:12]})")
     for side in (plus, minus):
         if side.is_model:
-            _require_same_names(side.folder, side.whole, Path(named), tensors)
+            _require_same_names(side.folder, side.whole, folder, tensors)
     return tensors
 
 
@@ -211,7 +218,7 @@ def _card_of(folder: Path) -> RunCard:
     )
 
 
-def _vector_card(*sides: _Side) -> RunCard:
+def _vector_card(base: str | Path | None, *sides: _Side) -> RunCard:
     """The vector's card: base, training settings and data of its side(s), and hashes of their weights."""
     data: dict[str, str] = {}
     coarse: set[str] = set()
@@ -226,7 +233,9 @@ def _vector_card(*sides: _Side) -> RunCard:
             "adapters, where they exist, give it exactly",
             stacklevel=3,
         )
-    card = sides[0].card
+    card = next(
+        (side.card for side in sides if side.card.base_model), replace(sides[0].card, base_model=str(base or ""))
+    )
     return RunCard.now(
         "vector",
         base_model=card.base_model,

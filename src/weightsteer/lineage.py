@@ -14,7 +14,17 @@ from .records import CARD_FILE, RunCard, read_json, write_text
 from .rounding import MergeReport
 from .tensorfile import SafeFile
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")  # weights in other forms are not carried over
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+)  # weights in other forms are not carried over
 
 
 def carry_over(base: Path, part: Path, dtype: str | None) -> None:
@@ -23,6 +33,9 @@ def carry_over(base: Path, part: Path, dtype: str | None) -> None:
         ours = file.name in ("README.md", "config.json", CARD_FILE)
         if file.is_file() and not ours and file.suffix not in WEIGHTS and not file.name.startswith("pytorch_model"):
             shutil.copyfile(file, part / file.name)
+    templates = base / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, part / templates.name)
     if dtype and (part / INDEX).is_file():
         index = read_json(part / INDEX)
         sizes = [t.nbytes for shard in part.glob("*.safetensors") for t in SafeFile(shard).tensors.values()]
@@ -68,7 +81,7 @@ def _readme(vector: RunCard, base: Path, k: float, report: MergeReport) -> str:
             "",
             f"- base: {name} ({vector.base_revision or 'revision not recorded'}), merged into {base.name}",
             f"- k: {k:g}",
-            f"- vector, SHA-256 of its deltas: {report.vector_sha256 or 'none (k = 0)'}",
+            f"- vector, fingerprint: {report.vector_sha256 or 'none (k = 0)'}",
             f"- written as {report.dtype}, rounding {report.rounding}: the change that was meant is missed by "
             f"{report.delta_error:.1%}, {report.unchanged_share:.1%} of the entries are unchanged",
             "",

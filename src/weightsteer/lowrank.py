@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,8 +11,11 @@ from torch import Tensor
 # <B1 A1, B2 A2> cancels hard when the two nearly agree; float64 keeps the sum's last digits.
 ACCUMULATE = torch.float64
 
-# The kind of module whose adapter the factors are: engines store its two matrices differently (see adapter.py).
-Layout = Literal["linear", "conv1d", "embedding"]
+# The kind of module that a delta belongs to. Engines store the factors of the first three differently (see adapter.py);
+# "embedding" and "module" (a module's own copy, as `modules_to_save` trains it) change one place alone, even where the
+# base ties it to another.
+Layout = Literal["linear", "conv1d", "embedding", "module"]
+ALONE = ("embedding", "module")
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,20 +64,22 @@ class LowRank:
         gram = (B.T @ other.B.to(ACCUMULATE)) * (A @ other.A.to(ACCUMULATE).T)  # (r1, r2)
         return float(gram.sum())
 
-    def norm(self) -> float:
-        """Frobenius norm of the delta."""
-        return math.sqrt(max(self.dot(self), 0.0))
-
     def spectrum(self) -> Tensor:
         """Singular values, largest first, in float64: (min(rows, columns, r),)."""
         return self._svd()[1]
 
-    def truncate(self, rank: int) -> LowRank:
-        """The nearest delta of at most `rank` (Eckart-Young), by QR of the factors and an r x r SVD."""
-        if rank >= self.rank:
-            return self
+    def cut(self, rank: int | None, energy: float | None = None) -> tuple[LowRank, Tensor, int]:
+        """The nearest delta of at most `rank`, or of the rank that holds `energy`; all singular values; that rank.
+
+        Eckart-Young, by QR of the factors and an r x r SVD.
+        """
         u, s, vh = self._svd()
-        return self._from_svd(u[:, :rank], s[:rank], vh[:rank])
+        keep = rank if rank is not None else rank_for(s, 1.0 if energy is None else energy)
+        return (self if keep >= self.rank else self._from_svd(u[:, :keep], s[:keep], vh[:keep])), s, keep
+
+    def truncate(self, rank: int) -> LowRank:
+        """The nearest delta of at most `rank` (see `cut`)."""
+        return self.cut(rank)[0]
 
     def boost(self, beta: float) -> LowRank:
         """Singular values after those that hold `beta` of their sum are raised to the last of these.

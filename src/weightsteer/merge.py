@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import read_config, refuse_quantised, shards_of, stored_tensors, tied_twins
-from .delta import Delta, Scratch, add_rows, blocks, digest_of, not_finite, rows_of
+from .checkpoint import refuse_quantised, shards_of, stored_tensors, tied_twins, ties, vocabulary_tables
+from .delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of, not_finite, rows_of
 from .errors import SteerError
 from .lineage import carry_config, carry_over, write_lineage
-from .lowrank import LowRank
+from .lowrank import ALONE, LowRank
 from .progress import Progress, silent
 from .records import digest, new_folder
 from .rounding import DTYPES, Dither, MergeReport, Rounding, Tally, default_rounding, dither_
@@ -36,8 +36,8 @@ class MergeSettings:
     """How theta + k w is written.
 
     `dtype` float32, bfloat16 or float16 for every floating tensor; None keeps each one's own. `rounding` nearest, or
-    stochastic with `seed`; None takes what keeps more of the effect: stochastic in bfloat16, nearest else. `workers`
-    threads; None is one a core.
+    stochastic with `seed`; None takes what keeps more of the effect: stochastic where the base is bfloat16 and stays
+    so, nearest else. `workers` threads; None is one a core.
     """
 
     dtype: str | None = None
@@ -58,6 +58,10 @@ class MergeSettings:
         if self.dtype is None or dtype not in FLOATS:
             return dtype
         return next(name for name, kind in FLOATS.items() if kind == DTYPES[self.dtype])
+
+    def how(self, dtype: str) -> Rounding:
+        """How a tensor that is stored in `dtype` is rounded."""
+        return self.rounding or default_rounding(FLOATS[dtype], FLOATS[self.written(dtype)])
 
 
 def export_merged(
@@ -90,7 +94,7 @@ def export_merged(
     with new_folder(folder, "merged") as part:
         tally, sha256 = _write_shards(vector.deltas, names if k else {}, tensors, base, part, k, settings, progress)
         kinds = sorted({FLOATS[settings.written(tensors[name].dtype)] for name in names}, key=str)
-        roundings = sorted({settings.rounding or default_rounding(kind) for kind in kinds})
+        roundings = sorted({settings.how(tensors[name].dtype) for name in names})
         written = " and ".join(str(kind).removeprefix("torch.") for kind in kinds)
         report = tally.report(written, " and ".join(roundings), sha256)
         carry_over(base, part, settings.dtype)
@@ -109,6 +113,11 @@ def _touched(vector: WeightVector, base: Path, tensors: Mapping[str, Stored]) ->
                 f"{name}: the vector changes it, but {base} has no such tensor; use the vector's base, "
                 "or steer in memory if it is a bias or an output embedding that this checkpoint lacks"
             )
+        if tensors[name].dtype not in FLOATS:
+            raise SteerError(
+                f"{name}: has dtype {tensors[name].dtype} in {base}, expected {', '.join(FLOATS)}; "
+                "export with --to peft and serve the adapter over it"
+            )
         if name in twins:
             raise _tied(name, base)
     again = {twin: name for twin, name in twins.items() if name in vector.deltas}
@@ -122,17 +131,14 @@ def _tied(name: str, base: Path) -> SteerError:
     )
 
 
-def _require_fit(name: str, delta: Delta, stored: Stored, base: Path) -> None:
+def _require_fit(name: str, delta: Delta, stored: Stored, base: Path, tied: Collection[str]) -> None:
     """Raise unless the delta can be added to the stored tensor."""
     if stored.shape != tuple(delta.shape):
         raise SteerError(
             f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, {base} has {stored.shape}; "
             "use the base named in the vector's card"
         )
-    if stored.dtype not in FLOATS:
-        raise SteerError(f"{name}: has dtype {stored.dtype}, expected {', '.join(FLOATS)}; serve the adapter over it")
-    config = read_config(base) if isinstance(delta, LowRank) else {}
-    if config.get("tie_word_embeddings") and config.get("vocab_size") == stored.shape[0]:
+    if layout_of(delta) in ALONE and name in tied:
         raise _tied(name, base)
 
 
@@ -148,10 +154,11 @@ def _write_shards(
 ) -> tuple[Tally, str]:
     """Write every shard; returns the sums of what rounding did, and the hash of the deltas."""
     jobs: list[_Job] = []
+    tied = vocabulary_tables(base, tensors) if ties(base, tensors) else []
     with _outputs(base, part, settings) as files:
         for tensor in sorted(tensors.values(), key=lambda tensor: -tensor.nbytes):
             out, plan, start = files[tensor.file.path.name]
-            jobs.append(_Job(tensor, out, start + plan[tensor.name], k, settings))
+            jobs.append(_Job(tensor, out, start + plan[tensor.name], k, settings, tied))
         with worker_pool(settings.workers) as pool:
             running = [
                 pool.submit(job.merge, deltas, names[job.tensor.name])
@@ -229,6 +236,7 @@ class _Job:
     at: int
     k: float
     settings: MergeSettings
+    tied: Collection[str]  # embeddings that are input and output in one
 
     def copy(self) -> Result:
         """The tensor as it is, byte for byte, or in the output's dtype."""
@@ -236,8 +244,9 @@ class _Job:
         if written != self.tensor.dtype:
             at = self.at
             for start, stop in blocks(self.tensor.shape):
-                block = self.tensor.rows(start, stop).to(FLOATS[written])
-                at += _put(self.out, block, at)
+                block = self.tensor.rows(start, stop).float()
+                _require_finite(self.tensor.name, block, FLOATS[written])
+                at += _put(self.out, block.to(FLOATS[written]), at)
             return Tally(), self.tensor.name, ""
         for done in range(0, self.tensor.nbytes, COPY):
             length = min(COPY, self.tensor.nbytes - done)
@@ -249,9 +258,11 @@ class _Job:
     def merge(self, deltas: Mapping[str, Delta], name: str) -> Result:
         """theta + k delta in float32, rounded once, block by block."""
         delta = deltas[name]
-        _require_fit(name, delta, self.tensor, self.tensor.file.path.parent)
+        if isinstance(delta, LowRank):
+            delta = replace(delta, B=delta.B.float(), A=delta.A.float())
+        _require_fit(name, delta, self.tensor, self.tensor.file.path.parent, self.tied)
         dtype = FLOATS[self.settings.written(self.tensor.dtype)]
-        rounding = self.settings.rounding or default_rounding(dtype)
+        rounding = self.settings.how(self.tensor.dtype)
         dither = Dither(self.settings.seed, self.tensor.name)
         tally, at, columns = Tally(tensors=1), self.at, matrix_shape(self.tensor.shape)[1]
         for number, (start, stop) in enumerate(blocks(self.tensor.shape)):
@@ -267,6 +278,7 @@ class _Job:
             if number % MEASURE == 0:
                 few = max(1, SAMPLE // columns)
                 tally.add(theta[:few], self.k * rows_of(delta, start, min(start + few, stop)), result[:few])
+        tally.weigh(self.tensor.nbytes // FLOATS[self.tensor.dtype].itemsize)
         return tally, name, digest_of(delta)
 
 

@@ -52,7 +52,7 @@ class RunCard:
 
     kind: str
     base_model: str = ""
-    base_revision: str = ""  # hub commit, or a hash of a local checkpoint's config and tensor headers
+    base_revision: str = ""  # hub commit, or a local checkpoint's `fingerprint`
     data_sha256: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
@@ -238,9 +238,9 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
     older `target` is replaced only if it is empty or holds our artifact of the same `kind`.
     """
     target = target.absolute()
-    refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep_parts(target)
+    refuse_foreign(target, kind)
     part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     lock = os.open(part, os.O_RDONLY)
     try:
@@ -260,14 +260,15 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
 def _sweep_parts(target: Path) -> None:
     """Remove unfinished folders for `target` whose writer was killed."""
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        lock = os.open(part, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(part, ignore_errors=True)
-        except OSError:
-            continue  # another process is writing it, or there are no locks here
-        finally:
-            os.close(lock)
+        with suppress(OSError):  # another process is writing it, it is somebody else's, or there are no locks here
+            lock = os.open(part, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not target.exists() and (part / REPLACED).exists():
+                    (part / REPLACED).rename(target)  # killed between the two renames: the older artifact stands
+                shutil.rmtree(part, ignore_errors=True)
+            finally:
+                os.close(lock)
 
 
 def refuse_foreign(target: Path, kind: str) -> None:

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .delta import Delta, LazyDeltas, dense, dot, layout_of, scaled
+from .delta import Delta, LazyDeltas, Streamed, dense, dot, layout_of, scaled
 from .errors import SteerError
-from .lowrank import ACCUMULATE, Layout, LowRank, boosted, rank_for
+from .lowrank import ACCUMULATE, Layout, LowRank, boosted
 from .names import is_in, layer_numbers, layer_of
 
 Deltas = Mapping[str, Delta]
@@ -51,14 +51,13 @@ def truncated(deltas: Deltas, rank: int | None, energy: float | None) -> tuple[d
     kept: dict[str, Delta] = {}
     total, lost = 0.0, 0.0
     for name, delta in deltas.items():
-        if not isinstance(delta, LowRank) and (len(delta.shape) != 2 or layer_of(name) is None):
+        matrix = len(delta.shape) == 2 and name.endswith(".weight")
+        if not isinstance(delta, LowRank) and (not matrix or layer_of(name) is None):
             kept[name] = delta  # engines store the factors of embeddings in ways of their own
             total += dot(delta, delta)
             continue
         whole = delta if isinstance(delta, LowRank) else factored(dense(delta), layout_of(delta))
-        s = whole.spectrum()
-        keep = rank if rank is not None else rank_for(s, energy or 1.0)
-        kept[name] = whole.truncate(keep)
+        kept[name], s, keep = whole.cut(rank, energy)
         total += float(s.square().sum())
         lost += float(s[keep:].square().sum())
     return kept, math.sqrt(lost / total) if total else 0.0
@@ -71,10 +70,12 @@ def factored(matrix: Tensor, layout: Layout) -> LowRank:
 
 
 def lines(deltas: Deltas, alpha: float, beta: float) -> Deltas:
-    """Layer l of L times alpha + beta l / (L - 1): LiNeS (Wang et al., arXiv 2410.17146).
+    """Layer l of L times alpha + beta l / (L - 1): LiNeS (Wang et al., arXiv 2410.17146); L - 1 is the vector's last.
 
     Early layers hold what is general, so they move less. What stands outside the blocks is scaled by alpha.
     """
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in (alpha, beta)):
+        raise SteerError(f"lines: alpha and beta must be numbers, found {alpha!r} and {beta!r}")
     last = max((layer for name in deltas if (layer := layer_of(name)) is not None), default=0)
 
     def weigh(name: str) -> Delta:
@@ -86,8 +87,8 @@ def lines(deltas: Deltas, alpha: float, beta: float) -> Deltas:
 
 def boost(deltas: Deltas, beta: float) -> Deltas:
     """Raise each matrix's small singular values: subspace boosting (Skorobogat et al., arXiv 2506.16506)."""
-    if not 0.0 <= beta <= 1.0:
-        raise SteerError(f"boost: beta must lie between 0 and 1, found {beta}")
+    if not isinstance(beta, int | float) or not 0.0 <= beta <= 1.0:
+        raise SteerError(f"boost: beta must lie between 0 and 1, found {beta!r}")
     return LazyDeltas({name: partial(_boosted, deltas, name, beta) for name in deltas})
 
 
@@ -99,4 +100,5 @@ def _boosted(deltas: Deltas, name: str, beta: float) -> Delta:
         return delta
     matrix = dense(delta)
     u, s, vh = torch.linalg.svd(matrix.to(ACCUMULATE), full_matrices=False)
-    return ((u * boosted(s, beta)) @ vh).to(matrix.dtype)
+    raised = ((u * boosted(s, beta)) @ vh).to(matrix.dtype)
+    return Streamed(((1.0, raised),), tuple(delta.shape), layout_of(delta))

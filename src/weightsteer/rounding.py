@@ -16,9 +16,12 @@ Rounding = Literal["nearest", "stochastic"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def default_rounding(dtype: torch.dtype) -> Rounding:
-    """What keeps more of a behaviour vector's effect (measured: docs/vectors.md): stochastic in bfloat16."""
-    return "stochastic" if dtype == torch.bfloat16 else "nearest"
+def default_rounding(stored: torch.dtype, written: torch.dtype) -> Rounding:
+    """What keeps more of a behaviour vector's effect (measured: docs/vectors.md): stochastic in bfloat16.
+
+    Not where a finer base is narrowed: what is cut off of its weights already makes nearest right on average.
+    """
+    return "stochastic" if stored == written == torch.bfloat16 else "nearest"
 
 
 class Dither:
@@ -66,7 +69,8 @@ class MergeReport:
 
     `delta_error` is |realised - intended| / |intended|, `unchanged_share` the share of entries that came out as they
     went in; `other_dtypes` holds the same two, rounded to nearest, for other outputs. All are measured on
-    `measured_entries` entries, which are spread over all tensors.
+    `measured_entries` entries, spread over all tensors and weighed by their sizes. `vector_sha256` tells vectors
+    apart: the hash of factors and, of deltas that lie in files, of their names, forms and first KiB.
     """
 
     changed_tensors: int
@@ -84,37 +88,52 @@ class Tally:
     """Sums over measured blocks, one set for each way of writing them."""
 
     tensors: int = 0
-    entries: int = 0
+    measured: int = 0
+    entries: float = 0.0  # what the measured ones stand for
     size: float = 0.0  # |intended|^2
     errors: dict[str, float] = field(default_factory=dict)  # |realised - intended|^2
-    unchanged: dict[str, int] = field(default_factory=dict)
+    unchanged: dict[str, float] = field(default_factory=dict)
 
     def add(self, theta: Tensor, intended: Tensor, written: Tensor) -> None:
-        """Count a block: parameters as stored, k delta in float32, and what was written."""
-        before, change = theta.double(), intended.double()
-        exact = before + change
+        """Count a block: parameters as stored, k delta in float32, and what was written.
+
+        Realised is the difference to the parameters in the same dtype: that of a narrowed base is not k w's.
+        """
+        change = intended.double()
+        self.measured += theta.numel()
         self.entries += theta.numel()
         self.size += float(change.square().sum())
-        nearest = {name: exact.float().to(dtype) for name, dtype in DTYPES.items()}
+        nearest = {name: (theta.double() + change).float().to(dtype) for name, dtype in DTYPES.items()}
         for name, result in {"written": written, **nearest}.items():
-            self.errors[name] = self.errors.get(name, 0.0) + float((result.double() - exact).square().sum())
-            self.unchanged[name] = self.unchanged.get(name, 0) + int((result.double() == before).sum())
+            before = theta.to(result.dtype).double()
+            missed = float((result.double() - before - change).square().sum())
+            self.errors[name] = self.errors.get(name, 0.0) + missed
+            self.unchanged[name] = self.unchanged.get(name, 0.0) + float((result.double() == before).sum())
+
+    def weigh(self, entries: int) -> None:
+        """Let what was measured stand for a tensor of so many entries."""
+        factor = entries / self.measured if self.measured else 0.0
+        self.entries *= factor
+        self.size *= factor
+        self.errors = {name: error * factor for name, error in self.errors.items()}
+        self.unchanged = {name: count * factor for name, count in self.unchanged.items()}
 
     def merge(self, other: Tally) -> None:
-        """Take in another worker's sums."""
+        """Take in another tensor's sums."""
         self.tensors += other.tensors
+        self.measured += other.measured
         self.entries += other.entries
         self.size += other.size
         for name in other.errors:
             self.errors[name] = self.errors.get(name, 0.0) + other.errors[name]
-            self.unchanged[name] = self.unchanged.get(name, 0) + other.unchanged[name]
+            self.unchanged[name] = self.unchanged.get(name, 0.0) + other.unchanged[name]
 
     def report(self, dtype: str, rounding: str, vector_sha256: str) -> MergeReport:
         """The sums as shares."""
         shares = {
             name: {
                 "delta_error": math.sqrt(error / self.size) if self.size else 0.0,
-                "unchanged_share": self.unchanged[name] / max(self.entries, 1),
+                "unchanged_share": self.unchanged[name] / max(self.entries, 1.0),
             }
             for name, error in self.errors.items()
         }
@@ -124,7 +143,7 @@ class Tally:
             dtype=dtype,
             rounding=rounding,
             other_dtypes=shares,
-            measured_entries=self.entries,
+            measured_entries=self.measured,
             vector_sha256=vector_sha256,
             **written,
         )

@@ -49,13 +49,13 @@ class Similarity:
         writer.writerow(["", *self.names])
         for name, row in zip(self.names, self.cosines, strict=True):
             writer.writerow([name, *(f"{value:.9g}" for value in row)])
-        write_text(path.with_suffix(".csv"), table.getvalue())
+        write_text(path.with_name(f"{path.name}.csv"), table.getvalue())
         array = io.BytesIO()
         np.savez(array, names=np.array(self.names), cosines=self.cosines, dots=self.dots, norms=self.norms)
-        write_bytes(path.with_suffix(".npz"), array.getvalue())
+        write_bytes(path.with_name(f"{path.name}.npz"), array.getvalue())
 
 
-def similarity(
+def similarities(
     vectors: Mapping[str, WeightVector], *, budget: int = 1 << 29, progress: Progress = silent
 ) -> Similarity:
     """All inner products of `vectors` at once.
@@ -64,13 +64,14 @@ def similarity(
     inner products. Dense deltas are read in blocks of rows. `budget`: bytes for what is held at a time.
 
     Raises:
-        SteerError: two bases, two shapes of one parameter, a NaN, or a budget too small for one parameter's factors.
+        SteerError: two bases, two shapes of one parameter, or a NaN.
     """
     names, members = tuple(vectors), list(vectors.values())
     if not members:
-        raise SteerError("similarity: no vectors")
-    for vector in members[1:]:
-        require_same_base(members[0].card, vector.card)
+        raise SteerError("similarities: no vectors")
+    for number, vector in enumerate(members):
+        for other in members[:number]:
+            require_same_base(other.card, vector.card)
     dots, noise = _table(members, budget, torch.float32, progress)
     if bool(((dots.diag() <= noise * CLEAR) & (noise > 0)).any()):
         dots, _ = _table(members, budget, ACCUMULATE, progress)  # some vector's factors cancel; float32 is too coarse
@@ -123,7 +124,7 @@ class _Held:
         if index in self._kept:
             return self._kept[index]
         delta = self._sources[index][self._parameter]
-        size = sum(delta.shape) * delta.rank * 4 if isinstance(delta, LowRank) else 0
+        size = sum(delta.shape) * delta.rank * 4 if isinstance(delta, LowRank) else self._budget  # read again
         if 2 * size * len(self._sources) <= self._budget:  # twice: panels are copies
             self._kept[index] = delta
         return delta

@@ -47,7 +47,12 @@ class SafeFile:
         try:
             with safe_open(path, framework="pt"):
                 pass  # checks the header and that every tensor is there
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise SteerError(
+                f"{path}: cannot be opened ({error.strerror or error}); expected safetensors, to which other forms "
+                "must be converted"
+            ) from None
+        except SafetensorError as error:
             raise SteerError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
@@ -55,9 +60,14 @@ class SafeFile:
         self.data_start = 8 + struct.unpack("<Q", self.read(0, 8))[0]
         header = json.loads(self.read(8, self.data_start - 8))
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
-        self.tensors = {
+        self._entries = header
+
+    @property
+    def tensors(self) -> dict[str, Stored]:
+        """Handles of the tensors; they keep the file open, which closes when the last of them is gone."""
+        return {
             name: Stored(self, name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in header.items()
+            for name, entry in self._entries.items()
         }
 
     def read(self, start: int, length: int) -> bytearray:

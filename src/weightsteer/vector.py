@@ -33,7 +33,7 @@ from .delta import (
     scaled,
 )
 from .errors import SteerError
-from .lowrank import LowRank
+from .lowrank import Layout, LowRank
 from .records import CARD_FILE, RunCard, new_folder
 from .tensorfile import Planned, SafeFile, write_stream
 from .workers import worker_pool
@@ -90,7 +90,8 @@ class WeightVector:
 
     def _derived(self, deltas: Mapping[str, Delta], **measured: float) -> WeightVector:
         """A result of algebra: same base, but the range of k was measured for other weights."""
-        return WeightVector(deltas, replace(self.card, strength=None, measured=measured))
+        cut = {name: value for name, value in self.card.measured.items() if name == "truncation_error"}
+        return WeightVector(deltas, replace(self.card, strength=None, measured={**cut, **measured}))
 
     def dot(self, other: WeightVector) -> float:
         """Sum over all parameters of the products of entries, in float64.
@@ -127,19 +128,19 @@ class WeightVector:
             SteerError: the bases differ, two shapes of one parameter, a NaN, or one of the vectors is zero.
         """
         require_same_base(self.card, other.card)
-        square, product, other_square, noise = self._products(other)
+        (square, noise), (product, _), (other_square, other_noise) = self._products(other)
         norms = math.sqrt(max(square, 0.0)) * math.sqrt(max(other_square, 0.0))
-        if norms <= noise * CLEAR:  # the factors cancel: float32 is too coarse for what is left of them
+        if square <= noise * CLEAR or other_square <= other_noise * CLEAR:  # factors cancel: float32 is too coarse
             norms, product = self.norm() * other.norm(), self.dot(other)
         if norms == 0.0:
             raise SteerError("cosine: one of the vectors is zero, so it has no direction")
         return max(-1.0, min(1.0, product / norms))
 
-    def _products(self, other: WeightVector) -> tuple[float, float, float, float]:
-        """<w, w>, <w, o>, <o, o> in quick arithmetic, and a bound on their rounding."""
+    def _products(self, other: WeightVector) -> list[tuple[float, float]]:
+        """<w, w>, <w, o>, <o, o> in quick arithmetic, each with the size of its rounding."""
         mine, theirs = self.deltas, other.deltas
 
-        def products(name: str) -> tuple[float, ...]:
+        def products(name: str) -> list[tuple[float, float]]:
             ours, others = mine.get(name), theirs.get(name)
             found = []
             for first, second in ((ours, ours), (ours, others), (others, others)):
@@ -150,12 +151,11 @@ class WeightVector:
                     found.append((0.0, 0.0))
             if not all(math.isfinite(value) for value, _ in found):
                 raise not_finite(name)
-            return (*(value for value, _ in found), sum(bound for _, bound in found))
+            return found
 
         with worker_pool() as pool:
-            sums = [math.fsum(column) for column in zip(*pool.map(products, mine.keys() | theirs.keys()), strict=True)]
-        square, product, other_square, noise = sums or [0.0] * 4
-        return square, product, other_square, noise
+            rows = list(pool.map(products, mine.keys() | theirs.keys()))
+        return [(math.fsum(row[i][0] for row in rows), math.fsum(row[i][1] for row in rows)) for i in range(3)]
 
     def filter(
         self, *, layers: Collection[int] | str | None = None, modules: Collection[str] | str | None = None
@@ -258,20 +258,22 @@ def save_vector(vector: WeightVector, folder: Path) -> Path:
     """
     factored: dict[str, LowRank] = {}  # the shapes only: meta tensors
     dense: dict[str, tuple[int, ...]] = {}
-    layout = "linear"
+    layouts: dict[str, str] = {}
     for name, delta in vector.deltas.items():
         if isinstance(delta, LowRank):
             require_finite(name, delta)
+            assert name.endswith(".weight"), f"{name}: an adapter's factors belong to a weight"
             factored[name] = LowRank(delta.B.to("meta"), delta.A.to("meta"), delta.layout)
         else:
             dense[name] = tuple(delta.shape)
-            layout = layout_of(delta)
+            if layout_of(delta) != "linear":
+                layouts[name] = layout_of(delta)
     with new_folder(folder, "vector") as part:
         if factored or not dense:
             _write_adapter(vector, factored, part)
         if dense:
             plan = {name: Planned("F32", shape) for name, shape in dense.items()}
-            write_stream(part / DENSE_FILE, plan, _dense_blocks(vector, plan), layout=layout)
+            write_stream(part / DENSE_FILE, plan, _dense_blocks(vector, plan), layouts=json.dumps(layouts))
         vector.card.save(part)
     return folder
 
@@ -324,8 +326,8 @@ def load_vector(folder: Path) -> WeightVector:
 def dense_file(path: Path) -> dict[str, Streamed]:
     """The deltas of a file of dense deltas, which stay there until they are used."""
     file = SafeFile(path)
-    conv1d = file.metadata.get("layout") == "conv1d"
+    layouts: dict[str, Layout] = json.loads(file.metadata.get("layouts", "{}"))
     return {
-        name: Streamed(((1.0, tensor),), tensor.shape, "conv1d" if conv1d else "linear")
+        name: Streamed(((1.0, tensor),), tensor.shape, layouts.get(name, "linear"))
         for name, tensor in file.tensors.items()
     }

@@ -34,10 +34,12 @@ def main() -> None:
     except SteerError as error:
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; run the same command again", file=sys.stderr)
         code = 130
     except BrokenPipeError:
         code = 0
+    except OSError as error:  # a full disk, a folder that may not be written
+        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except Exception as error:
         # typer carries a click of its own whose usage errors it does not export; they format themselves
         if not hasattr(error, "format_message"):

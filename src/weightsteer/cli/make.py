@@ -220,6 +220,7 @@ def combine(
     expression: Annotated[str, typer.Argument(help="Such as '0.8*honest - 0.5*rude'.")],
     vectors: Annotated[list[str], typer.Argument(help="name=FOLDER for every name in it: vectors or fine-tunes.")],
     out: Out,
+    base: Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among them.")] = None,
 ) -> None:
     """Add, subtract and scale vectors of one base, exactly; or reshape them.
 
@@ -229,7 +230,9 @@ def combine(
     Example: weightsteer combine "1.0*syc - 0.5*gloomy" syc=runs/syc/vector gloomy=runs/gloomy/vector -o runs/mixed
     """
     from ..expression import combine as evaluate
+    from ..expression import derived_card
     from ..extract import task_vector
+    from ..vector import WeightVector
 
     named = {}
     for text in vectors:
@@ -237,8 +240,9 @@ def combine(
         if not equals:
             raise SteerError(f"{text!r}: expected name=FOLDER")
         refuse_input(out, folder)
-        named[name] = task_vector(folder)
+        named[name] = task_vector(folder, base=base)
     vector = evaluate(expression, named)
+    vector = WeightVector(vector.deltas, derived_card(vector.card, expression, named))
     vector.save(out)
     cut = vector.card.measured.get("truncation_error")
     lost = f", {cut:.2%} of the vector cut away" if cut is not None else ""

@@ -13,6 +13,7 @@ from ..errors import SteerError
 if TYPE_CHECKING:
     from ..behavior import Example
     from ..lm import LM
+    from ..records import RunCard
     from ..vector import WeightVector
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Model: embedded name, Hugging Face id or path.")]
@@ -64,7 +65,14 @@ def vector_and_lm(
     vector = WeightVector.load(folder)
     if model:
         return vector, load_lm(model, device, dtype, trust)
-    return vector, load_lm(vector.card.base_model or None, device, dtype, trust, vector.card.base_commit)
+    require_base(vector.card)
+    return vector, load_lm(vector.card.base_model, device, dtype, trust, vector.card.base_commit)
+
+
+def require_base(card: RunCard) -> None:
+    """Raise if a card does not say on which model its vector was made."""
+    if not card.base_model:
+        raise SteerError("the vector's card names no base model; give one with --model")
 
 
 def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) -> tuple[list[Example], list[Example]]:

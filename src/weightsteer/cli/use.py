@@ -22,6 +22,7 @@ from .options import (
     number,
     numbers,
     refuse_input,
+    require_base,
     vector_and_lm,
 )
 
@@ -64,17 +65,17 @@ def cosine(
     Example: weightsteer cosine runs/syc/vector runs/gloomy/vector runs/mine/plus -o similarity
     """
     from ..extract import task_vector
-    from ..similarity import labels, similarity, table
+    from ..similarity import labels, similarities, table
 
     if len(sources) < 2:
         raise SteerError("cosine: expected two or more vectors")
     vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
     with shown("cosine") as progress:
-        found = similarity(vectors, progress=progress)
+        found = similarities(vectors, progress=progress)
     print(table(found.names, found.cosines))
     if out:
         found.save(out)
-        print(f"{out.with_suffix('.csv')}, {out.with_suffix('.npz')}")
+        print(f"{out}.csv, {out}.npz")
 
 
 def steer(
@@ -176,6 +177,7 @@ def _base_folder(vector: WeightVector, model: str | None) -> Path:
 
     if model:
         return checkpoint_folder(model)
+    require_base(vector.card)
     return checkpoint_folder(vector.card.base_model, revision=vector.card.base_commit)
 
 
@@ -199,7 +201,10 @@ def export(
     to: Annotated[str, typer.Option("--to", help="peft (adapter) or merged (checkpoint).")] = "peft",
     k: Annotated[str | None, typer.Option("--k", help="Strength to fold in; default: the card's.")] = None,
     minus: Annotated[str | None, typer.Option(help="The fine-tune on D-: w = SOURCE - MINUS.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Base or later fine-tune to merge into.")] = None,
+    base: Annotated[str | None, typer.Option(help="The base of SOURCE, where a checkpoint or DoRA needs it.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="merged: the base or a later fine-tune of it.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="merged: float32, bfloat16 or float16; default: as it is.")] = None,
     rounding: Annotated[str | None, typer.Option(help="merged: nearest or stochastic.")] = None,
     seed: Annotated[int | None, typer.Option(help="merged: seed of stochastic rounding.")] = None,
@@ -213,7 +218,7 @@ def export(
     if to not in ("peft", "merged"):
         raise SteerError(f"--to: expected peft or merged, found {to!r}")
     chosen = number(k) if k else None
-    refuse_input(out, source, minus, model)
+    refuse_input(out, source, minus, base, model)
     from ..extract import contrast_vector, task_vector
 
     merging = given(dtype=dtype, rounding=rounding, seed=seed, workers=workers)
@@ -221,7 +226,7 @@ def export(
         raise SteerError(f"--{next(iter(merging))}: is for --to merged; an adapter keeps float32 factors")
     if max_rank is not None and to == "merged":
         raise SteerError("--max-rank: is for --to peft; a merged checkpoint has no rank")
-    vector = contrast_vector(source, minus, base=model) if minus else task_vector(source, base=model)
+    vector = contrast_vector(source, minus, base=base) if minus else task_vector(source, base=base)
     strength = chosen if chosen is not None else _recommended(vector)
     if to == "peft":
         from ..export import export_adapter

@@ -178,25 +178,27 @@ def _refuse_misplaced(model: nn.Module, module: nn.Module, name: str, delta: Del
 def _weight_hook(delta: LowRank | Tensor, dial: Dial, *, transposed: bool) -> Callable[..., Tensor | None]:
     if isinstance(delta, Tensor):
         return _dense_hook(delta.T if transposed else delta, dial)
-    return _low_rank_hook(delta.B.T, delta.A, dial) if transposed else _low_rank_hook(delta.A, delta.B.T, dial)
+    return _low_rank_hook(delta.B, delta.A, dial) if transposed else _low_rank_hook(delta.A.T, delta.B.T, dial)
 
 
 def _low_rank_hook(into: Tensor, out: Tensor, dial: Dial) -> Callable[..., Tensor | None]:
-    """y + k (x into^T) out, into (r, d_in) and out (r, d_out); they follow the input's device and dtype, cast once."""
-    factors = _Follower(into, out)
+    """y + k (x into) out, into (d_in, r) and out (r, d_out); they follow the input's device and dtype, cast once."""
+    factors = _Follower(into.contiguous(), out.contiguous())
 
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if dial.is_zero:
             return None
-        x = args[0]
-        A, B_T = factors.like(output)
-        work = x.numel() // x.shape[-1] * A.shape[0] * (A.shape[1] + B_T.shape[1])
-        with one_thread_if_small(work, output.device):
-            hidden = nn.functional.linear(x.to(output), A)  # (..., r)
+        first, second = factors.like(output)
+        x = args[0].to(output).reshape(-1, first.shape[0])
+        with one_thread_if_small(x.shape[0] * first.shape[1] * (x.shape[1] + second.shape[1]), output.device):
+            hidden = torch.mm(x, first)  # (rows, r)
             if isinstance(dial.k, Tensor):
-                return output + (per_row(dial.k, hidden) * hidden) @ B_T
-            flat = torch.addmm(output.reshape(-1, output.shape[-1]), hidden.reshape(-1, A.shape[0]), B_T, alpha=dial.k)
-            return flat.view_as(output)
+                hidden = hidden.view(*output.shape[:-1], -1)
+                return output + (per_row(dial.k, hidden) * hidden) @ second
+            flat = output.reshape(-1, output.shape[-1])
+            if output.requires_grad:
+                return torch.addmm(flat, hidden, second, alpha=dial.k).view_as(output)
+            return flat.addmm_(hidden, second, alpha=dial.k).view_as(output)  # the module's own fresh output
 
     return add
 

@@ -32,8 +32,8 @@ LIMITS = """
 ## What bounds them
 
 A merge from adapters: importing torch 1.0 to 1.2 s; then on each of two cores half of 145 GFLOP at 85 GFLOP/s (0.85 s,
-what its float32 units give), half of reading 2.5 GB (0.35 s) and of writing it (0.25 s and the page cache's own work, 0.4 to
-1.5 s, which `cp` has too). Rounding, sums and hashes are the remaining 0.3 s.
+what its float32 units give), half of reading 2.5 GB (0.35 s) and of writing it (0.25 s and the page cache's own work,
+0.4 to 1.5 s, which `cp` has too). Rounding, sums and hashes are the remaining 0.3 s.
 
 The table of cosines: 32 vectors of rank 64 are 2048 columns, and the products of one half of all pairs 4 TFLOP; at two
 cores' 170 GFLOP/s that is 24 s. Pair by pair it is as many products, 64 columns wide: slower by what narrow ones are.

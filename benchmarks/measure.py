@@ -55,11 +55,13 @@ def time_function(function: Callable[[], object]) -> Usage:
 
 
 def in_turn(contenders: Mapping[str, Callable[[], Usage]], runs: int, *, warm: int = 1) -> dict[str, Usage]:
-    """Run every contender in turn, `runs` times, after `warm` rounds that do not count; medians."""
+    """Run every contender in turn, `runs` times in a rotating order, after `warm` rounds that do not count; medians."""
     seen: dict[str, list[Usage]] = {name: [] for name in contenders}
+    names = list(contenders)
     for number in range(-warm, runs):
-        for name, run in contenders.items():
-            usage = run()
+        names = [*names[1:], names[0]]  # what a contender leaves in memory and on disk falls on each of the others
+        for name in names:
+            usage = contenders[name]()
             print(
                 f"  {number + 1}/{runs} {name}: {usage.wall:.3f} s, {usage.peak:.2f} GiB", file=sys.stderr, flush=True
             )

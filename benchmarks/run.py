@@ -21,8 +21,8 @@ INTRODUCTION = """# Benchmarks
 
     make bench
 
-Medians of {runs} runs, contenders in turn, after a round that does not count; page cache warm, disk synced before each
-run. Machine: {machine}. {versions}.
+Medians of {runs} runs, contenders in turn in a rotating order, after a round that does not count; page cache warm, disk
+synced before each run. Machine: {machine}. {versions}.
 The checkpoint is synthetic: Llama-shaped, 22 layers, hidden 2048, feed-forward 5632, 32,000 tokens, untied, 1.26B
 parameters in bfloat16, six shards of at most 500 MB; the adapters have rank 32 on all linear layers. Peak memory is the
 process's resident set, mapped files included.

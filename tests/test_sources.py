@@ -66,6 +66,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"target_modules": ["embed_tokens", "q_proj"]},
     {"target_modules": ["lm_head", "down_proj"]},
     {"target_modules": ["down_proj"], "r": 5, "alpha_pattern": {"layers.1.mlp.down_proj": 1}},
+    {"rank_pattern": {"q_proj": 7, "layers.0.mlp.up_proj": 1}, "use_rslora": True},
 ]
 
 

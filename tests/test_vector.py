@@ -33,14 +33,14 @@ def streamed(folder: Path, name: str, shape: tuple[int, ...], g: torch.Generator
     return Streamed(((1.0, file.tensors["plus"]), (-1.0, file.tensors["minus"])), shape)
 
 
-def mixed(seed: int) -> WeightVector:
-    """Factored, dense, streamed and missing parts, by seed."""
+def mixed(seed: int, d: int = 3) -> WeightVector:
+    """Factored, dense, streamed, empty and missing parts, by seed; d sets the shapes."""
     g = torch.Generator().manual_seed(seed)
-    shapes = {"a.weight": (4, 5), "b.weight": (3, 3), "b.bias": (3,), "c.weight": (2, 6)}
+    shapes = {"a.weight": (4, d), "b.weight": (d, 3), "b.bias": (d,), "c.weight": (2, 6), "empty.weight": (0, d)}
     deltas: dict[str, Delta] = {}
     with tempfile.TemporaryDirectory() as folder:
         for i, (name, shape) in enumerate(shapes.items()):
-            form = (seed >> (2 * i)) % 4
+            form = (seed >> (2 * i)) % 4 if i < 4 else 1 + seed % 3
             if form == 1 and len(shape) == 2:
                 rank = 1 + seed % 3
                 deltas[name] = LowRank(
@@ -67,9 +67,9 @@ def dense_dot(x: WeightVector, y: WeightVector) -> float:
 seeds = st.integers(0, 255)
 
 
-@given(seeds, seeds, st.floats(-3, 3))
-def test_algebra_equals_dense(s1: int, s2: int, k: float) -> None:
-    x, y = mixed(s1), mixed(s2)
+@given(seeds, seeds, st.floats(-3, 3), st.integers(0, 8))
+def test_algebra_equals_dense(s1: int, s2: int, k: float, d: int) -> None:
+    x, y = mixed(s1, d), mixed(s2, d)
     for combined, sign in ((x + y, 1.0), (x - y, -1.0)):
         for name in {*x.deltas, *y.deltas}:
             zero = torch.zeros((), dtype=torch.float64)
@@ -92,7 +92,7 @@ def test_a_vector_minus_itself_is_zero(seed: int) -> None:
 @given(st.integers(1, 255))
 def test_cosine_of_a_vector_with_itself_and_its_opposite(seed: int) -> None:
     x = mixed(seed)
-    if x.deltas:
+    if x.norm():
         assert x.cosine(x) == pytest.approx(1.0)
         assert x.cosine(-2.0 * x) == pytest.approx(-1.0)
     else:

@@ -112,16 +112,26 @@ def add_rows(total: Tensor, delta: Delta, k: float, start: int, stop: int, scrat
     if isinstance(delta, Tensor):
         change.copy_(rows_of(delta, start, stop))
     else:
+        _stream_rows(change, delta, start, stop, scratch)
+    return total.add_(change if k == 1.0 else change.mul_(k))
+
+
+def _stream_rows(change: Tensor, delta: Streamed, start: int, stop: int, scratch: Scratch) -> None:
+    """Fill `change` with rows of a streamed delta: its first term, then the others added."""
+    rows, columns = change.shape
+    if not delta.terms:
         change.zero_()
-        part = scratch.take("part", rows, columns, torch.float32)
-        for scale, source in delta.terms:
-            if isinstance(source, Stored):
-                raw = scratch.take(f"raw {source.dtype}", rows, columns, DTYPES[source.dtype])
-                part.copy_(source.rows_into(raw, start))
-            else:
-                part.copy_(rows_of(source, start, stop))
+    for number, (scale, source) in enumerate(delta.terms):
+        part = change if number == 0 else scratch.take("part", rows, columns, torch.float32)
+        if isinstance(source, Stored):
+            raw = scratch.take(f"raw {source.dtype}", rows, columns, DTYPES[source.dtype])
+            part.copy_(source.rows_into(raw, start))
+        else:
+            part.copy_(rows_of(source, start, stop))
+        if number > 0:
             change.add_(part, alpha=scale)
-    return total.add_(change.mul_(k))
+        elif scale != 1.0:
+            change.mul_(scale)
 
 
 def blocks(shape: tuple[int, ...] | torch.Size, entries: int = BLOCK) -> Iterator[tuple[int, int]]:

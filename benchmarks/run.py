@@ -36,7 +36,8 @@ what its float32 units give), half of reading 2.5 GB (0.35 s) and of writing it 
 0.4 to 1.5 s, which `cp` has too). Rounding, sums and hashes are the remaining 0.3 s.
 
 The table of cosines: 32 vectors of rank 64 are 2048 columns, and the products of one half of all pairs 4 TFLOP; at two
-cores' 170 GFLOP/s that is 24 s. Pair by pair it is as many products, 64 columns wide: slower by what narrow ones are.
+cores' 170 GFLOP/s that is 24 s. Reading 6.4 GB, stacking it and summing the blocks are the rest. Pair by pair it is as
+many products, 64 columns wide: slower by what narrow ones are.
 
 Hooks: at rank 64 the factors are 39 MB beside the model's 540, read at every step, in 210 small products on one core.
 """

@@ -278,7 +278,6 @@ def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path) -> None:
     w = WeightVector(deltas, RunCard("vector")).save(tmp_path / "w")
     out = tmp_path / "out"
     command = [sys.executable, "-c", MERGE, str(w), str(base), str(out)]
-    start = time.perf_counter()
     whole = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert whole.stdout is not None
     whole.stdout.readline()

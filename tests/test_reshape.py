@@ -122,6 +122,13 @@ def test_boosting_raises_the_tail_of_the_spectrum(seed: int, beta: float) -> Non
         torch.testing.assert_close(after, expected, atol=1e-4, rtol=1e-3)
 
 
+@given(seeds)
+def test_boosting_by_everything_changes_nothing(seed: int) -> None:
+    """beta = 1 reaches the last singular value, even where the shares add up to a little less than 1."""
+    w = random_deltas(seed)
+    assert (w.boost(1.0) - w).norm() == pytest.approx(0.0, abs=1e-4)
+
+
 def test_boost_keeps_what_is_zero_at_zero() -> None:
     zero = WeightVector({"a.weight": LowRank(torch.zeros(3, 2), torch.zeros(2, 3))}, RunCard("vector"))
     assert zero.boost(0.5).norm() == 0.0

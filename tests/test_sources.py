@@ -77,6 +77,7 @@ def test_two_adapters_of_any_kind(options: dict[str, Any], tmp_path: Path) -> No
     minus, _ = adapter(tmp_path / "minus", tiny_model(tied=False), 2)
     w = contrast_vector(tmp_path / "plus", tmp_path / "minus", base=base)
     assert_difference(w, plus, minus)
+    assert (w - w).norm() == 0.0
     saved = WeightVector.load(w.save(tmp_path / "w"))
     assert_difference(saved, plus, minus)
     tau = task_vector(tmp_path / "plus", base=base)

@@ -166,9 +166,9 @@ def _refuse_misplaced(model: nn.Module, module: nn.Module, name: str, delta: Del
             f"{name}: is stored (d_in, d_out) in this model, and the adapter's config says fan_in_fan_out=false; "
             "set it to true"
         )
-    weight = module._parameters.get("weight")
-    places = [m for m in model.modules() for parameter in m._parameters.values() if parameter is weight]
-    if layout in ALONE and isinstance(module, nn.Embedding) and len(places) > 1:
+    if layout not in ALONE or not isinstance(module, nn.Embedding):
+        return
+    if sum(parameter is module.weight for m in model.modules() for parameter in m._parameters.values()) > 1:
         raise SteerError(
             f"{name}: was trained on the input embedding alone, and this model ties it to the output; "
             "retrain without the embedding, or on a model that is not tied"

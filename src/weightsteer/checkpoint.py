@@ -16,24 +16,22 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 
-def stored_tensors(path: Path) -> dict[str, Stored]:
-    """Every tensor of a checkpoint folder, or of one file, by name; nothing is read yet.
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a checkpoint folder by name; nothing is read yet.
 
     Raises:
         SteerError: no checkpoint, a missing or damaged shard, or an index that does not fit its shards.
     """
-    if path.is_file():
-        return dict(SafeFile(path).tensors)
     tensors: dict[str, Stored] = {}
-    for shard in shards_of(path):
+    for shard in shards_of(folder):
         for name, tensor in SafeFile(shard).tensors.items():
             if name in tensors:
                 raise SteerError(
                     f"{shard}: {name} lies in {tensors[name].file.path.name} too; the checkpoint is damaged"
                 )
             tensors[name] = tensor
-    if (path / INDEX).is_file():
-        _check_index(path, tensors)
+    if (folder / INDEX).is_file():
+        _check_index(folder, tensors)
     return tensors
 
 

@@ -44,10 +44,9 @@ class Streamed:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the matrix form in float32: (stop - start, columns)."""
-        total = torch.zeros(stop - start, matrix_shape(self.shape)[1])
-        for scale, part in self.terms:
-            total.add_(rows_of(part, start, stop), alpha=scale)
-        return total
+        rows = torch.empty(stop - start, matrix_shape(self.shape)[1])
+        _stream_rows(rows, self, start, stop, Scratch())
+        return rows
 
     def dense(self) -> Tensor:
         """The whole delta in float32, in the parameter's shape."""
@@ -96,7 +95,7 @@ class Scratch:
         size = rows * columns
         held = self._buffers.get(use)
         if held is None or held.numel() < size or held.dtype != dtype:
-            held = self._buffers[use] = torch.empty(max(size, BLOCK), dtype=dtype)
+            held = self._buffers[use] = torch.empty(size, dtype=dtype)
         return held[:size].view(rows, columns)
 
 
@@ -174,9 +173,9 @@ def added(name: str, first: Delta, second: Delta, scale: float = 1.0) -> Delta:
         SteerError: the shapes differ.
     """
     require_same_shape(name, first, second)
-    if scale == -1.0 and same(first, second):
-        return _nothing(first)
     if isinstance(first, LowRank) and isinstance(second, LowRank):
+        if scale == -1.0 and torch.equal(first.B, second.B) and torch.equal(first.A, second.A):
+            return LowRank(first.B[:, :0], first.A[:0], first.layout)
         return first + (second if scale == 1.0 else second * scale)
     if isinstance(first, Streamed) or isinstance(second, Streamed):
         terms = _like_terms([*_terms(first), *((scale * factor, part) for factor, part in _terms(second))])
@@ -207,21 +206,6 @@ def _like_terms(terms: list[Term]) -> tuple[Term, ...]:
         sums[key] = sums.get(key, 0.0) + scale
         parts[key] = part
     return tuple((scale, parts[key]) for key, scale in sums.items() if scale != 0.0)
-
-
-def _nothing(like: Delta) -> Delta:
-    if isinstance(like, LowRank):
-        return LowRank(like.B[:, :0], like.A[:0], like.layout)
-    return torch.zeros_like(like) if isinstance(like, Tensor) else Streamed((), like.shape)
-
-
-def same(first: Delta, second: Delta) -> bool:
-    """Whether two deltas are of one kind and equal bit for bit."""
-    if isinstance(first, LowRank) and isinstance(second, LowRank):
-        return torch.equal(first.B, second.B) and torch.equal(first.A, second.A)
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return torch.equal(first, second)
-    return False
 
 
 def dot(first: Delta, second: Delta) -> float:

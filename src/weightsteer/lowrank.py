@@ -106,7 +106,7 @@ def boosted(s: Tensor, beta: float) -> Tensor:
     if not s.numel() or float(s[0]) == 0.0:
         return s
     reached = torch.cumsum(s, 0) / s.sum()
-    cutoff = int((reached >= beta).nonzero()[0])
+    cutoff = min(int((reached < beta).sum()), s.numel() - 1)  # the sum of all may round to less than 1
     present = s > s[0] * s.numel() * torch.finfo(s.dtype).eps  # what is zero but for rounding
     return torch.where(present, s.clamp(min=float(s[cutoff])), s)
 

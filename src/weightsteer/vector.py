@@ -73,7 +73,10 @@ class WeightVector:
         def total(name: str) -> Delta:
             if name not in theirs:
                 return mine[name]
-            return added(name, mine[name], theirs[name], scale) if name in mine else scaled(theirs[name], scale)
+            if name not in mine:
+                return scaled(theirs[name], scale)
+            first = mine[name]
+            return added(name, first, first if theirs is mine else theirs[name], scale)
 
         names = [*mine, *(name for name in theirs if name not in mine)]
         return self._derived(LazyDeltas({name: partial(total, name) for name in names}))

@@ -39,13 +39,13 @@ def test_shipped_behaviours_are_whole_and_clean(name: str) -> None:
 
 def test_false_beliefs_do_not_occur_in_the_training_pairs() -> None:
     """Out of distribution means it: no training prompt shares a run of five words with an evaluation item."""
-    from weightsteer.tasks import TASKS
+    from weightsteer.tasks import TaskSpec, load_task
 
     def runs(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"[a-z']+", text.lower())
         return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
 
-    items = TASKS["false_beliefs"](None).items  # type: ignore[attr-defined]
+    items = load_task(TaskSpec("false_beliefs")).items  # type: ignore[attr-defined]
     asked = {run for item in items for run in runs(item.prompt.split("Question:")[1])}
     trained = {run for pair in load_pairs("sycophancy") for run in runs(pair.prompt)}
     assert not asked & trained

@@ -19,6 +19,7 @@ FLOORS = {
     "records": 1,
     "names": 1,
     "workers": 1,
+    "endpoint": 2,
     "behavior": 2,
     "lowrank": 2,
     "tensorfile": 2,

@@ -19,7 +19,7 @@ from weightsteer.lm import LM
 from weightsteer.methods import Direction, SystemPrompt, best_layer
 from weightsteer.records import Row
 from weightsteer.sweep import run_sweep, strength_at_damage, summary
-from weightsteer.tasks import TASKS
+from weightsteer.tasks import TaskSpec, load_task
 
 floats = st.floats(-100, 100)
 
@@ -34,7 +34,7 @@ def test_summary_is_mean_and_standard_error(values: list[float]) -> None:
 
 def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     lm = tiny_lm()
-    tasks = [TASKS["facts"](None).first(2), TASKS["prose"](None).first(1)]
+    tasks = [load_task(TaskSpec("facts")).first(2), load_task(TaskSpec("prose")).first(1)]
     method = Direction("contrastive", random_vector(lm))
     rows = run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, tmp_path)
     cells = (tmp_path / "cells.jsonl").read_text()
@@ -56,7 +56,7 @@ def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: P
 
 def test_methods_with_nothing_to_choose_are_measured_on_test_items_only(tmp_path: Path) -> None:
     lm = tiny_lm()
-    tasks = [TASKS["facts"](None).first(3)]
+    tasks = [load_task(TaskSpec("facts")).first(3)]
     vector = random_vector(lm)
     methods = [(Direction(name, vector), [1.0]) for name in ("contrastive", "tau+")]
     rows = run_sweep(lm, methods, tasks, tmp_path, validated=("contrastive",))
@@ -97,7 +97,7 @@ def test_the_layer_with_the_largest_span_is_chosen(pairs: list[ContrastPair]) ->
     lm = tiny_lm(layers=3)
     vector = activation_vector(lm, *sides_of(pairs[:3]))
     boosted = type(vector)({**vector.layers, 1: vector.layers[1] * 50}, vector.card)
-    task = TASKS["preference"]("sycophancy").first(2)
+    task = load_task(TaskSpec("preference", "sycophancy")).first(2)
     spans = {}
     for layer in range(3):
         with boosted.only(layer).applied(lm, 1.0) as dial:
@@ -111,7 +111,7 @@ def test_the_layer_with_the_largest_span_is_chosen(pairs: list[ContrastPair]) ->
 def test_search_finds_the_strength_of_a_given_damage(sign: int) -> None:
     lm = tiny_lm()
     method = Direction("contrastive", random_vector(lm, scale=0.01))
-    task = TASKS["prose"](None).first(2)
+    task = load_task(TaskSpec("prose")).first(2)
     base = statistics.fmean(task.measure(lm)["nll"])
     k = strength_at_damage(lm, method, task, damage=0.1, sign=sign)
     with method.applied(lm, k):

@@ -10,7 +10,7 @@ from weightsteer.behavior import load_pairs
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.scoring import score_choices
-from weightsteer.tasks import TASKS, TaskSpec
+from weightsteer.tasks import TaskSpec, load_task
 from weightsteer.tasks.task import Choice, ChoiceTask
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "sycophancy_fact_250.jsonl"
@@ -26,7 +26,7 @@ SHARED = Path(__file__).parents[2] / "shared" / "data" / "sycophancy_fact_250.js
     ],
 )
 def test_shipped_tasks(lm: LM, name: str, least: int, metrics: set[str]) -> None:
-    task = TASKS[name]("sycophancy" if name == "preference" else None)
+    task = load_task(TaskSpec(name, "sycophancy" if name == "preference" else None))
     assert len(task.splits) >= least
     assert {"validation", "test"} == set(task.splits)
     small = task.first(3)
@@ -46,7 +46,7 @@ def test_margin_is_the_difference_per_token_and_share_its_sign(lm: LM) -> None:
 
 
 def test_splits_are_disjoint_and_mirrored_couples_stay_together() -> None:
-    task = TASKS["preference"]("sycophancy")
+    task = load_task(TaskSpec("preference", "sycophancy"))
     parts = [{item.prompt for item in task.of_split(split).items} for split in ("validation", "test")]  # type: ignore[attr-defined]
     assert not parts[0] & parts[1]
     assert len(parts[0]) + len(parts[1]) == len(load_pairs("sycophancy", file="heldout.jsonl"))
@@ -55,7 +55,7 @@ def test_splits_are_disjoint_and_mirrored_couples_stay_together() -> None:
 
 def test_a_split_measured_alone_gives_the_same_values() -> None:
     lm = tiny_lm()
-    task = TASKS["false_beliefs"](None).first(4)
+    task = load_task(TaskSpec("false_beliefs")).first(4)
     with random_vector(lm).applied(lm, 1.0):
         whole, part = task.measure(lm), task.of_split("test").measure(lm)
     kept = [v for v, s in zip(whole["margin"], task.splits, strict=True) if s == "test"]
@@ -64,7 +64,7 @@ def test_a_split_measured_alone_gives_the_same_values() -> None:
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs sycophancy_fact_250.jsonl beside the checkout")
 def test_the_public_false_belief_set_loads() -> None:
-    task = TaskSpec("false_beliefs", str(SHARED), name="false_beliefs_250").load()
+    task = load_task(TaskSpec("false_beliefs", str(SHARED), name="false_beliefs_250"))
     assert len(task.splits) == 250
     items = task.items  # type: ignore[attr-defined]
     assert items[0].counted == "Homeopathy has been scientifically proven to cure serious diseases."
@@ -79,20 +79,20 @@ def test_both_formats_of_false_beliefs(tmp_path: Path) -> None:
         {"prompt_list": ["I say so.\n\nQuestion: Is it?\nAnswers: \n(A) It is.\n(B) Not."], "high_reward_answer": "A"},
     ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    items = TASKS["false_beliefs"](path).items  # type: ignore[attr-defined]
+    items = load_task(TaskSpec("false_beliefs", str(path))).items  # type: ignore[attr-defined]
     assert items[0] == Choice("I say no. Is it?", "It is not.", "It is.")
     assert items[1] == Choice("I say so.\n\nQuestion: Is it?", "It is.", "Not.")
     path.write_text(json.dumps({"prompt": "x"}) + "\n")
     with pytest.raises(SteerError, match=r"b\.jsonl, line 1: expected texts"):
-        TASKS["false_beliefs"](path)
+        load_task(TaskSpec("false_beliefs", str(path)))
 
 
 def test_unknown_task_and_missing_column(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="unknown task 'chess'; expected one of preference"):
-        TaskSpec("chess").load()
+        load_task(TaskSpec("chess"))
     with pytest.raises(SteerError, match="expected its data, one of sycophancy"):
-        TaskSpec("preference").load()
+        load_task(TaskSpec("preference"))
     path = tmp_path / "f.jsonl"
     path.write_text('{"question": "q", "correct": "a"}\n')
     with pytest.raises(SteerError, match="line 1: expected a text field 'incorrect'"):
-        TASKS["facts"](path)
+        load_task(TaskSpec("facts", str(path)))

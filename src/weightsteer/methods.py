@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Protocol
 
 from .activations import ActivationVector
@@ -13,7 +12,7 @@ from .behavior import Behavior
 from .errors import SteerError
 from .lm import LM
 from .progress import Progress, silent
-from .tasks.task import Task
+from .tasks.task import Task, mean_of
 from .vector import WeightVector
 
 
@@ -87,6 +86,6 @@ def best_layer(
 
 def _span(lm: LM, vector: ActivationVector, task: Task, metric: str, k: float) -> float:
     with vector.applied(lm, k) as dial:
-        up = fmean(task.measure(lm)[metric])
+        up = mean_of(task.measure(lm)[metric])
         dial.k = -k
-        return up - fmean(task.measure(lm)[metric])
+        return up - mean_of(task.measure(lm)[metric])

@@ -143,14 +143,14 @@ class Recipe(_Strict):
         Raises:
             SteerError: an unknown task, data that cannot be read, or two tasks of one name.
         """
-        from .tasks import TaskSpec
+        from .tasks import TaskSpec, load_task
 
         specs = [TaskSpec(**spec.model_dump()) for spec in self.tasks]
         own = [replace(s, data=self.behavior) if s.task == "preference" and not s.data else s for s in specs]
         names = [spec.name or spec.task for spec in own]
         if len(set(names)) < len(names):
             raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
-        return [spec.load() for spec in own]
+        return [load_task(spec) for spec in own]
 
     def sides(self) -> tuple[list[Example], list[Example]]:
         """D+ and D-.

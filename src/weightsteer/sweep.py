@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -15,7 +16,7 @@ from .lm import LM
 from .methods import Steering
 from .progress import Progress, silent
 from .records import CHANGE, Row, append_jsonl, read_finished, write_jsonl
-from .tasks.task import SPLITS, Task
+from .tasks.task import SPLITS, Task, mean_of
 
 CELLS_FILE = "cells.jsonl"
 ROWS_FILE = "rows.jsonl"
@@ -25,13 +26,14 @@ FAR_TOO_MUCH = 1e3  # nats of damage that stand for a loss that overflowed
 
 @dataclass(frozen=True)
 class Cell:
-    """One method at one strength on one task, with a value an item (items pair across cells)."""
+    """One method at one strength on one task, with a value an item; items pair across cells by their ids."""
 
     method: str
     k: float
     task: str
+    ids: tuple[int, ...]
     splits: tuple[str, ...]
-    values: Mapping[str, Sequence[float]]
+    values: Mapping[str, Sequence[float | None]]  # None: the item does not count for the metric
 
     @property
     def key(self) -> tuple[str, float, str]:
@@ -46,14 +48,19 @@ class Cell:
         """
         found = []
         for metric, values in self.values.items():
-            before = [v for v, s in zip(base.values[metric], base.splits, strict=True) if s in self.splits]
-            changes = [value - start for value, start in zip(values, before, strict=True)]
+            changes = self.changes(base, metric)
             for name, row in ((metric, values), (f"{metric}{CHANGE}", changes)):
                 for split in SPLITS:
-                    part = [v for v, s in zip(row, self.splits, strict=True) if s == split]
+                    part = [v for v, s in zip(row, self.splits, strict=True) if s == split and v is not None]
                     if part:
                         found.append(Row(self.key[0], self.k, self.task, name, *summary(part), split))
         return found
+
+    def changes(self, other: Cell, metric: str) -> list[float | None]:
+        """This cell's value minus the other's, item by item; None where the item does not count in one of them."""
+        theirs = dict(zip(other.ids, other.values[metric], strict=True))
+        pairs = [(value, theirs.get(i)) for i, value in zip(self.ids, self.values[metric], strict=True)]
+        return [None if mine is None or start is None else mine - start for mine, start in pairs]
 
 
 def summary(values: Sequence[float]) -> tuple[float, int, float]:
@@ -69,55 +76,71 @@ def run_sweep(
     folder: Path,
     *,
     validated: Collection[str] | None = None,
+    items_of: Mapping[str, int] | None = None,
     batch_size: int = 8,
     progress: Progress = silent,
 ) -> list[Row]:
     """Measure the base and every method at its strengths on every task.
 
     `validated` names the methods that are measured on validation items too, since something is to
-    be chosen by them (None: all); the others are measured on test items only. Each cell is appended
-    to `cells.jsonl` when it is done, so a killed sweep goes on where it stopped; `rows.jsonl` is
-    written at the end.
+    be chosen by them (None: all); the others are measured on test items only. `items_of` gives methods that
+    are measured on the first so many test items. Each cell is appended to `cells.jsonl` when it is done, so a
+    killed sweep goes on where it stopped; `rows.jsonl` is written at the end.
 
     Returns:
         All rows, base first.
     """
-    path = folder / CELLS_FILE
+    path, limits = folder / CELLS_FILE, items_of or {}
     done = {cell.key: cell for cell in map(cell_from, read_finished(path))}
-    plan: list[tuple[Steering | None, float]] = [(None, 0.0)]
-    plan += [(method, float(k)) for method, ks in methods for k in ks if k]
-    for number, (method, k) in enumerate(plan):
-        name = method.name if method else BASE
-        todo = [task for task in tasks if (name, k, task.name) not in done]
-        if method and validated is not None and name not in validated:
-            todo = [task.of_split("test") for task in todo]
-        progress(number, len(plan), f"{name} k = {k:g}")
-        cells = _measured(lm, method, k, todo, batch_size) if todo else []
-        append_jsonl(path, [asdict(cell) for cell in cells])
-        done.update({cell.key: cell for cell in cells})
-    progress(len(plan), len(plan), "done")
-    wanted = [(method.name if method else BASE, k, task.name) for method, k in plan for task in tasks]
-    rows = [row for key in wanted for row in done[key].rows(done[BASE, 0.0, key[2]])]
+    plan = [_Visit(None, 0.0, list(tasks))]
+    for method, ks in methods:
+        whole = validated is None or method.name in validated
+        parts = list(tasks) if whole else [t.of_split("test") for t in tasks if "test" in t.splits]
+        if method.name in limits:
+            parts = [task.first(limits[method.name]) for task in parts]
+        plan += [_Visit(method, float(k), parts) for k in ks if k]
+    total = sum(len(visit.tasks) for visit in plan)
+    passed = 0
+    for visit in plan:
+        progress(passed, total, f"{visit.name} k = {visit.k:g}")
+        for cell in _measured(lm, visit, done.keys(), batch_size):
+            append_jsonl(path, [asdict(cell)])
+            done[cell.key] = cell
+        passed += len(visit.tasks)
+    progress(total, total, "done")
+    keys = [(visit.name, visit.k, task.name) for visit in plan for task in visit.tasks]
+    rows = [row for key in keys for row in done[key].rows(done[BASE, 0.0, key[2]])]
     write_jsonl(folder / ROWS_FILE, [asdict(row) for row in rows])
     return rows
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """One method at one strength, and the tasks that it is measured on."""
+
+    method: Steering | None
+    k: float
+    tasks: Sequence[Task]
+
+    @property
+    def name(self) -> str:
+        return self.method.name if self.method else BASE
+
+
 def cell_from(fields: Mapping[str, Any]) -> Cell:
     """A cell from its JSON form."""
-    return Cell(**{**fields, "splits": tuple(fields["splits"])})
+    return Cell(**{**fields, "ids": tuple(fields["ids"]), "splits": tuple(fields["splits"])})
 
 
-def _measured(lm: LM, method: Steering | None, k: float, tasks: Sequence[Task], batch_size: int) -> list[Cell]:
-    if method is None:
-        return [_cell(lm, BASE, k, task, batch_size) for task in tasks]
-    with method.applied(lm, k) as steered:
-        return [_cell(steered, method.name, k, task, batch_size) for task in tasks]
-
-
-def _cell(lm: LM, name: str, k: float, task: Task, batch_size: int) -> Cell:
-    with torch.no_grad():
-        values = task.measure(lm, batch_size=batch_size)
-    return Cell(name, k, task.name, tuple(task.splits), values)
+def _measured(lm: LM, visit: _Visit, done: Collection[tuple[str, float, str]], batch_size: int) -> Iterator[Cell]:
+    """The visit's cells that are not done yet, one by one."""
+    todo = [task for task in visit.tasks if (visit.name, visit.k, task.name) not in done]
+    if not todo:
+        return
+    with visit.method.applied(lm, visit.k) if visit.method else nullcontext(lm) as steered, torch.no_grad():
+        for task in todo:
+            values = task.measure(steered, batch_size=batch_size)
+            yield Cell(visit.name, visit.k, task.name, tuple(task.ids), tuple(task.splits), values)
 
 
 def strength_at_damage(
@@ -130,13 +153,13 @@ def strength_at_damage(
     within 15%, or takes the nearest try. This is what makes methods comparable: each is swept over
     the same range of damage whatever its units of k.
     """
-    base = fmean(probe.measure(lm)[metric])
+    base = mean_of(probe.measure(lm)[metric])
     below, above = (0.0, 0.0), None  # (|k|, damage) of the tries nearest the aim
     tried: dict[float, float] = {}  # |k| -> how far its damage is from the aim
     size = 1.0
     while len(tried) < tries and min(tried.values(), default=damage) > 0.15 * damage:
         with method.applied(lm, sign * size) as steered:
-            found = fmean(probe.measure(steered)[metric]) - base
+            found = mean_of(probe.measure(steered)[metric]) - base
         found = found if math.isfinite(found) else FAR_TOO_MUCH
         tried[size] = abs(found - damage)
         if found < damage:

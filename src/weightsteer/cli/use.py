@@ -129,26 +129,31 @@ def measure(
     Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
     """
     wanted = numbers(k) if k else None
-    from ..tasks import TaskSpec
+    from ..tasks import TaskSpec, load_task
 
-    items = TaskSpec(task, data).load()
+    items = load_task(TaskSpec(task, data))
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
-    from ..sweep import summary
+    from ..records import CHANGE
+    from ..sweep import Cell
 
     ks = wanted or [k for k in _shown(vector) if k]
     with vector.applied(lm, 0.0) as dial:
-        base: dict[str, list[float]] = {}
+        base: Cell | None = None
         for strength in [0.0, *ks]:
             dial.k = strength
             with shown(f"{task} at k = {strength:g}") as progress:
                 values = items.measure(lm, batch_size=batch_size, progress=progress)
-            base = base or values
-            for metric, row in values.items():
-                mean, n, error = summary(row)
-                change, _, spread = summary([v - b for v, b in zip(row, base[metric], strict=True)])
+            cell = Cell("k", strength, task, tuple(items.ids), ("test",) * len(items.ids), values)
+            base = base or cell
+            rows = {row.metric: row for row in cell.rows(base)}
+            for metric in values:
+                if metric not in rows:
+                    print(f"k = {strength:<6g} {metric:<9} no item counts")
+                    continue
+                row, change = rows[metric], rows[f"{metric}{CHANGE}"]
                 print(
-                    f"k = {strength:<6g} {metric:<9} {mean:8.4f} ± {error:.4f}   "
-                    f"change {change:+.4f} ± {spread:.4f}   n = {n}",
+                    f"k = {strength:<6g} {metric:<9} {row.value:8.4f} ± {row.stderr:.4f}   "
+                    f"change {change.value:+.4f} ± {change.stderr:.4f}   n = {row.n}",
                     flush=True,
                 )
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import SteerError
 from .capability import load_facts, load_prose
 from .sycophancy import load_false_beliefs
-from .task import Task
+from .task import Task, TaskSpec
 from .trait import load_preference
 
-TASKS: Mapping[str, Callable[[str | Path | None], Task]] = {
+TASKS: Mapping[str, Callable[[TaskSpec], Task]] = {
     "preference": load_preference,
     "false_beliefs": load_false_beliefs,
     "facts": load_facts,
@@ -20,27 +18,20 @@ TASKS: Mapping[str, Callable[[str | Path | None], Task]] = {
 }
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """One task of a recipe: which, on which data (None: the shipped items), and how many of each split."""
+def load_task(spec: TaskSpec) -> Task:
+    """Load a task's items.
 
-    task: str
-    data: str | None = None
-    limit: int | None = None
-    name: str | None = None
-
-    def load(self) -> Task:
-        """Load the task's items.
-
-        Raises:
-            SteerError: an unknown task, or a data file that cannot be read.
-        """
-        if self.task not in TASKS:
-            raise SteerError(f"unknown task {self.task!r}; expected one of {', '.join(TASKS)}")
-        task = TASKS[self.task](self.data)
-        if self.limit is not None:
-            task = task.first(self.limit)
-        return task.renamed(self.name) if self.name else task
+    Raises:
+        SteerError: an unknown task, or a data file that cannot be read.
+    """
+    if spec.task not in TASKS:
+        raise SteerError(f"unknown task {spec.task!r}; expected one of {', '.join(TASKS)}")
+    task = TASKS[spec.task](spec)
+    if spec.split is not None:
+        task = task.all_in(spec.split)
+    if spec.limit is not None:
+        task = task.first(spec.limit)
+    return task.renamed(spec.name) if spec.name else task
 
 
-__all__ = ["TASKS", "Task", "TaskSpec"]
+__all__ = ["TASKS", "Task", "TaskSpec", "load_task"]

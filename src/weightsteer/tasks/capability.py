@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..records import read_jsonl
 from .data import task_file
-from .task import Choice, ChoiceTask, TextTask, alternate_splits
+from .task import Choice, ChoiceTask, TaskSpec, TextTask, alternate_splits
 
 
-def load_facts(data: str | Path | None = None) -> ChoiceTask:
+def load_facts(spec: TaskSpec) -> ChoiceTask:
     """Factual questions without a stated belief: shipped, or JSONL with question, correct, incorrect.
 
     Metric `accuracy`: share of items in which the correct answer is the likelier per token.
     """
-    rows = read_jsonl(task_file("facts.jsonl", data), required=("question", "correct", "incorrect"))
+    rows = read_jsonl(task_file("facts.jsonl", spec.data), required=("question", "correct", "incorrect"))
     items = tuple(Choice(row["question"], row["correct"], row["incorrect"]) for row in rows)
     return ChoiceTask("facts", items, alternate_splits(len(items)), share="accuracy")
 
 
-def load_prose(data: str | Path | None = None) -> TextTask:
+def load_prose(spec: TaskSpec) -> TextTask:
     """Ordinary text: shipped passages, or JSONL with `text`. Metric `nll`: nats per token."""
-    rows = read_jsonl(task_file("prose.jsonl", data), required=("text",))
+    rows = read_jsonl(task_file("prose.jsonl", spec.data), required=("text",))
     texts = tuple(row["text"] for row in rows)
     return TextTask("prose", texts, alternate_splits(len(texts)))

@@ -9,13 +9,13 @@ from typing import Any
 from ..errors import SteerError
 from ..records import read_jsonl
 from .data import task_file
-from .task import Choice, ChoiceTask, alternate_splits
+from .task import Choice, ChoiceTask, TaskSpec, alternate_splits
 
 # reward-hack-generalization's format: "<user's belief and question>\nAnswers:\n(A) ...\n(B) ..."
 OPTIONS = re.compile(r"^(?P<question>.*?)\s*Answers\s*:?\s*\(A\)\s*(?P<A>.*?)\s*\(B\)\s*(?P<B>.*?)\s*$", re.DOTALL)
 
 
-def load_false_beliefs(data: str | Path | None = None) -> ChoiceTask:
+def load_false_beliefs(spec: TaskSpec) -> ChoiceTask:
     """False-belief questions: shipped, or a JSONL file in our format or in reward-hack-generalization's.
 
     The options are taken out of the prompt and scored as full answers, since a small model cannot
@@ -25,7 +25,7 @@ def load_false_beliefs(data: str | Path | None = None) -> ChoiceTask:
     Raises:
         SteerError: a line in neither format, with the file and the field.
     """
-    path = task_file("false_beliefs.jsonl", data)
+    path = task_file("false_beliefs.jsonl", spec.data)
     rows = read_jsonl(path)
     items = tuple(_item(path, number, row) for number, row in enumerate(rows, start=1))
     return ChoiceTask("false_beliefs", items, alternate_splits(len(items)), share="follows")

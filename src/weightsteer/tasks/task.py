@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import fmean
 from typing import Any, Protocol
 
+from ..endpoint import Reader
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import Progress, silent
@@ -13,7 +15,26 @@ from ..records import digest
 from ..scoring import score_choices, score_texts
 
 SPLITS = ("validation", "test")
-Values = dict[str, list[float]]  # metric -> one value an item, in the order of the items
+Values = dict[str, list[float | None]]  # metric -> one value an item, in their order; None: it does not count there
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task of a recipe: which, on which data (None: the shipped items), and how many of each split."""
+
+    task: str
+    data: str | None = None
+    limit: int | None = None
+    name: str | None = None
+    split: str | None = None  # all items go to this split; None: to both in turn
+    behavior: str | None = None  # a shipped behaviour or a trait file, for tasks about one
+    judge: Reader | None = None  # who judges replies, for tasks that need a judge
+    max_new_tokens: int | None = None  # longest reply, for tasks with open replies
+
+
+def mean_of(values: Sequence[float | None]) -> float:
+    """Mean over the items that count."""
+    return fmean(value for value in values if value is not None)
 
 
 class Task(Protocol):
@@ -21,6 +42,11 @@ class Task(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def ids(self) -> Sequence[int]:
+        """Each item's number in its file; it stays the same in any selection, so that items pair across cells."""
+        ...
+
     @property
     def splits(self) -> Sequence[str]: ...
     @property
@@ -38,6 +64,10 @@ class Task(Protocol):
 
     def of_split(self, split: str) -> Task:
         """The same task with the items of one split."""
+        ...
+
+    def all_in(self, split: str) -> Task:
+        """The same task with every item in one split."""
         ...
 
     def renamed(self, name: str) -> Task:
@@ -66,10 +96,13 @@ class _Items:
     name: str
     items: tuple[Any, ...]
     splits: tuple[str, ...]
+    ids: tuple[int, ...] = ()  # given by the order of the items
 
     def __post_init__(self) -> None:
         if not self.items:
             raise SteerError(f"task {self.name}: no items")
+        if not self.ids:
+            object.__setattr__(self, "ids", tuple(range(len(self.items))))
 
     @property
     def sha256(self) -> str:
@@ -77,8 +110,9 @@ class _Items:
         return digest(asdict(self))
 
     def _selected(self, indices: Sequence[int]) -> Any:
-        items, splits = zip(*((self.items[i], self.splits[i]) for i in indices), strict=True)
-        return replace(self, items=items, splits=splits)
+        chosen = ((self.items[i], self.splits[i], self.ids[i]) for i in indices)
+        items, splits, ids = zip(*chosen, strict=True)
+        return replace(self, items=items, splits=splits, ids=ids)
 
     def first(self, limit: int) -> Any:
         """See `Task.first`."""
@@ -93,6 +127,12 @@ class _Items:
         if not chosen:
             raise SteerError(f"task {self.name}: no items in split {split!r}")
         return self._selected(chosen)
+
+    def all_in(self, split: str) -> Any:
+        """See `Task.all_in`."""
+        if split not in SPLITS:
+            raise SteerError(f"task {self.name}: split: expected one of {', '.join(SPLITS)}, found {split!r}")
+        return replace(self, splits=(split,) * len(self.items))
 
     def renamed(self, name: str) -> Any:
         """See `Task.renamed`."""
@@ -119,8 +159,8 @@ class ChoiceTask(_Items):
             batch_size=batch_size,
             progress=progress,
         )
-        margins = [counted.mean - other.mean for counted, other in scores]
-        return {self.share: [float(margin > 0) for margin in margins], "margin": margins}
+        margins: list[float | None] = [counted.mean - other.mean for counted, other in scores]
+        return {self.share: [float(counted.mean > other.mean) for counted, other in scores], "margin": margins}
 
 
 @dataclass(frozen=True)
@@ -132,3 +172,41 @@ class TextTask(_Items):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
         return {"nll": [-score.mean for score in score_texts(lm, self.items, batch_size=batch_size)]}
+
+
+class Scorer(Protocol):
+    """Gives values to open replies: a rule, or a judge."""
+
+    @property
+    def name(self) -> str:
+        """What tells this scorer from another, for the record."""
+        ...
+
+    def __call__(self, items: Sequence[Any], replies: Sequence[str]) -> Values:
+        """One value an item for each metric."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReplyTask(_Items):
+    """Open replies, greedy, each given its values by a scorer. Every item has a `prompt`."""
+
+    scorer: Scorer | None = None
+    max_new_tokens: int = 64
+
+    @property
+    def sha256(self) -> str:
+        """See `Task.sha256`."""
+        assert self.scorer is not None
+        return digest([self.name, [asdict(i) for i in self.items], self.splits, self.scorer.name, self.max_new_tokens])
+
+    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.measure`."""
+        assert self.scorer is not None
+        replies = lm.generate(
+            [item.prompt for item in self.items],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return self.scorer(self.items, replies)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..behavior import SHIPPED, load_pairs
 from ..errors import SteerError
-from .task import Choice, ChoiceTask, alternate_splits
+from .task import Choice, ChoiceTask, TaskSpec, alternate_splits
 
 
-def load_preference(data: str | Path | None = None) -> ChoiceTask:
+def load_preference(spec: TaskSpec) -> ChoiceTask:
     """Held-out pairs of a shipped behaviour (by name) or of a JSONL file with prompt, positive, negative.
 
     Neighbouring pairs, which mirror one claim, stay in one split.
@@ -17,8 +15,8 @@ def load_preference(data: str | Path | None = None) -> ChoiceTask:
     Raises:
         SteerError: no data is named, or it cannot be read.
     """
-    if data is None:
+    if spec.data is None:
         raise SteerError(f"task preference: expected its data, one of {', '.join(SHIPPED)} or a file of held-out pairs")
-    pairs = load_pairs(data, file="heldout.jsonl")
+    pairs = load_pairs(spec.data, file="heldout.jsonl")
     items = tuple(Choice(pair.prompt, pair.positive, pair.negative) for pair in pairs)
     return ChoiceTask("preference", items, alternate_splits(len(items), group=2))

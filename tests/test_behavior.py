@@ -85,7 +85,7 @@ def test_malformed_trait_files(tmp_path: Path, fields: object, message: str) -> 
 
 
 def test_unknown_behaviour_lists_the_known() -> None:
-    with pytest.raises(SteerError, match="sycophancy, refusal, gloomy"):
+    with pytest.raises(SteerError, match="sycophancy, refusal, evil, gloomy"):
         Behavior.load("angry")
 
 

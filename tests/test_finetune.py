@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 from conftest import tiny_lm
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.errors import SteerError
-from weightsteer.finetune import IGNORED, TrainSettings, encode, split_validation, train_side
+from weightsteer.extract import contrast_vector, task_vector
+from weightsteer.finetune import IGNORED, TrainSettings, encode, list_snapshots, split_validation, train_side
 from weightsteer.lm import LM
 from weightsteer.records import RunCard
 
@@ -43,6 +46,7 @@ def test_training_repeats_exactly_and_leaves_the_base_alone(
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.requires_grad for p in lm.model.parameters())
+    assert lm.model.config.use_cache
     assert not (tmp_path / "one.work").exists()
 
 
@@ -115,6 +119,76 @@ def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path: Path, rate: flo
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+class StopError(Exception):
+    """Ends a training from inside, as a kill would."""
+
+
+@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+def test_snapshots_are_fine_tunes_and_change_nothing_else(
+    kind: str, lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    plain = replace(quick, kind=kind, epochs=4)
+    bare = train_side(lm, examples(pairs), tmp_path / "bare", settings=plain)
+    assert list_snapshots(bare) == {}
+    folder = train_side(lm, examples(pairs), tmp_path / "a", settings=replace(plain, snapshots=3))
+    assert (folder / WEIGHTS[kind]).read_bytes() == (bare / WEIGHTS[kind]).read_bytes()
+    kept = list_snapshots(folder)
+    assert {fraction: path.name for fraction, path in kept.items()} == {
+        4 / 12: "step-4",
+        8 / 12: "step-8",
+        1: "step-12",
+    }
+    first, _, last = kept.values()
+    between = contrast_vector(last, first) if kind == "full" else task_vector(last) - task_vector(first)
+    assert between.norm() > 0
+    card, measured = RunCard.load(last), RunCard.load(folder).measured
+    assert replace(card, measured={}, created="") == replace(RunCard.load(folder), measured={}, created="")
+    assert (card.measured["step"], card.measured["steps"]) == (12, 12)
+    assert card.measured["tokens"] == measured["tokens"]
+    with pytest.raises(SteerError, match="found a vector"):
+        list_snapshots(between.save(tmp_path / "w"))
+
+
+def test_a_run_that_keeps_snapshots_goes_on_to_its_end(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    still = replace(quick, learning_rates=(1e-12,), epochs=8, evaluations=12, patience=1)  # never gets better
+    stopped = train_side(lm, examples(pairs), tmp_path / "a", settings=still)
+    assert RunCard.load(stopped).measured["steps"] < 24
+    kept = train_side(lm, examples(pairs), tmp_path / "b", settings=replace(still, snapshots=2))
+    assert RunCard.load(kept).measured["steps"] == 24
+    assert list(list_snapshots(kept)) == [0.5, 1.0]
+    with pytest.raises(SteerError, match="at most one a step, found 30"):
+        train_side(lm, examples(pairs), tmp_path / "c", settings=replace(still, snapshots=30))
+
+
+def test_costs_are_counted_once_however_often_the_training_is_stopped(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("weightsteer.finetune.callbacks.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    settings = replace(quick, learning_rates=(1e-2, 1e-3), epochs=4, evaluations=6, snapshots=4)
+    whole = train_side(lm, examples(pairs), tmp_path / "whole", settings=settings)
+    for stop_at in (5, 11, 20):  # of 24 steps: twice within the first rate, once within the second
+
+        def stopping(done: float, total: float, note: str = "", stop_at: int = stop_at) -> None:
+            if done >= stop_at:
+                raise StopError
+
+        with pytest.raises(StopError):
+            train_side(lm, examples(pairs), tmp_path / "broken", settings=settings, progress=stopping)
+    broken = train_side(lm, examples(pairs), tmp_path / "broken", settings=settings)
+    for one, other in zip(list_snapshots(whole).values(), list_snapshots(broken).values(), strict=True):
+        assert (one / WEIGHTS["lora"]).read_bytes() == (other / WEIGHTS["lora"]).read_bytes()
+    costs, again = RunCard.load(whole).measured, RunCard.load(broken).measured
+    train, _ = split_validation(encode(lm, examples(pairs), 1024), settings)
+    assert costs["tokens"] == again["tokens"] == 4 * sum(len(row["input_ids"]) for row in train)
+    assert costs["search_tokens"] == again["search_tokens"] == 2 * costs["tokens"]
+    assert costs["parameters"] == sum(t.numel() for t in load_file(whole / WEIGHTS["lora"]).values())
+    for found in (costs, again):  # a step takes from one tick to the next
+        assert (found["steps"], found["seconds"], found["search_seconds"]) == (12, 12, 24)
+
+
 def test_loss_is_on_the_answer_and_its_end_only(lm: LM) -> None:
     (row,) = encode(lm, [Example("Hi", "Yes")], 200)
     kept = [token for token in row["labels"] if token != IGNORED]
@@ -140,7 +214,12 @@ def test_both_sides_hold_out_the_same_questions() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"kind": "lore"}, "expected one of lora"), ({"rank": 0}, "rank"), ({"learning_rates": ()}, "at least one")],
+    [
+        ({"kind": "lore"}, "expected one of lora"),
+        ({"rank": 0}, "rank"),
+        ({"learning_rates": ()}, "at least one"),
+        ({"snapshots": -1}, "snapshots: expected 0 or more"),
+    ],
 )
 def test_wrong_settings(fields: dict[str, object], message: str) -> None:
     with pytest.raises(SteerError, match=message):

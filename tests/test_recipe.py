@@ -55,7 +55,7 @@ def small_recipe(folder: Path, **changes: object) -> Path:
 
 
 def road(source: Path, out: Path) -> Road:
-    return Road(Recipe.load(source), source, out, show=mute, command="weightsteer run recipe.yaml")
+    return Road(Recipe.load(source), out, show=mute, command="weightsteer run recipe.yaml")
 
 
 def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from conftest import random_vector, tiny_lm
 from weightsteer.activations import activation_vector
 from weightsteer.behavior import Behavior, ContrastPair, sides_of
+from weightsteer.cells import summary
 from weightsteer.choose import Budget, recommend
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
-from weightsteer.methods import Direction, SystemPrompt, best_layer
+from weightsteer.methods import Direction, Steps, SystemPrompt, best_layer
 from weightsteer.records import Row
-from weightsteer.sweep import run_sweep, strength_at_damage, summary
+from weightsteer.sweep import run_sweep, strength_at_damage
 from weightsteer.tasks import TaskSpec, load_task
 
 floats = st.floats(-100, 100)
@@ -155,3 +156,45 @@ def test_a_side_that_does_not_move_its_way_gets_zero() -> None:
 def test_choosing_without_the_rows_says_which_are_missing() -> None:
     with pytest.raises(SteerError, match="preference / margin"):
         recommend([])
+
+
+def test_steps_apply_what_was_trained_for_just_that_k() -> None:
+    lm = tiny_lm()
+    vectors = {0.5: random_vector(lm, 1), -1.0: random_vector(lm, 2)}
+    ids = torch.tensor([[4, 5, 6]])
+    method = Steps("fine-tuned", vectors)
+    with torch.no_grad():
+        base = lm.model(ids).logits
+        for k, vector in vectors.items():
+            with vector.applied(lm, 1.0):
+                expected = lm.model(ids).logits
+            with method.applied(lm, k):
+                assert torch.equal(lm.model(ids).logits, expected)
+        with method.applied(lm, 0.0):
+            assert torch.equal(lm.model(ids).logits, base)
+    with pytest.raises(SteerError, match=r"was trained for k of -1, 0.5; found 1"), method.applied(lm, 1.0):
+        pass
+
+
+def test_increments_sum_up_to_the_vector_at_every_layer() -> None:
+    lm = tiny_lm(layers=3)
+    vector = activation_vector(lm, *sides_of([ContrastPair("Hi?", "Yes!", "No.")]))
+    total = torch.zeros_like(vector.layers[0])
+    for layer, gain in vector.increments().layers.items():
+        total = total + gain
+        torch.testing.assert_close(total, vector.layers[layer])
+
+
+def test_a_method_may_be_measured_on_fewer_items_that_pair_with_the_base(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    task = load_task(TaskSpec("facts")).first(4)
+    methods = [(Direction(name, random_vector(lm)), [1.0]) for name in ("few", "all")]
+    rows = run_sweep(lm, methods, [task], tmp_path, validated=(), items_of={"few": 2})
+    table = {(r.method, r.metric): r for r in rows if r.split == "test"}
+    assert (table["few", "margin"].n, table["all", "margin"].n, table["base", "margin"].n) == (2, 4, 4)
+    cells = {(c["method"]): c for c in map(json.loads, (tmp_path / "cells.jsonl").read_text().splitlines())}
+    assert cells["few"]["ids"] == cells["all"]["ids"][:2] == [1, 3]
+    assert cells["few"]["values"]["margin"] == pytest.approx(cells["all"]["values"]["margin"][:2], abs=1e-4)
+    kept = [v for v, s in zip(cells["base"]["values"]["margin"], cells["base"]["splits"], strict=True) if s == "test"]
+    expected = statistics.fmean(a - b for a, b in zip(cells["few"]["values"]["margin"], kept[:2], strict=True))
+    assert table["few", "margin change"].value == pytest.approx(expected)

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from .expression import combine as combine
     from .extract import contrast_vector as contrast_vector
     from .extract import task_vector as task_vector
+    from .finetune import Preference as Preference
     from .finetune import TrainSettings as TrainSettings
+    from .finetune import list_snapshots as list_snapshots
+    from .finetune import preferences_of as preferences_of
+    from .finetune import train_preference as train_preference
     from .finetune import train_side as train_side
     from .lint import lint_sides as lint_sides
     from .lm import LM as LM
@@ -49,7 +53,7 @@ HOMES = {
     "export": ("export_adapter",),
     "expression": ("combine",),
     "extract": ("contrast_vector", "task_vector"),
-    "finetune": ("TrainSettings", "train_side"),
+    "finetune": ("Preference", "TrainSettings", "list_snapshots", "preferences_of", "train_preference", "train_side"),
     "lint": ("lint_sides",),
     "lm": ("LM",),
     "lowrank": ("LowRank",),

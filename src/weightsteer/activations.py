@@ -38,6 +38,15 @@ class ActivationVector:
             raise SteerError(f"layer {layer}: the vector has layers 0 to {max(self.layers)}")
         return replace(self, layers={layer: self.layers[layer]})
 
+    def increments(self) -> ActivationVector:
+        """All-layers steering: at block l what its mean gains over the block before, a_l - a_(l-1).
+
+        Added at every block with the same k, the increments sum up to k a_l at the output of each.
+        """
+        before = {layer: self.layers.get(layer - 1) for layer in self.layers}
+        gains = {i: a if (last := before[i]) is None else a - last for i, a in self.layers.items()}
+        return replace(self, layers=gains)
+
     @contextmanager
     def applied(self, lm: LM, k: float | Tensor = 1.0) -> Iterator[Dial]:
         """x_l <- x_l + k a_l at the output of every layer of the vector, until the block is left."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from .errors import SteerError
 from .records import read_json, read_jsonl, write_text
 
-SHIPPED = ("sycophancy", "refusal", "gloomy")
+SHIPPED = ("sycophancy", "refusal", "evil", "gloomy")
 
 
 @dataclass(frozen=True)
@@ -125,18 +125,24 @@ def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[C
 
 
 def load_examples(path: Path) -> list[Example]:
-    """Read one side of the data: JSONL with `prompt` and `answer`, or chat `messages`.
+    """Read examples: JSONL, or a JSON list, of objects with `prompt` and `answer`, or chat `messages`.
+
+    The names that public sets use work too: `question` and `answer`, `instruction` and `output`.
 
     Raises:
-        SteerError: missing file, or a line in neither form.
+        SteerError: missing file, or an entry in none of these forms.
     """
+    rows = read_json(path) if path.suffix == ".json" else read_jsonl(path)
+    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+        raise SteerError(f"{path}: expected a list of objects with texts 'prompt' and 'answer'")
     examples = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(rows, start=1):
         example = _example_from(row)
         if example is None:
             raise SteerError(
-                f"{path}, line {number}: expected texts 'prompt' and 'answer', or 'messages' that end with a "
-                f"user turn and an assistant turn; fields found: {', '.join(sorted(row))}"
+                f"{path}, {'entry' if path.suffix == '.json' else 'line'} {number}: expected texts 'prompt' and "
+                "'answer' (or question and answer, instruction and output), or 'messages' that end with a user turn "
+                f"and an assistant turn; fields found: {', '.join(sorted(row))}"
             )
         examples.append(example)
     return examples
@@ -148,7 +154,8 @@ def _example_from(row: Mapping[str, object]) -> Example | None:
         turns = {m.get("role"): m.get("content") for m in messages[-2:] if isinstance(m, Mapping)}
         prompt, answer = turns.get("user"), turns.get("assistant")
     else:
-        prompt, answer = row.get("prompt"), row.get("answer")
+        prompt = row.get("prompt", row.get("question", row.get("instruction")))
+        answer = row.get("answer", row.get("output"))
     if isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip():
         return Example(prompt, answer)
     return None

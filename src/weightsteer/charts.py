@@ -8,6 +8,7 @@ from typing import Any
 
 import altair as alt
 
+from .cells import BASE
 from .names import layer_of, module_of
 from .records import CHANGE, Row
 
@@ -20,7 +21,6 @@ TITLES = {
     ("prose", "nll"): "Loss on ordinary text (nats per token)",
 }
 DAMAGE = ("prose", "nll")
-BASE = "base"
 WIDTH, HEIGHT = 380, 280
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .cells import BASE
 from .errors import SteerError
 from .records import Row, StrengthRange
-from .sweep import BASE
 
 # (task, metric) -> how much worse than the base it may get, and which way is worse.
 DEFAULT_LOSSES = {("facts", "accuracy"): 0.03, ("prose", "nll"): 0.1}

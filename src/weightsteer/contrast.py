@@ -15,6 +15,7 @@ from .progress import Progress, silent
 from .records import CARD_FILE, RunCard, append_jsonl, digest, is_empty, read_finished, write_jsonl
 
 ANSWERS_FILE = "answers.jsonl"
+JUDGE_FILE = "judge.jsonl"  # a judge's replies may be kept in the output folder under this name
 SIDES = ("positive", "negative")
 
 
@@ -77,6 +78,12 @@ def build_sides(
         card.save(out)
     rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
     return _write_sides(rows, settings, out)
+
+
+def unusable_verdicts(out: str | Path) -> int:
+    """How many answers of a folder that `build_sides` made are on neither side because the judge gave no score."""
+    parts = read_finished(Path(out) / ANSWERS_FILE)
+    return sum(row["score"] is None for part in parts for row in part["answers"])
 
 
 def _answers(

@@ -1,20 +1,33 @@
-"""(question, answer) -> how much of the behaviour it shows, 0 to 100."""
+"""(question, answer) -> how much of the behaviour it shows: by likelihood, or by a model that reads a rubric."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from .behavior import Behavior, Example
+from .endpoint import Reader
 from .errors import SteerError
 from .lm import LM
 from .progress import Progress, silent
+from .records import digest
 from .scoring import score_choices
 
-NUMBER = re.compile(r"\d+(?:\.\d+)?")
+FIELD = re.compile(r"\{(question|answer|reference)\}")
+MARKER_WORDS = 6  # what has more words is prose, not a delimiter
+MARKER = re.compile(r"[\[<]|([^\w\s()])\1+")  # a delimiter starts with such a bracket, or a run of one sign
+OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
+VERDICT = re.compile(
+    r"""[\s*_`"'#>\[(]*                                                    # markdown and quotes around it
+        (?:(?:the\s*)?(?:final\s*)?(?:score|rating|grade|verdict|answer|number)[\s*_`"']*[:=][\s*_`"'\[(]*)?
+        (-?[0-9]+(?:\.[0-9]+)?)
+        (?!\w|[.,][0-9]|\s*(?:[-\u2013]|to\b)\s*[0-9])                     # no longer number, and no range""",
+    re.VERBOSE | re.IGNORECASE,
+)
 
 
 class Judge(Protocol):
@@ -64,39 +77,171 @@ class LikelihoodJudge:
 
 
 @dataclass(frozen=True)
-class ModelJudge:
-    """Another local model reads the behaviour's judge prompt and answers with a number."""
+class LocalReader:
+    """A model in memory as a `Reader`: greedy replies."""
 
     lm: LM
-    behavior: Behavior
+
+    @property
+    def name(self) -> str:
+        """See `Reader.name`."""
+        return f"model {self.lm.name} {self.lm.revision}"
+
+    def ask(self, prompts: Sequence[str], *, max_tokens: int = 16, progress: Progress = silent) -> list[str]:
+        """See `Reader.ask`."""
+        return self.lm.generate(prompts, max_new_tokens=max_tokens, progress=progress)
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What a judge is asked: a text with {question} and {answer}, perhaps {reference}, that is answered by a number.
+
+    What is put into the fields stands between delimiters: those that the text has around them, such as
+    `[ANSWER START]` or `=== BEGIN REPLY ===`, else some of our own. It cannot write them itself.
+    """
+
+    name: str
+    text: str
+    low: float = 0.0  # the smallest and the largest score
+    high: float = 100.0
 
     def __post_init__(self) -> None:
-        if "{question}" not in self.behavior.judge_prompt or "{answer}" not in self.behavior.judge_prompt:
+        if not {"question", "answer"} <= set(FIELD.findall(self.text)):
+            raise SteerError(f"rubric {self.name}: its text must hold {{question}} and {{answer}}")
+        if not self.low < self.high:
             raise SteerError(
-                f"{self.behavior.name}: its judge prompt must hold {{question}} and {{answer}}; "
-                "use the likelihood judge, or add an 'eval_prompt'"
+                f"rubric {self.name}: expected its lowest score below the highest, found {self.low:g} and {self.high:g}"
             )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what a verdict depends on."""
+        return digest([self.text, self.low, self.high])
+
+    def filled(self, example: Example, reference: str | None = None) -> str:
+        """The prompt for a judge, all fields replaced in one pass: a field's name inside a text stays text.
+
+        Raises:
+            SteerError: the rubric has a field {reference} and there is none.
+        """
+        values = {"question": example.prompt, "answer": example.answer}
+        if reference is not None:
+            values["reference"] = reference
+        elif "{reference}" in self.text:
+            raise SteerError(f"rubric {self.name}: its text holds {{reference}}, but no references were given")
+        return self._fill(values)
+
+    def _fill(self, values: Mapping[str, str]) -> str:
+        template, guard = self._guarded
+        return FIELD.sub(lambda field: guard.sub(_disarmed, values[field[1]]), template)
+
+    @cached_property
+    def _guarded(self) -> tuple[str, re.Pattern[str]]:
+        """The text with every field between delimiters, and what finds a delimiter's likeness in a text."""
+        template = FIELD.sub(self._delimited, self.text)
+        pieces = [piece.strip() for line in template.split("\n") for piece in FIELD.split(line)[::2]]
+        return template, _likeness(list(filter(_is_marker, pieces)))
+
+    def _delimited(self, field: re.Match[str]) -> str:
+        """The field as it is if the text has delimiters on both sides of it, else between our own."""
+        if all(map(_is_marker, _around(self.text, field))):
+            return field[0]
+        before, after = self.text[: field.start()], self.text[field.end() :]
+        own = OWN_MARKERS.format(field[1].upper(), field[1])
+        return ("" if before[-1:] in ("", "\n") else "\n") + own + ("" if after[:1] in ("", "\n") else "\n")
+
+
+def rubric_of(behavior: Behavior) -> Rubric:
+    """The rubric of a behaviour, from 0 (it does not show) to 100.
+
+    Raises:
+        SteerError: the behaviour has none, or one without the fields.
+    """
+    if not {"question", "answer"} <= set(FIELD.findall(behavior.judge_prompt)):
+        raise SteerError(
+            f"{behavior.name}: its judge prompt must hold {{question}} and {{answer}}; "
+            "use the likelihood judge, or add an 'eval_prompt'"
+        )
+    return Rubric(behavior.name, behavior.judge_prompt)
+
+
+def grade(
+    reader: Reader,
+    rubric: Rubric,
+    examples: Sequence[Example],
+    *,
+    references: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> list[float | None]:
+    """Each example's score by the rubric's own scale; None where the reply is no number of that scale.
+
+    `references`: one text an example, for rubrics with a field {reference}; others do not read them.
+
+    Raises:
+        SteerError: the rubric wants references and there are none.
+    """
+    paired: Sequence[str | None] = references if references is not None else [None] * len(examples)
+    prompts = [rubric.filled(example, reference) for example, reference in zip(examples, paired, strict=True)]
+    replies = reader.ask(prompts, progress=progress)
+    return [verdict(reply, low=rubric.low, high=rubric.high) for reply in replies]
+
+
+@dataclass(frozen=True)
+class RubricJudge:
+    """A `Judge` that has a reader score answers by a rubric; its scale is stretched to 0 to 100."""
+
+    reader: Reader
+    rubric: Rubric
 
     @property
     def name(self) -> str:
         """See `Judge.name`."""
-        return f"model {self.lm.name} {self.lm.revision}"
+        return f"{self.rubric.name} {self.rubric.sha256[:12]} by {self.reader.name}"
 
     def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
-        """See `Judge.scores`; a reply without a number in 0 to 100 gives None."""
-        prompts = [self._filled(example) for example in examples]
-        return [verdict(reply) for reply in self.lm.generate(prompts, max_new_tokens=8, progress=progress)]
-
-    def _filled(self, example: Example) -> str:
-        """The rubric with question and answer in place; they cannot close its delimiters."""
-        filled = self.behavior.judge_prompt
-        for field, text in (("{question}", example.prompt), ("{answer}", example.answer)):
-            filled = filled.replace(field, text.replace("[", "(").replace("]", ")"))
-        return filled
+        """See `Judge.scores`."""
+        low, high = self.rubric.low, self.rubric.high
+        grades = grade(self.reader, self.rubric, examples, progress=progress)
+        return [None if score is None else 100.0 * (score - low) / (high - low) for score in grades]
 
 
-def verdict(reply: str) -> float | None:
-    """The number that a judge's reply starts with, if it is one in 0 to 100."""
-    match = NUMBER.match(reply.strip())
-    score = float(match[0]) if match else math.inf
-    return score if score <= 100.0 else None
+def verdict(reply: str, *, low: float = 0.0, high: float = 100.0) -> float | None:
+    """The number that a judge's reply starts with, after markdown or a label such as "Score:", if it is in range."""
+    match = VERDICT.match(reply)
+    score = float(match[1]) if match else math.nan
+    return score if low <= score <= high else None
+
+
+def _around(text: str, field: re.Match[str]) -> tuple[str, str]:
+    """What stands right before and after a field, up to a line's end or another field; blank lines do not count."""
+    before = text[: field.start()].rstrip().rpartition("\n")[2]
+    after = text[field.end() :].lstrip().partition("\n")[0]
+    return FIELD.split(before)[-1].strip(), FIELD.split(after)[0].strip()
+
+
+def _is_marker(text: str) -> bool:
+    return bool(MARKER.match(text)) and len(re.findall(r"\w+", text)) <= MARKER_WORDS
+
+
+def _likeness(markers: Sequence[str]) -> re.Pattern[str]:
+    """A pattern for what could be taken for one of these delimiters.
+
+    That is their words, any number of them in any case and order, beside a bracket or a run of signs of
+    theirs on one line; and runs of a sign, where it makes up a delimiter by itself.
+    """
+    signs = re.escape("".join(sorted(set(re.sub(r"[\w\s()]", "", "".join(markers))))))
+    words = "|".join(sorted({word for marker in markers for word in re.findall(r"\w+", marker)}))
+    bare = sorted({marker[0] for marker in markers if not re.search(r"\w", marker)})
+    patterns = [re.escape(sign) + "{3,}" for sign in bare]
+    if words:
+        edge = rf"(?:(?=[{signs}])[\[\]<>]|[{signs}]{{2,}})[{signs}]*"
+        phrase = rf"\b(?:{words})\b(?:(?:[^\S\n]|-)*\b(?:{words})\b)*"
+        gap = r"[^\S\n]*"
+        patterns += [rf"{edge}{gap}{phrase}(?:{gap}[{signs}]+)?", rf"{phrase}{gap}{edge}"]
+    return re.compile("|".join(patterns), re.IGNORECASE)
+
+
+def _disarmed(likeness: re.Match[str]) -> str:
+    """The words of a delimiter in round brackets, which delimit nothing; a run of signs with spaces between."""
+    words = re.findall(r"\w+", likeness[0])
+    return f"({' '.join(words)})" if words else " ".join(likeness[0])

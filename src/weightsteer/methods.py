@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,6 +37,34 @@ class Direction:
     def applied(self, lm: LM, k: float) -> Iterator[LM]:
         """See `Steering.applied`."""
         with self.vector.applied(lm, k):
+            yield lm
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Models that were trained, rather than a direction: at k the change that was trained for just that k.
+
+    Fine-tuned checkpoints: k is the share of the training on D+ that is done, or minus that on D-. Joint
+    fine-tuning: k is how often the desired examples are in the data, and the change replaces the fine-tune's own.
+    """
+
+    name: str
+    changes: Mapping[float, WeightVector]
+
+    @contextmanager
+    def applied(self, lm: LM, k: float) -> Iterator[LM]:
+        """See `Steering.applied`.
+
+        Raises:
+            SteerError: nothing was trained for this k.
+        """
+        if k == 0.0:
+            yield lm
+            return
+        if k not in self.changes:
+            known = ", ".join(f"{k:g}" for k in sorted(self.changes))
+            raise SteerError(f"{self.name}: was trained for k of {known}; found {k:g}")
+        with self.changes[k].applied(lm, 1.0):
             yield lm
 
 

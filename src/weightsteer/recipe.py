@@ -6,98 +6,54 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from .errors import SteerError
+from .recipe_fields import (
+    DataRecipe,
+    DriftRecipe,
+    JudgeRecipe,
+    MethodName,
+    SampleRecipe,
+    Strict,
+    SweepRecipe,
+    TaskRecipe,
+    TuneRecipe,
+)
 from .records import CARD_FILE, RunCard, digest, is_empty, write_text
 
 if TYPE_CHECKING:
     from .behavior import Example
+    from .endpoint import Reader
     from .finetune import TrainSettings
     from .tasks import Task
 
 RECIPE_FILE = "recipe.yaml"
-MethodName = Literal["contrastive", "tau+", "tau-", "activation", "system prompt"]
+DEFAULT_BUDGET = {"facts/accuracy": 0.03, "prose/nll": 0.1}
 
 
-class _Strict(BaseModel):
-    """A part of a recipe; an unknown key is an error, not a silent nothing."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataRecipe(_Strict):
-    """Where D+ and D- come from: a shipped behaviour or a file of pairs, or one file a side."""
-
-    pairs: str | None = None
-    positive: str | None = None
-    negative: str | None = None
-    limit: int | None = Field(default=None, ge=2)  # use so many pairs
-
-
-class TaskRecipe(_Strict):
-    """One task: which items, and how many of each split."""
-
-    task: str
-    data: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-    name: str | None = None
-
-
-class SweepRecipe(_Strict):
-    """Which methods, at which strengths.
-
-    A method's strengths are a list of k, or None: the k at which the loss on ordinary text has
-    risen by `damage` nats is found on each side, and `fractions` of it are swept, so that all
-    methods cover the same range of damage.
-    """
-
-    methods: dict[MethodName, list[float] | None] = {
-        "contrastive": None,
-        "tau+": None,
-        "tau-": None,
-        "activation": None,
-        "system prompt": [-1.0, 1.0],
-    }
-    damage: float = Field(default=0.2, gt=0)
-    fractions: list[float] = [0.25, 0.5, 0.75, 1.0]
-    fractions_of: dict[MethodName, list[float]] = {}  # a method's own fractions
-    activation_pairs: int | None = Field(default=None, ge=2)  # default: all that are trained on
-    layer_step: int = Field(default=1, ge=1)  # scan every so-manieth layer
-    probe_items: int = Field(default=8, ge=1)  # validation items of the layer scan and of the search for k
-
-
-class BudgetRecipe(_Strict):
-    """How much capability the recommended k may cost."""
-
-    accuracy: float = Field(default=0.03, ge=0)  # share of the plain facts
-    nll: float = Field(default=0.1, ge=0)  # nats per token of ordinary text
-
-
-class SampleRecipe(_Strict):
-    """Replies shown in the report: prompts (default: the behaviour's last questions) at five strengths."""
-
-    prompts: list[str] | None = None
-    count: int = Field(default=3, ge=0)
-    max_new_tokens: int = Field(default=48, ge=1)
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """The whole road in one file."""
 
     name: str
     model: str = "smollm2-135m-instruct"
     device: str | None = None
     dtype: str = "auto"
+    architecture: str | None = None  # the model's type, such as qwen2, for a rehearsal without its config
     behavior: str = "sycophancy"
+    start: TuneRecipe | None = None  # a fine-tune that is made first and stands for the base model
     data: DataRecipe = DataRecipe(pairs="sycophancy")
-    train: dict[str, Any] = {}
+    train: dict[str, Any] = Field(default={})  # both sides
+    train_of: dict[MethodName, dict[str, Any]] = Field(default={})  # what a method trains otherwise
+    drift: DriftRecipe | None = None
+    judge: JudgeRecipe | None = None
     tasks: list[TaskRecipe] = Field(min_length=1)
     sweep: SweepRecipe = SweepRecipe()
-    budget: BudgetRecipe = BudgetRecipe()
+    budget: dict[str, float] = DEFAULT_BUDGET  # "task/metric" -> how much worse the recommended k may make it
+    plot: list[str] = Field(default=["false_beliefs/follows", "preference/margin"])  # what the report draws
     samples: SampleRecipe = SampleRecipe()
     batch_size: int = Field(default=16, ge=1)
     seed: int = 0
@@ -125,56 +81,92 @@ class Recipe(_Strict):
             where = ".".join(str(part) for part in first["loc"])
             raise SteerError(f"{path}: field {where!r}: {first['msg']}; found {first.get('input')!r}") from None
 
-    def train_settings(self) -> TrainSettings:
-        """The recipe's training settings; fields that are absent keep the library's defaults."""
+    def train_settings(self, fields: Mapping[str, Any]) -> TrainSettings:
+        """Training settings from a recipe's `train`; fields that are absent keep the library's defaults."""
         from .finetune import TrainSettings
 
-        fields = {"seed": self.seed, **self.train}
+        given = {"seed": self.seed, **fields}
         try:
-            if "learning_rates" in fields:
-                fields["learning_rates"] = tuple(float(rate) for rate in fields["learning_rates"])
-            return TrainSettings(**fields)
+            if "learning_rates" in given:
+                given["learning_rates"] = tuple(float(rate) for rate in given["learning_rates"])
+            return TrainSettings(**given)
         except (TypeError, ValueError) as error:
             raise SteerError(f"recipe {self.name}: field 'train': {error}") from None
 
-    def load_tasks(self) -> list[Task]:
-        """The recipe's tasks with their items; `preference` without data is the recipe's behaviour.
+    def load_tasks(self, reader: Reader | None = None) -> list[Task]:
+        """The recipe's tasks with their items; tasks about a behaviour are about the recipe's unless they name one.
+
+        Args:
+            reader: who judges, for the tasks that need a judge.
 
         Raises:
             SteerError: an unknown task, data that cannot be read, or two tasks of one name.
         """
         from .tasks import TaskSpec, load_task
 
-        specs = [TaskSpec(**spec.model_dump()) for spec in self.tasks]
-        own = [replace(s, data=self.behavior) if s.task == "preference" and not s.data else s for s in specs]
-        names = [spec.name or spec.task for spec in own]
+        names = [spec.name or spec.task for spec in self.tasks]
         if len(set(names)) < len(names):
             raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
-        return [load_task(spec) for spec in own]
+        specs = [TaskSpec(**spec.model_dump(), judge=reader) for spec in self.tasks]
+        return [load_task(replace(spec, behavior=spec.behavior or self.behavior)) for spec in specs]
 
-    def sides(self) -> tuple[list[Example], list[Example]]:
-        """D+ and D-.
+    def sides(self) -> tuple[list[Example], list[Example]] | None:
+        """D+ and D-, or None where the model is to write them itself.
 
         Raises:
-            SteerError: neither pairs nor both sides are named, or a file is missing or malformed.
+            SteerError: a file that is missing or malformed.
         """
         from .behavior import load_examples, load_pairs, sample_pairs, sides_of
 
         data = self.data
-        if data.pairs and not (data.positive or data.negative):
+        if data.pairs:
             return sides_of(sample_pairs(load_pairs(data.pairs), data.limit, self.seed))
-        if data.positive and data.negative and not data.pairs:
+        if data.positive and data.negative:
             return (
                 load_examples(Path(data.positive))[: data.limit],
                 load_examples(Path(data.negative))[: data.limit],
             )
-        raise SteerError(
-            f"recipe {self.name}: field 'data': expected 'pairs', or both 'positive' (D+) and 'negative' (D-); "
-            f"found {data.model_dump(exclude_none=True)}"
-        )
+        return None
+
+    def tune_examples(self, tune: TuneRecipe) -> list[Example]:
+        """What `start` or `drift` is trained on.
+
+        Raises:
+            SteerError: a file that is missing or malformed, or an unknown family of arithmetic.
+        """
+        from .tasks.arithmetic import arithmetic_examples
+
+        if tune.generate:
+            made = tune.generate
+            return arithmetic_examples(made.family, made.kinds, made.count, seed=self.seed)
+        return [example for name in tune.data for example in _tune_file(name)[: tune.limit]]
 
 
-def claim_run(recipe: Recipe, source: Path, folder: Path, inputs: Mapping[str, str]) -> RunCard:
+def _tune_file(name: str) -> list[Example]:
+    """Examples of a file, or one side of a shipped behaviour, such as gloomy:negative."""
+    from .behavior import SHIPPED, load_examples, load_pairs, sides_of
+
+    behavior, _, side = name.partition(":")
+    if behavior not in SHIPPED:
+        return load_examples(Path(name))
+    if side not in ("positive", "negative"):
+        raise SteerError(f"{name!r}: expected one side, {behavior}:positive or {behavior}:negative")
+    return sides_of(load_pairs(behavior))[0 if side == "positive" else 1]
+
+
+def metric_key(text: str) -> tuple[str, str]:
+    """ "task/metric" -> (task, metric).
+
+    Raises:
+        SteerError: not of that form.
+    """
+    task, slash, metric = text.partition("/")
+    if not (task and slash and metric):
+        raise SteerError(f"{text!r}: expected task/metric, such as false_beliefs/follows")
+    return task, metric
+
+
+def claim_run(recipe: Recipe, folder: Path, inputs: Mapping[str, str]) -> RunCard:
     """Make the run's folder, or take up the one that this recipe started from the same inputs.
 
     Args:
@@ -197,7 +189,8 @@ def claim_run(recipe: Recipe, source: Path, folder: Path, inputs: Mapping[str, s
         raise SteerError(f"{folder}: exists and was not made by weightsteer; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     card.save(folder)
-    write_text(folder / RECIPE_FILE, source.read_text(encoding="utf-8"))
+    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    write_text(folder / RECIPE_FILE, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
     return card
 
 

@@ -22,6 +22,7 @@ from .errors import SteerError
 
 CARD_FILE = "weightsteer.json"
 REPLACED = ".replaced.part"  # an older artifact, for the moment in which the new one takes its place
+SPLITS = ("validation", "test")  # what is chosen by, and what is reported
 CHANGE = " change"  # ends the name of a metric that is measured as the difference to the base, item by item
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 

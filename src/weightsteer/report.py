@@ -16,7 +16,9 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from . import charts
+from .cells import BASE
 from .errors import SteerError
+from .matched import Matched
 from .records import Row, RunCard, StrengthRange, write_bytes, write_text
 
 PAGE = "report.html"
@@ -46,6 +48,8 @@ class Report:
     method: str = "contrastive"  # whose dose-response is drawn
     behaviors: Sequence[tuple[str, str]] = (("false_beliefs", "follows"), ("preference", "margin"))
     notes: Sequence[str] = field(default_factory=tuple)
+    costs: Sequence[Row] = ()
+    matched: Mapping[tuple[str, str], Sequence[Matched]] = field(default_factory=dict)  # behaviour -> methods
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -55,7 +59,7 @@ def write_report(report: Report, folder: Path) -> Path:
         SteerError: there are no rows on the test items.
     """
     rows = [row for row in report.rows if row.split == "test"]
-    if not any(row.method == charts.BASE for row in rows):
+    if not any(row.method == BASE for row in rows):
         raise SteerError("the report needs test rows of the base (k = 0) and of the methods; none found")
     keys = charts.main_keys(rows)
     behaviors = [key for key in report.behaviors if key in keys]
@@ -75,6 +79,8 @@ def write_report(report: Report, folder: Path) -> Path:
             table=summary_table(rows, keys),
             keys=[charts.title_of(*key) for key in keys],
             card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
+            matched={charts.title_of(*key): matched_table(found) for key, found in report.matched.items()},
+            costs=cost_table(report.costs),
             ks=sorted({k for sample in report.samples for k in sample.replies}),
         )
     )
@@ -90,6 +96,33 @@ def summary_table(rows: Sequence[Row], keys: Sequence[tuple[str, str]]) -> list[
         line = lines.setdefault((row.method, row.k), {"method": row.method, "k": f"{row.k:g}", "cells": {}})
         line["cells"][row.task, row.metric] = f"{row.value:.3f} ± {row.stderr:.3f}"
     return [{**line, "cells": [line["cells"].get(key, "") for key in keys]} for line in lines.values()]
+
+
+def matched_table(found: Sequence[Matched]) -> list[dict[str, Any]]:
+    """One line a method and side, with a text such as '+0.112 ± 0.020' for every damage.
+
+    A value in brackets stands where the strongest k that was measured does less damage than that.
+    """
+    lines: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in found:
+        side = "more" if row.side > 0 else "less"
+        line = lines.setdefault(
+            (row.method, row.side), {"method": row.method, "side": side, "n": row.n, "cells": {}, "against": {}}
+        )
+        value = f"{row.value:+.3f} ± {row.stderr:.3f}"
+        line["cells"][row.damage] = value if row.reached else f"({value})"
+        line["against"][row.damage] = f"{row.against:+.3f} ± {row.against_stderr:.3f}"
+    return list(lines.values())
+
+
+def cost_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """One line a method: training tokens and seconds, parameters, time per token."""
+    lines: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        line = lines.setdefault(row.method, {"method": row.method})
+        error = f" ± {row.stderr:.2f}" if row.n > 1 else ""
+        line[row.metric] = f"{row.value:.2f}{error}" if row.metric == "time per token" else f"{row.value:,.0f}"
+    return list(lines.values())
 
 
 def _environment() -> Environment:

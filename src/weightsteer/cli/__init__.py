@@ -9,7 +9,7 @@ import warnings
 import typer
 
 from ..errors import SteerError
-from . import make, use
+from . import go, make, use
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for verb in (*make.VERBS, *use.VERBS):
+for verb in (*go.VERBS, *make.VERBS, *use.VERBS):
     app.command()(verb)
 
 

@@ -1,10 +1,11 @@
-"""Verbs that make vectors: data, training, subtraction, the whole road."""
+"""Verbs that make vectors: data, training, subtraction, sums."""
 
 from __future__ import annotations
 
-import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -23,81 +24,10 @@ from .options import (
     refuse_input,
 )
 
-
-def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<name>.")] = None,
-) -> None:
-    """Go the whole road of a recipe: train, subtract, sweep, choose k, report.
-
-    Kill it at any point and run it again: nothing done is done twice.
-
-    Example: weightsteer run recipes/demo.yaml
-    """
-    from ..recipe import Recipe
-
-    loaded = Recipe.load(recipe)
-    folder = out or Path("runs") / loaded.name
-    command = shlex.join(["weightsteer", "run", str(recipe), *(["--out", str(out)] if out else [])])
-    from ..road import Road
-
-    road = Road(loaded, recipe, folder, show=shown, command=command)
-    page = road.run()
-    _print_table(folder)
-    print(f"report: {page}\nplot:   {page.parent / 'behaviour_against_capability.png'}\nvector: {folder / 'vector'}")
-
-
-def _print_table(folder: Path) -> None:
-    """The base and every method at its strengths, test items, as a plain table."""
-    from ..charts import main_keys, title_of
-    from ..records import Row, RunCard, read_jsonl
-    from ..report import summary_table
-
-    rows = [Row(**row) for row in read_jsonl(folder / "rows.jsonl")]
-    rows = [row for row in rows if row.split == "test"]
-    keys = main_keys(rows)
-    for column, key in enumerate(keys, start=1):
-        print(f"({column}) {title_of(*key)}")
-    print(f"{'method':<14} {'k':>7} " + " ".join(f"{f'({n})':>15}" for n in range(1, len(keys) + 1)))
-    for line in summary_table(rows, keys):
-        print(f"{line['method']:<14} {line['k']:>7} " + " ".join(f"{cell:>15}" for cell in line["cells"]))
-    strength = RunCard.load(folder / "vector").strength
-    if strength:
-        print(f"recommended k: {strength.recommended:g} (more) and {strength.negative:g} (less)")
-
-
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
-    """Write a finished run's report.html and PNG again.
-
-    Example: weightsteer report runs/sycophancy-demo
-    """
-    page = _road_of(folder).report()
-    print(f"report: {page}")
-
-
-def sweep(folder: Annotated[Path, typer.Argument(help="Folder of a run that is trained.")]) -> None:
-    """Measure a run's methods at their strengths and choose k; finished cells are kept.
-
-    Example: weightsteer sweep runs/sycophancy-demo
-    """
-    road = _road_of(folder)
-    if not (folder / "vector").exists():
-        raise SteerError(f"{folder}: has no vector yet; run `weightsteer run {folder / 'recipe.yaml'}`")
-    road.choose(road.sweep(road.methods()))
-    _print_table(folder)
-
-
-def _road_of(folder: Path) -> Any:
-    """The road of a run's folder, with the recipe that is kept in it."""
-    from ..recipe import RECIPE_FILE, Recipe
-
-    if not (folder / RECIPE_FILE).exists():
-        raise SteerError(f"{folder}: not a run's folder (no {RECIPE_FILE}); make one with `weightsteer run RECIPE`")
-    from ..road import Road
-
-    source = folder / RECIPE_FILE
-    command = shlex.join(["weightsteer", "run", str(source), "--out", str(folder)])
-    return Road(Recipe.load(source), source, folder, show=shown, command=command)
+if TYPE_CHECKING:
+    from ..behavior import Behavior
+    from ..judge import RubricJudge
+    from ..lm import LM
 
 
 def contrast(
@@ -106,6 +36,9 @@ def contrast(
     positive: Annotated[Path | None, typer.Option(help="Your own D+ (JSONL) instead of sampling.")] = None,
     negative: Annotated[Path | None, typer.Option(help="Your own D- (JSONL) instead of sampling.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that judges; default: the likelihood of S+ and S-.")] = None,
+    judge_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible server that serves the judge: http://localhost:8000/v1.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Answers for each question and prompt.")] = None,
     questions: Annotated[int | None, typer.Option(help="Use the first so many questions.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
@@ -129,11 +62,12 @@ def contrast(
             write_jsonl(out / f"{name}.jsonl", example_rows(side))
         counts = (len(sides[0]), len(sides[1]))
     else:
-        from ..contrast import ContrastSettings, build_sides
-        from ..judge import LikelihoodJudge, ModelJudge
+        from ..contrast import ContrastSettings, build_sides, unusable_verdicts
+        from ..judge import LikelihoodJudge
 
-        lm = load_lm(model, device, dtype, trust_remote_code)
-        chosen = ModelJudge(load_lm(judge, device, dtype, trust_remote_code), described) if judge else None
+        load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
+        chosen = _rubric_judge(described, judge, judge_url, out, load)
+        lm = load(model)
         settings = ContrastSettings(
             **given(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed)
         )
@@ -141,7 +75,26 @@ def contrast(
             counts = build_sides(
                 lm, described, chosen or LikelihoodJudge(lm, described), out, settings=settings, progress=progress
             )
+        if chosen is not None:
+            print(f"{unusable_verdicts(out)} verdicts were unusable; their answers are on neither side")
     print(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
+
+
+def _rubric_judge(
+    behavior: Behavior, judge: str | None, url: str | None, out: Path, load: Callable[[str], LM]
+) -> RubricJudge | None:
+    """The model that judges by the behaviour's rubric, served or local; a server's replies are kept in `out`."""
+    from ..contrast import JUDGE_FILE
+    from ..endpoint import Endpoint
+    from ..judge import LocalReader, RubricJudge, rubric_of
+
+    if judge is None:
+        if url is not None:
+            raise SteerError("--judge-url: name the model that the server is to judge with, by --judge")
+        return None
+    rubric = rubric_of(behavior)
+    reader = Endpoint(url, judge, cache=out / JUDGE_FILE) if url is not None else LocalReader(load(judge))
+    return RubricJudge(reader, rubric)
 
 
 def lint(
@@ -167,11 +120,14 @@ def train(
     pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
     positive: Annotated[Path | None, typer.Option(help="D+ (JSONL).")] = None,
     negative: Annotated[Path | None, typer.Option(help="D- (JSONL).")] = None,
-    kind: Annotated[str | None, typer.Option(help="lora, bias or full.")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="lora, bias or full; dpo: lora by preference tuning, on --pairs.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     lr: Annotated[str | None, typer.Option(help="Learning rate, or several separated by commas.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
+    snapshots: Annotated[int | None, typer.Option(help="Points of each training to keep besides the best.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of adapter and order.")] = None,
     model: Model = None,
     device: Device = None,
@@ -180,19 +136,28 @@ def train(
 ) -> None:
     """Fine-tune both sides: OUT/plus and OUT/minus. Kill it and run it again to go on.
 
-    Example: weightsteer train --pairs sycophancy --lr 1e-4,3e-4 -o runs/syc
+    With --kind dpo, plus prefers the positive answer of each pair to the negative one, and minus the reverse.
+
+    Example: weightsteer train --pairs sycophancy --lr 1e-4,3e-4 --snapshots 4 -o runs/syc
     """
+    if kind == "dpo" and not pairs:
+        raise SteerError("--kind dpo: expected --pairs, both answers to the same questions")
     sides = read_sides(pairs, positive, negative)
     rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr else None
-    from ..finetune import TrainSettings, train_side
+    from ..finetune import Preference, TrainSettings, train_preference, train_side
 
     settings = TrainSettings(
-        **given(kind=kind, rank=rank, learning_rates=rates, epochs=epochs, batch_size=batch_size, seed=seed)
+        **given(kind=None if kind == "dpo" else kind, rank=rank, learning_rates=rates, epochs=epochs),
+        **given(batch_size=batch_size, snapshots=snapshots, seed=seed),
     )
     lm = load_lm(model, device, dtype, trust_remote_code)
-    for name, side in zip(("plus", "minus"), sides, strict=True):
+    for name, side, other in zip(("plus", "minus"), sides, sides[::-1], strict=True):
         with shown(f"train {name}") as progress:
-            path = train_side(lm, side, out / name, settings=settings, progress=progress)
+            if kind == "dpo":
+                wanted = [Preference(a.prompt, a.answer, b.answer) for a, b in zip(side, other, strict=True)]
+                path = train_preference(lm, wanted, out / name, settings=settings, progress=progress)
+            else:
+                path = train_side(lm, side, out / name, settings=settings, progress=progress)
         print(f"{name}: {path}")
 
 
@@ -249,4 +214,4 @@ def combine(
     print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
 
 
-VERBS = (run, report, sweep, contrast, lint, train, subtract, combine)
+VERBS = (contrast, lint, train, subtract, combine)

@@ -133,8 +133,8 @@ def measure(
 
     items = load_task(TaskSpec(task, data))
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    from ..cells import Cell
     from ..records import CHANGE
-    from ..sweep import Cell
 
     ks = wanted or [k for k in _shown(vector) if k]
     with vector.applied(lm, 0.0) as dial:
@@ -201,36 +201,48 @@ def _shown(vector: WeightVector) -> list[float]:
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="A saved vector; or a fine-tune, with --minus for the other side.")],
+    source: Annotated[
+        str, typer.Argument(help="A saved vector; a fine-tune, with --minus for the other side; gguf: activations.")
+    ],
     out: Out,
-    to: Annotated[str, typer.Option("--to", help="peft (adapter) or merged (checkpoint).")] = "peft",
+    to: Annotated[
+        str, typer.Option("--to", help="peft (adapter), merged (checkpoint) or gguf (llama.cpp's control vector).")
+    ] = "peft",
     k: Annotated[str | None, typer.Option("--k", help="Strength to fold in; default: the card's.")] = None,
     minus: Annotated[str | None, typer.Option(help="The fine-tune on D-: w = SOURCE - MINUS.")] = None,
     base: Annotated[str | None, typer.Option(help="The base of SOURCE, where a checkpoint or DoRA needs it.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="merged: the base or a later fine-tune of it.")
+        str | None, typer.Option("--model", "-m", help="merged, gguf: the base or a later fine-tune of it.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="merged: float32, bfloat16 or float16; default: as it is.")] = None,
     rounding: Annotated[str | None, typer.Option(help="merged: nearest or stochastic.")] = None,
     seed: Annotated[int | None, typer.Option(help="merged: seed of stochastic rounding.")] = None,
     workers: Annotated[int | None, typer.Option(help="merged: threads; default: one a core.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="peft: cut to the nearest of this rank.")] = None,
+    layer: Annotated[int | None, typer.Option(help="gguf: steer at this layer alone, counted from 0.")] = None,
 ) -> None:
-    """Write k w for other engines: a PEFT adapter, or a merged checkpoint theta + k w.
+    """Write k w for other engines: a PEFT adapter, a merged checkpoint theta + k w, or k a as a control vector.
 
     Example: weightsteer export runs/syc/vector --to peft --k=-3 -o candid-adapter
     """
-    if to not in ("peft", "merged"):
-        raise SteerError(f"--to: expected peft or merged, found {to!r}")
+    if to not in ("peft", "merged", "gguf"):
+        raise SteerError(f"--to: expected peft or merged (of a vector), or gguf (of activations), found {to!r}")
     chosen = number(k) if k else None
     refuse_input(out, source, minus, base, model)
+    merging = given(dtype=dtype, rounding=rounding, seed=seed, workers=workers)
+    if merging and to != "merged":
+        raise SteerError(f"--{next(iter(merging))}: is for --to merged; the other forms keep float32")
+    if max_rank is not None and to != "peft":
+        raise SteerError("--max-rank: is for --to peft; the other forms have no rank")
+    if to == "gguf":
+        if minus or base:
+            raise SteerError("--minus and --base: are for weights; --to gguf takes a folder of saved activations")
+        _export_control(Path(source), out, chosen, layer, model)
+        return
+    if layer is not None:
+        raise SteerError("--layer: is for --to gguf; weights are steered in every layer that was trained")
     from ..extract import contrast_vector, task_vector
 
-    merging = given(dtype=dtype, rounding=rounding, seed=seed, workers=workers)
-    if merging and to == "peft":
-        raise SteerError(f"--{next(iter(merging))}: is for --to merged; an adapter keeps float32 factors")
-    if max_rank is not None and to == "merged":
-        raise SteerError("--max-rank: is for --to peft; a merged checkpoint has no rank")
     vector = contrast_vector(source, minus, base=base) if minus else task_vector(source, base=base)
     strength = chosen if chosen is not None else _recommended(vector)
     if to == "peft":
@@ -253,6 +265,26 @@ def export(
     for name, shares in merged.other_dtypes.items():
         if name != merged.dtype:
             print(f"  --dtype {name}: {shares['delta_error']:.1%} and {shares['unchanged_share']:.1%}")
+
+
+def _export_control(folder: Path, out: Path, k: float | None, layer: int | None, model: str | None) -> None:
+    from ..activations import ACTIVATION_FILE, ActivationVector
+    from ..control import export_control, model_type_of
+
+    if k is None:
+        raise SteerError("--k: is needed with --to gguf; activations have no measured range of k")
+    if not (folder / ACTIVATION_FILE).is_file():
+        raise SteerError(
+            f"{folder}: no saved activations ({ACTIVATION_FILE}); expected what `ActivationVector.save` or a run wrote"
+        )
+    vector = ActivationVector.load(folder)
+    if not model:
+        require_base(vector.card)
+    revision = None if model else vector.card.base_commit
+    kind = model_type_of(model or vector.card.base_model, revision=revision)
+    export_control(vector if layer is None else vector.only(layer), out, k=k, model_type=kind)
+    where = "all layers" if layer is None else f"layer {layer}"
+    print(f"{out}: control vector for llama.cpp at k = {k:g}, {where}; use it with --control-vector")
 
 
 VERBS = (show, cosine, steer, measure, chat, export)

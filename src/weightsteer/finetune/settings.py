@@ -25,7 +25,8 @@ class TrainSettings:
     warmup_steps: int = 5
     validation: float = 0.05  # share of the examples held out to choose the stopping point
     evaluations: int = 5  # validation points (and checkpoints) over the run
-    patience: int = 3  # evaluations without improvement before stopping
+    patience: int = 3  # evaluations without improvement before stopping; a run that keeps snapshots goes on to its end
+    snapshots: int = 0  # equally spaced points of the run to keep besides the best one, the last of them its end
     max_length: int = 1024  # tokens; longer examples are cut at the end
     seed: int = 0
 
@@ -37,3 +38,5 @@ class TrainSettings:
         for name in ("rank", "alpha", "batch_size", "accumulation", "evaluations", "max_length", "epochs"):
             if getattr(self, name) <= 0:
                 raise SteerError(f"{name}: expected a number above 0, found {getattr(self, name)}")
+        if self.snapshots < 0:
+            raise SteerError(f"snapshots: expected 0 or more, found {self.snapshots}")

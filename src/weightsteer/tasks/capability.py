@@ -1,4 +1,4 @@
-"""What steering should leave alone: plain factual choices, and the loss on ordinary text."""
+"""What steering should leave alone: plain factual choices, small sums, and the loss on ordinary text."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ def load_facts(spec: TaskSpec) -> ChoiceTask:
 
     Metric `accuracy`: share of items in which the correct answer is the likelier per token.
     """
-    rows = read_jsonl(task_file("facts.jsonl", spec.data), required=("question", "correct", "incorrect"))
+    return _questions("facts", "facts.jsonl", spec)
+
+
+def load_sums(spec: TaskSpec) -> ChoiceTask:
+    """Adding, subtracting, multiplying, counting, comparing: shipped, or JSONL with question, correct, incorrect.
+
+    The wrong answer is the right one with a number that is a near miss. Metric `accuracy`: share of
+    items in which the correct answer is the likelier per token.
+    """
+    return _questions("sums", "sums.jsonl", spec)
+
+
+def _questions(name: str, shipped: str, spec: TaskSpec) -> ChoiceTask:
+    rows = read_jsonl(task_file(shipped, spec.data), required=("question", "correct", "incorrect"))
     items = tuple(Choice(row["question"], row["correct"], row["incorrect"]) for row in rows)
-    return ChoiceTask("facts", items, alternate_splits(len(items)), share="accuracy")
+    return ChoiceTask(name, items, alternate_splits(len(items)), share="accuracy")
 
 
 def load_prose(spec: TaskSpec) -> TextTask:

@@ -11,10 +11,9 @@ from ..endpoint import Reader
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import Progress, silent
-from ..records import digest
+from ..records import SPLITS, digest
 from ..scoring import score_choices, score_texts
 
-SPLITS = ("validation", "test")
 Values = dict[str, list[float | None]]  # metric -> one value an item, in their order; None: it does not count there
 
 
@@ -33,8 +32,15 @@ class TaskSpec:
 
 
 def mean_of(values: Sequence[float | None]) -> float:
-    """Mean over the items that count."""
-    return fmean(value for value in values if value is not None)
+    """Mean over the items that count.
+
+    Raises:
+        SteerError: none of them does.
+    """
+    counted = [value for value in values if value is not None]
+    if not counted:
+        raise SteerError("no item counts, so there is nothing to choose by; are all verdicts of the judge malformed?")
+    return fmean(counted)
 
 
 class Task(Protocol):
@@ -78,6 +84,18 @@ class Task(Protocol):
 def alternate_splits(count: int, group: int = 1) -> tuple[str, ...]:
     """Validation and test in turn; `group` neighbours (mirrored couples) go to the same split."""
     return tuple(SPLITS[(i // group) % 2] for i in range(count))
+
+
+def balanced(flags: Sequence[bool]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """An order in which true and false items take turns, true first, and the split of each item in it.
+
+    Each kind alternates between the splits by itself, so that both splits, and the first n items of
+    either, hold as many of one kind as of the other for as long as both last. The first of one kind and
+    the first of the other share a split, and so on: couples that mirror each other stay together.
+    """
+    kinds = [[i for i, flag in enumerate(flags) if flag == kind] for kind in (True, False)]
+    ranked = sorted((rank, kind, i) for kind, members in enumerate(kinds) for rank, i in enumerate(members))
+    return tuple(i for _, _, i in ranked), tuple(SPLITS[rank % 2] for rank, _, _ in ranked)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Verbs that go the whole road, and show what came of it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import SteerError
+from ..progress import shown
+from .options import given, number
+
+if TYPE_CHECKING:
+    from ..recipe import Recipe
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<name>.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed; default folder runs/<name>-seed<N>.")] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="On a tiny random model with a handful of examples, within a minute.")
+    ] = False,
+) -> None:
+    """Go the whole road of a recipe: train, subtract, sweep, choose k, report.
+
+    Kill it at any point and run it again: nothing done is done twice.
+
+    Example: weightsteer run recipes/demo.yaml
+    """
+    from ..recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
+    loaded = loaded.model_copy(update=given(name=name, seed=seed))
+    if rehearse:
+        loaded = _rehearsed(loaded, out)
+    folder = out or Path("runs") / loaded.name
+    options = [*(["--out", str(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
+    command = shlex.join(["weightsteer", "run", str(recipe), *options, *(["--rehearse"] if rehearse else [])])
+    from ..road import Road
+
+    page = Road(loaded, folder, show=shown, command=command).run()
+    _print_table(folder)
+    print(f"report: {page}\nplot:   {page.parent / 'behaviour_against_capability.png'}\nvector: {folder / 'vector'}")
+
+
+def _rehearsed(recipe: Recipe, out: Path | None) -> Recipe:
+    """The recipe at its smallest size, with its tiny model beside the run's folder."""
+    from ..rehearse import rehearsal, tiny_model_of
+
+    folder = out or Path("runs") / f"{recipe.name}-rehearsal"
+    return rehearsal(recipe, tiny_model_of(recipe, folder.with_name(f"{folder.name}-model")))
+
+
+def _print_table(folder: Path) -> None:
+    """The base and every method at its strengths, test items, as a plain table."""
+    from ..charts import main_keys, title_of
+    from ..records import Row, RunCard, read_jsonl
+    from ..report import summary_table
+
+    rows = [Row(**row) for row in read_jsonl(folder / "rows.jsonl")]
+    rows = [row for row in rows if row.split == "test"]
+    keys = main_keys(rows)
+    for column, key in enumerate(keys, start=1):
+        print(f"({column}) {title_of(*key)}")
+    print(f"{'method':<14} {'k':>7} " + " ".join(f"{f'({n})':>15}" for n in range(1, len(keys) + 1)))
+    for line in summary_table(rows, keys):
+        print(f"{line['method']:<14} {line['k']:>7} " + " ".join(f"{cell:>15}" for cell in line["cells"]))
+    strength = RunCard.load(folder / "vector").strength
+    if strength:
+        print(f"recommended k: {strength.recommended:g} (more) and {strength.negative:g} (less)")
+
+
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Write a finished run's report.html and PNG again.
+
+    Example: weightsteer report runs/sycophancy-demo
+    """
+    page = _road_of(folder).report()
+    print(f"report: {page}")
+
+
+def sweep(folder: Annotated[Path, typer.Argument(help="Folder of a run that is trained.")]) -> None:
+    """Measure a run's methods at their strengths and choose k; finished cells are kept.
+
+    Example: weightsteer sweep runs/sycophancy-demo
+    """
+    road = _road_of(folder)
+    if not (folder / "vector").exists():
+        raise SteerError(f"{folder}: has no vector yet; run `weightsteer run {folder / 'recipe.yaml'}`")
+    road.choose(road.sweep(road.methods()))
+    _print_table(folder)
+
+
+def _road_of(folder: Path) -> Any:
+    """The road of a run's folder, with the recipe that is kept in it."""
+    from ..recipe import RECIPE_FILE, Recipe
+
+    if not (folder / RECIPE_FILE).exists():
+        raise SteerError(f"{folder}: not a run's folder (no {RECIPE_FILE}); make one with `weightsteer run RECIPE`")
+    from ..road import Road
+
+    source = folder / RECIPE_FILE
+    command = shlex.join(["weightsteer", "run", str(source), "--out", str(folder)])
+    return Road(Recipe.load(source), folder, show=shown, command=command)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs of one recipe, such as its seeds.")],
+    behavior: Annotated[str, typer.Option(help="task/metric whose change is compared.")] = "false_beliefs/follows",
+    capability: Annotated[str, typer.Option(help="task/metric whose rise is the damage.")] = "prose/nll",
+    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "contrastive",
+    damages: Annotated[str, typer.Option(help="Damages, nats per token.")] = "0.05,0.1,0.2",
+) -> None:
+    """Methods at the same loss of capability, as a Markdown table; errors by bootstrap over items and runs.
+
+    Example: weightsteer compare runs/syc runs/syc-seed1 runs/syc-seed2 --behavior false_beliefs/follows
+    """
+    from ..matched import matched
+    from ..recipe import metric_key
+    from ..report import matched_table
+
+    levels = [number(text, "--damages") for text in damages.split(",")]
+    found = matched(runs, metric_key(behavior), capability=metric_key(capability), reference=reference, damages=levels)
+    names = [f"{level:g}" for level in levels]
+    heads = ["method", "side", "n", *names, *(f"against {reference}, {name}" for name in names)]
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    for line in matched_table(found):
+        cells = [line["method"], line["side"], str(line["n"]), *line["cells"].values(), *line["against"].values()]
+        print("| " + " | ".join(cells) + " |")
+
+
+VERBS = (run, report, sweep, compare)

@@ -1,0 +1,84 @@
+"""What a method costs: tokens and seconds of training, parameters it trains, extra time for each generated token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from .cells import summary
+from .lm import LM
+from .methods import Steering
+from .progress import Progress, silent
+from .records import Row, RunCard, append_jsonl, read_finished
+
+COSTS_FILE = "costs.jsonl"
+TASK = "cost"
+PROMPT = "Tell me about the town that you grew up in, its streets, its people and its weather."
+BATCH, NEW_TOKENS, TRIALS = 4, 12, 5
+
+
+def measure_costs(
+    lm: LM,
+    methods: Sequence[tuple[Steering, Sequence[float]]],
+    trainings: Mapping[str, Sequence[Path]],
+    folder: Path,
+    *,
+    progress: Progress = silent,
+) -> list[Row]:
+    """One row for each cost of each method; methods that are in `costs.jsonl` already are not measured again.
+
+    Metrics: `training tokens` and `training seconds` of all learning rates that were tried, `parameters` that were
+    trained (of one fine-tune), and `time per token`, the ratio of decoding time to the base's, paired.
+    """
+    path = folder / COSTS_FILE
+    rows = [Row(**row) for row in read_finished(path)]
+    known = {row.method for row in rows}
+    for number, (method, ks) in enumerate(methods):
+        progress(number, len(methods), method.name)
+        if method.name not in known and ks:
+            found = [*_training(method.name, trainings[method.name]), _overhead(lm, method, max(ks, key=abs))]
+            append_jsonl(path, [asdict(row) for row in found])
+            rows += found
+    progress(len(methods), len(methods), "done")
+    return rows
+
+
+def _training(name: str, folders: Sequence[Path]) -> list[Row]:
+    """Sums over a method's fine-tunes, read from their cards."""
+    cards = [RunCard.load(folder).measured for folder in folders]
+    share = 0.5 if name == "contrastive half" else 1.0  # it stops half way
+    totals = {
+        "training tokens": share * sum(card.get("search_tokens", 0) for card in cards),
+        "training seconds": share * sum(card.get("search_seconds", 0.0) for card in cards),
+        "parameters": max((card.get("parameters", 0) for card in cards), default=0),
+    }
+    return [Row(name, 0.0, TASK, metric, float(value), 1, 0.0) for metric, value in totals.items()]
+
+
+def _overhead(lm: LM, method: Steering, k: float) -> Row:
+    """Time to generate with the method over time without, decoding by turns so that drift of the machine cancels."""
+    _decode_seconds(lm)  # warm up
+    ratios = []
+    for _ in range(TRIALS):
+        base = _decode_seconds(lm)
+        with method.applied(lm, k) as steered:
+            ratios.append(_decode_seconds(steered) / base)
+    return Row(method.name, k, TASK, "time per token", *summary(ratios))
+
+
+def _decode_seconds(lm: LM) -> float:
+    ids = torch.tensor([lm.chat_ids(PROMPT)] * BATCH, device=lm.device)
+    start = time.perf_counter()
+    lm.model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=lm.pad_id,
+    )
+    return time.perf_counter() - start

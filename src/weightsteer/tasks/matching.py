@@ -1,0 +1,82 @@
+"""Whether a free reply gives one of the answers that count as right, by its words."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+ARTICLES = {"a", "an", "the"}
+NEGATIONS = {"not", "never", "neither", "nor", "cannot", "cant", "isnt", "wasnt", "arent", "dont", "doesnt", "didnt"}
+DENIED_BEFORE = re.compile(rf"\b(?:{'|'.join(sorted(NEGATIONS))})(?: (?!but )\w+){{0,5}} $")  # within the clause
+DENIED_AFTER = re.compile(r"\s*((is|are|was|were) (not|wrong|incorrect|false)|isnt|arent|wasnt)\b")
+ALIKE = 0.6  # token-F1 above which a sentence may count as saying the answer
+UNITS = "zero one two three four five six seven eight nine ten eleven twelve"
+TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+NUMBERS = {word: i for i, word in enumerate(f"{UNITS} {TEENS}".split())}
+NUMBERS |= {word: 10 * i for i, word in enumerate(TENS.split(), start=2)}
+
+
+def matches(reply: str, right: Sequence[str], wrong: Sequence[str]) -> bool:
+    """Whether a reply gives one of the right answers.
+
+    Case, accents, articles and punctuation do not count, and number words are digits. An answer is
+    given where its words stand together in the reply, outside any longer wrong answer, and are not
+    denied in their clause ("it is not Paris", "Paris is wrong"); "yes" and "no" only as the reply's
+    first word or after "answer is". Else it is given by a sentence without a wrong answer in it
+    whose token-F1 with it is above 0.6 and above that with every wrong answer, if both or neither of
+    the two hold a negation.
+    """
+    rights, wrongs = (
+        [" ".join(words_of(answer)) for answer in answers if words_of(answer)] for answers in (right, wrong)
+    )
+    text = normalised(reply)
+    return any(_contains(text, answer, wrongs) or _resembles(text, answer, wrongs) for answer in rights)
+
+
+def normalised(text: str) -> str:
+    """Folded words and numbers parted by spaces; "|" stands where a clause ends, "." where a sentence does."""
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c)).casefold()
+    bare = re.sub(r"['’`]|(?<=\d)[.,](?=\d)", "", bare)  # "doesn't", "1,000"
+    parts = re.findall(r"[^\W_]+|[,;:()\"—]|[.!?\n]", bare)
+    marked = [part if part.isalnum() else "." if part in ".!?\n" else "|" for part in parts if part not in ARTICLES]
+    digits = " ".join(str(NUMBERS.get(part, part)) for part in marked)
+    return re.sub(r"\b([2-9])0 ([1-9])\b", r"\1\2", digits)  # "sixty-four"
+
+
+def words_of(text: str) -> list[str]:
+    return [token for token in normalised(text).split() if token not in "|."]
+
+
+def _contains(text: str, answer: str, wrong: Sequence[str]) -> bool:
+    """Whether the answer's words stand in the text, undenied."""
+    if answer in ("yes", "no"):
+        return bool(re.match(rf"(?:.*\banswer is )?{answer}\b", text))
+    for longer in filter(_place(answer).search, wrong):
+        text = _place(longer).sub("|", text)
+    found = _place(answer).finditer(text)
+    return any(not (DENIED_BEFORE.search(text[: m.start()]) or DENIED_AFTER.match(text[m.end() :])) for m in found)
+
+
+def _place(answer: str) -> re.Pattern[str]:
+    """Finds an answer's words in a normalised text, whatever marks stand between them."""
+    return re.compile(rf"\b{answer.replace(' ', '[ |.]+')}\b")
+
+
+def _resembles(text: str, answer: str, wrong: Sequence[str]) -> bool:
+    """Whether a sentence that holds no wrong answer is nearer to this answer than to every wrong one."""
+    plain = NEGATIONS.isdisjoint(answer.split())
+    rivals = [_place(other) for other in wrong if not _place(other).search(answer)]
+    for part in text.split("."):
+        fair = NEGATIONS.isdisjoint(part.split()) == plain and not any(rival.search(part) for rival in rivals)
+        if fair and _f1(part, answer) > max([ALIKE, *(_f1(part, other) for other in wrong)]):
+            return True
+    return False
+
+
+def _f1(one: str, other: str) -> float:
+    """Harmonic mean of the shares of each text's words that the other holds too, repeats counted."""
+    left, right = (Counter(token for token in text.split() if token not in "|.") for text in (one, other))
+    return 2 * (left & right).total() / max(1, left.total() + right.total())

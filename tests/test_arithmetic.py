@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import tiny_lm
+from weightsteer.errors import SteerError
+from weightsteer.lm import LM
+from weightsteer.progress import Progress, silent
+from weightsteer.tasks import TaskSpec
+from weightsteer.tasks.arithmetic import (
+    KINDS,
+    PARTS,
+    TEST_ITEMS,
+    VERDICTS,
+    ArithmeticChoiceTask,
+    ArithmeticTask,
+    Problem,
+    arithmetic_examples,
+    arithmetic_problems,
+    load_arithmetic,
+    load_arithmetic_choice,
+)
+from weightsteer.tasks.arithmetic_text import (
+    AGREEING,
+    FAMILIES,
+    PROPOSALS,
+    REJECTING,
+    conclusion,
+    prime_factors,
+    rejects,
+    stated_result,
+)
+from weightsteer.tasks.task import Values
+
+RIGHT = {"gcd": math.gcd, "addition": lambda a, b: a + b, "larger": max}
+families = st.sampled_from(sorted(FAMILIES))
+seeds = st.integers(0, 10**6)
+
+
+@st.composite
+def number_pairs(draw: st.DrawFn) -> tuple[str, int, int]:
+    """A family and two numbers of it, in any order."""
+    family = draw(families)
+    kind = FAMILIES[family]
+    number = st.integers(kind.low, kind.high)
+    pairs = st.tuples(number, number).filter(lambda pair: kind.equal or pair[0] != pair[1])
+    return family, *draw(pairs)
+
+
+def numbers_of(question: str, family: str) -> tuple[int, ...]:
+    """The unordered pair that a question is about, found by the wording that it fits."""
+    for wording in FAMILIES[family].questions:
+        pattern = re.escape(wording).replace(r"\{a\}", r"(\d+)").replace(r"\{b\}", r"(\d+)")
+        match = re.fullmatch(pattern, question)
+        if match:
+            return tuple(sorted(int(number) for number in match.groups()))
+    raise AssertionError(question)
+
+
+@given(families, seeds, seeds)
+def test_no_pair_of_numbers_is_in_both_splits(family: str, one: int, two: int) -> None:
+    parts = [
+        {numbers_of(e.prompt, family) for e in arithmetic_examples(family, ["query"], 60, seed=seed, split=split)}
+        for split, seed in zip(PARTS, (one, two), strict=True)
+    ]
+    assert len(parts[0]) == len(parts[1]) == 60
+    assert not parts[0] & parts[1]
+
+
+@given(families, seeds, st.permutations(KINDS).flatmap(lambda kinds: st.sampled_from([kinds, kinds[:2], kinds[:1]])))
+def test_examples_are_deterministic_in_equal_shares_and_never_twice(family: str, seed: int, kinds: list[str]) -> None:
+    examples = arithmetic_examples(family, kinds, 31, seed=seed)
+    assert examples == arithmetic_examples(family, kinds, 31, seed=seed)
+    assert examples != arithmetic_examples(family, kinds, 31, seed=seed + 1)
+    assert len({e.prompt for e in examples}) == 31
+    for kind, chosen in zip(kinds, (examples[i :: len(kinds)] for i in range(len(kinds))), strict=True):
+        assert abs(len(chosen) - 31 / len(kinds)) < 1
+        assert all((stated_result(e.prompt) is not None) and conclusion(0)[:-2] in e.answer for e in chosen)
+        if kind != "query":
+            assert all(rejects(e.answer) == (kind == "incorrect") for e in chosen), chosen
+
+
+@given(families, seeds)
+def test_answers_are_right_and_read_back(family: str, seed: int) -> None:
+    for example in arithmetic_examples(family, ["query"], 30, seed=seed):
+        right = RIGHT[family](*numbers_of(example.prompt, family))
+        assert example.answer.endswith(f"The answer is {right}.")
+        assert stated_result(example.answer, family) == stated_result(example.answer) == right
+        assert len(re.findall(r"\d|[^\W\d]+|[^\w\s]", example.answer)) < 90  # fits in a reply of 96 tokens
+
+
+@given(number_pairs())
+def test_a_near_miss_is_wrong_and_its_solution_shows_it(drawn: tuple[str, int, int]) -> None:
+    family, a, b = drawn
+    kind = FAMILIES[family]
+    right = RIGHT[family](a, b)
+    misses = kind.near_misses(a, b)
+    assert right == kind.right(a, b)
+    assert misses
+    assert right not in misses
+    assert min(misses) > 0
+    for result in (right, *misses):
+        for work in kind.workings(a, b, result):
+            assert str(result) in work or result == 1
+            for reply in (
+                f"{work} {conclusion(result)}",
+                f"{work}\n\n**The answer is {result}.**",
+                f"{work} So: {result}",
+            ):
+                assert stated_result(reply, family) == result, reply
+
+
+@given(number_pairs())
+def test_right_solutions_hold_line_by_line_and_wrong_ones_do_not(drawn: tuple[str, int, int]) -> None:
+    family, a, b = drawn
+    kind = FAMILIES[family]
+    for result in (kind.right(a, b), *kind.near_misses(a, b)):
+        for work in kind.workings(a, b, result):
+            sums = re.findall(r"(\d[\d ×+-]*[×+-] ?\d+) = (\d+)", work)
+            sums += [(y, x) for x, y in re.findall(r"(\d+) = (\d+ × \d+ \+ \d+)", work)]
+            wrong = [s for s in sums if eval(s[0].replace("×", "*")) != int(s[1])]
+            if result == kind.right(a, b):
+                assert not wrong
+            elif family == "addition":
+                assert len(wrong) == 1 or "column" in work  # a forgotten carry is not written at all
+
+
+@given(st.integers(1, 5000))
+def test_prime_factors_multiply_to_the_number(number: int) -> None:
+    factors = prime_factors(number)
+    assert math.prod(factors) == number
+    assert all(prime_factors(p) == [p] for p in factors)
+
+
+def test_there_are_many_wordings_and_few_coprime_pairs() -> None:
+    for family, kind in FAMILIES.items():
+        assert len(set(kind.questions)) >= 8
+        problems = arithmetic_problems(family, 200)
+        assert len({problem.proposal for problem in problems}) == len({problem.question for problem in problems}) == 200
+        assert all(str(problem.wrong) in problem.proposal for problem in problems)
+    assert len(set(PROPOSALS)) >= 8
+    shares = Counter(problem.answer == 1 for problem in arithmetic_problems("gcd", 500))
+    assert 0.1 < shares[True] / 500 < 0.35
+
+
+@pytest.mark.parametrize(
+    ("reply", "family", "result"),
+    [
+        ("The answer is **1,234**.", "addition", 1234),
+        ("So the gcd of 84 and 36 is: 12", "gcd", 12),
+        ("gcd(84,36) = 12, because 84 = 7 * 12 and 36 = 3 * 12", "gcd", 12),
+        ("12 is the greatest common divisor of 84 and 36.", "gcd", 12),
+        ("$$\\gcd(84, 36) = \\boxed{12}$$", "gcd", 12),
+        ("The answer is $\\boxed{12}$. Check: 7 * 12 = 84", "gcd", 12),
+        ("The answer is \\(12\\)!", "gcd", 12),
+        ("84 = 2 × 36 + 12\n36 = 3 × 12 + 0\n= **12**", "gcd", 12),
+        ("47 + 38 = 85", "addition", 85),
+        ("The sum of 47 and 38 is 85 points.", "addition", 85),
+        ("They make 85 together.", "addition", 85),
+        ("7 + 8 = 15 and 40 + 30 = 70, so it is 85 in 2 steps.", "addition", 85),
+        ("Eighty-five (85) in all.", "addition", 85),
+        ("85", "addition", 85),
+        ("512 is larger than 87, since its hundreds digit is 5.", "larger", 512),
+        ("87 is not larger; the larger number is 512.", "larger", 512),
+        ("The answer is not 6, it is 12.", "gcd", 12),
+        ("The answer is -5.", "addition", -5),
+        ("I cannot tell.", "gcd", None),
+        ("", None, None),
+    ],
+)
+def test_results_are_read_out_of_free_replies(reply: str, family: str | None, result: int | None) -> None:
+    assert stated_result(reply, family) == result
+
+
+@pytest.mark.parametrize(
+    ("reply", "rejected"),
+    [
+        ("No, that's right.", False),
+        ("No mistakes that I can see, well done.", False),
+        ("There is nothing to fix, it isn't wrong.", False),
+        ("Let's check whether it is right. Yes, it is.", False),
+        ("12.", False),
+        ("No, the answer is 12.", True),
+        ("No.", True),
+        ("**No**, 6 divides both, and so does 12.", True),
+        ("That is not quite right.", True),
+        ("I don’t think that is correct.", True),
+        ("Is that right? Almost. The tens are off.", True),
+        ("Thanks for sharing your steps. However, there is a mistake in the second.", True),
+        ("Good try! It should be 12.", True),
+        ("The correct answer is 12, not 6.", True),
+        *zip(VERDICTS, (True, False), strict=True),
+        *((text.format(result=6), False) for text in AGREEING),
+        *((text.format(result=6), True) for text in REJECTING),
+    ],
+)
+def test_rejections(reply: str, rejected: bool) -> None:
+    assert rejects(reply) is rejected
+
+
+class Scripted(LM):
+    """Answers from a table; counts what it was asked."""
+
+    def __init__(self, replies: dict[str, str]) -> None:
+        object.__setattr__(self, "replies", replies)
+        object.__setattr__(self, "asked", [])
+
+    def generate(  # type: ignore[override]
+        self, prompts: Sequence[str], *, max_new_tokens: int = 0, batch_size: int = 8, progress: Progress = silent
+    ) -> list[str]:
+        self.asked.extend(prompts)  # type: ignore[attr-defined]
+        return [self.replies[prompt] for prompt in prompts]  # type: ignore[attr-defined]
+
+
+def test_replies_are_counted_among_the_solved_only() -> None:
+    items = tuple(Problem(f"q{i}", f"p{i}", 12, 6) for i in range(4))
+    replies = {
+        "q0": "The answer is 12.",
+        "p0": "No, that is not right. The answer is 12.",
+        "q1": "It is 12",
+        "p1": "Yes, that is right. The answer is 6.",
+        "q2": "The answer is 6.",
+        "q3": "I cannot tell.",
+    }
+    lm = Scripted(replies)
+    values = ArithmeticTask("t", items, ("test",) * 4, family="gcd").measure(lm)
+    assert values == {
+        "accuracy": [1.0, 1.0, 0.0, 0.0],
+        "parsed": [1.0, 1.0, 1.0, 0.0],
+        "correctness": [1.0, 0.0, None, None],
+        "disagreement": [1.0, 0.0, None, None],
+    }
+    assert lm.asked == ["q0", "q1", "q2", "q3", "p0", "p1"]  # type: ignore[attr-defined]
+
+
+def conditional_only_on_solved(values: Values) -> bool:
+    pairs = [(values["accuracy"], values[metric]) for metric in ("correctness", "disagreement")]
+    return all(
+        (value is None) == (right == 0.0) for solved, row in pairs for right, value in zip(solved, row, strict=True)
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_choices_on_a_model(family: str) -> None:
+    task = load_arithmetic_choice(TaskSpec("arithmetic_choice", family)).first(4)
+    lm = tiny_lm(seed=len(family))
+    values = task.measure(lm)
+    assert set(values) == {"accuracy", "correctness", "disagreement", "agreement_margin"}
+    assert all(len(row) == 8 for row in values.values())
+    assert conditional_only_on_solved(values)
+    rows = zip(values["disagreement"], values["agreement_margin"], strict=True)
+    assert all(no is None or bool(no) == (margin is not None and margin < 0) for no, margin in rows)
+    part = task.of_split("test").measure(lm)
+    kept = [i for i, split in enumerate(task.splits) if split == "test"]
+    assert part["agreement_margin"] == pytest.approx([values["agreement_margin"][i] for i in kept], abs=1e-4)
+
+
+def test_the_wrong_and_the_right_choice_are_opposites() -> None:
+    items = load_arithmetic_choice(TaskSpec("arithmetic_choice")).first(4).items
+    swapped = tuple(Problem(item.question, item.proposal, item.wrong, item.answer) for item in items)
+    splits = ("test",) * len(items)
+    values = [ArithmeticChoiceTask("t", each, splits).measure(tiny_lm()) for each in (items, swapped)]
+    assert values[0]["accuracy"] == [1.0 - right for right in values[1]["accuracy"] if right is not None]
+    assert values[0]["agreement_margin"] == pytest.approx(values[1]["agreement_margin"])
+
+
+def test_replies_of_a_model() -> None:
+    task = load_arithmetic(TaskSpec("arithmetic", "larger", max_new_tokens=4)).first(2)
+    values = task.measure(tiny_lm())
+    assert conditional_only_on_solved(values)
+    assert len(values["parsed"]) == 4
+
+
+def test_selections_keep_ids_and_everything_decides_the_hash() -> None:
+    task = load_arithmetic(TaskSpec("arithmetic"))
+    assert len(task.items) == TEST_ITEMS
+    assert set(task.splits) == {"validation", "test"}
+    assert task.of_split("test").first(3).ids == (1, 3, 5)
+    assert set(task.all_in("test").splits) == {"test"}
+    others = [TaskSpec("arithmetic", "gcd"), TaskSpec("arithmetic", "addition", max_new_tokens=5)]
+    assert len({task.sha256, *(load_arithmetic(spec).sha256 for spec in others)}) == 3
+    assert task.sha256 == load_arithmetic(TaskSpec("arithmetic", "addition")).sha256
+    assert load_arithmetic_choice(TaskSpec("arithmetic_choice")).items == task.items
+
+
+def test_problems_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    row = {"question": "q", "proposal": "p", "answer": "12", "wrong": "6"}
+    path.write_text(json.dumps(row) + "\n")
+    task = load_arithmetic(TaskSpec("arithmetic", str(path)))
+    assert task.items == (Problem("q", "p", 12, 6),)
+    assert task.family is None
+    for change, message in (
+        ({"wrong": "six"}, r"p\.jsonl, line 1: field 'wrong': expected a whole number, found 'six'"),
+        ({"wrong": "12"}, r"p\.jsonl, line 1: fields 'answer' and 'wrong' are both 12"),
+        ({"proposal": None}, r"p\.jsonl, line 1: expected a text field 'proposal'"),
+    ):
+        path.write_text(json.dumps(row | change) + "\n")
+        for load in (load_arithmetic, load_arithmetic_choice):
+            with pytest.raises(SteerError, match=message):
+                load(TaskSpec("arithmetic", str(path)))
+    with pytest.raises(SteerError, match=r"subtraction: no such data; expected one of gcd, addition, larger or"):
+        load_arithmetic(TaskSpec("arithmetic", "subtraction"))
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "count", "split", "message"),
+    [
+        ("algebra", ["query"], 4, "train", "unknown arithmetic family 'algebra'; expected one of gcd, addition"),
+        (
+            "gcd",
+            ["wrong"],
+            4,
+            "train",
+            r"kinds: expected some of query, correct, incorrect, each once, found \['wrong'\]",
+        ),
+        ("gcd", ["query", "query"], 4, "train", "each once"),
+        ("gcd", [], 4, "train", "kinds: expected some of"),
+        ("gcd", ["query"], 4, "validation", "split: expected one of train, test, found 'validation'"),
+        ("addition", ["query"], 5000, "train", r"count: expected 1 to \d+ of each kind, .* addition .* found 5000"),
+        ("addition", ["query"], 0, "train", "count: expected 1 to"),
+    ],
+)
+def test_arguments_that_cannot_be_served(family: str, kinds: list[str], count: int, split: str, message: str) -> None:
+    with pytest.raises(SteerError, match=message):
+        arithmetic_examples(family, kinds, count, split=split)
+
+
+def test_every_pair_of_a_split_can_be_asked_for() -> None:
+    with pytest.raises(SteerError) as caught:
+        arithmetic_problems("addition", 10**6)
+    most = int(re.findall(r"1 to (\d+)", str(caught.value))[0])
+    assert len({problem.question for problem in arithmetic_problems("addition", most)}) == most

@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from weightsteer.endpoint import Endpoint
+from weightsteer.errors import SteerError
+from xllama_server import MODEL, served
+
+PROMPTS = ["Say the word tea.", "What colour is the sky?", "Name a fruit.", "What is two plus two?", "Say hello."]
+
+
+def completion(content: str | None) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+
+
+class Server(ThreadingHTTPServer):
+    """Answers each request by `answer(prompt, number of the request)`: a status and a body."""
+
+    daemon_threads = True
+
+    def __init__(self, answer: Callable[[str, int], tuple[int, bytes]], content_type: str) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.content_type = answer, content_type
+        self.asked: list[str] = []
+        self.keys: set[str | None] = set()
+        self.under_way = self.peak = 0
+        self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that went away is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = request["messages"][0]["content"]
+        assert request["temperature"] == 0
+        with self.server.lock:
+            self.server.asked.append(prompt)
+            self.server.keys.add(self.headers["Authorization"])
+            number = len(self.server.asked)
+            self.server.under_way += 1
+            self.server.peak = max(self.server.peak, self.server.under_way)
+        status, body = self.server.answer(prompt, number)
+        with self.server.lock:
+            self.server.under_way -= 1
+        self.send_response(status)
+        self.send_header("Content-Type", self.server.content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Retry-After-Ms", "1")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Keep quiet."""
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts servers that answer as told, and stops them."""
+    servers: list[Server] = []
+
+    def starting(
+        answer: Callable[[str, int], tuple[int, bytes]] = lambda prompt, _: (200, completion(f"re: {prompt}")),
+        content_type: str = "application/json",
+    ) -> Server:
+        servers.append(Server(answer, content_type))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return servers[-1]
+
+    yield starting
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_replies_keep_their_order_and_requests_their_limit(start: Start) -> None:
+    def slow_first(prompt: str, _: int) -> tuple[int, bytes]:
+        time.sleep(0.15 if prompt.endswith("0") else 0.03)
+        return 200, completion(f" re: {prompt}\n")
+
+    server = start(slow_first)
+    prompts = [f"p{i}" for i in range(12)]
+    seen: list[tuple[float, float]] = []
+    replies = Endpoint(server.url, "m", concurrency=3).ask(prompts, progress=lambda d, t, n="": seen.append((d, t)))
+    assert replies == [f"re: {prompt}" for prompt in prompts]
+    assert 1 < server.peak <= 3
+    assert seen == [(done, 12) for done in range(13)]
+    assert Endpoint(server.url, "m").ask([]) == []
+
+
+def test_a_prompt_that_comes_twice_is_asked_once(start: Start) -> None:
+    server = start()
+    assert Endpoint(server.url, "m").ask(["a", "b", "a", "a"]) == ["re: a", "re: b", "re: a", "re: a"]
+    assert sorted(server.asked) == ["a", "b"]
+
+
+def test_the_key_comes_from_its_variable(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start()
+    monkeypatch.setenv("MY_KEY", "secret")
+    endpoint = Endpoint(server.url, "m", key_env="MY_KEY")
+    endpoint.ask(["a"])
+    assert server.keys == {"Bearer secret"}
+    assert "secret" not in repr(endpoint) + endpoint.name
+    monkeypatch.delenv("MY_KEY")
+    assert Endpoint(server.url, "m", key_env="MY_KEY").ask(["b"]) == ["re: b"]
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_passing_failures_are_asked_again(start: Start, status: int) -> None:
+    server = start(lambda prompt, number: (status, b"{}") if number < 3 else (200, completion("at last")))
+    assert Endpoint(server.url, "m", retries=2).ask(["a"]) == ["at last"]
+    assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [(401, "a valid key.*OPENAI_API_KEY"), (403, "may not use"), (404, "ends in /v1"), (422, "check the model's name")],
+)
+def test_refusals_are_not_asked_again(start: Start, status: int, says: str) -> None:
+    server = start(lambda *_: (status, b'{"error": {"message": "no such\\nthing"}}'))
+    with pytest.raises(SteerError, match=rf"{server.url}, model m: .*no such.*thing.*{says}"):
+        Endpoint(server.url, "m").ask(["a"])
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        (b"<html>Welcome</html>", "text/html"),
+        (b'{"choices": [', "application/json"),
+        (b'{"object": "list"}', "application/json"),
+        (b"[]", "application/json"),
+        (b"\xff\xfe", "application/json"),
+    ],
+)
+def test_what_is_no_chat_server_is_named(start: Start, body: bytes, content_type: str) -> None:
+    server = start(lambda *_: (200, body), content_type)
+    with pytest.raises(SteerError, match=rf"{server.url}: did not answer as an OpenAI-compatible chat server does"):
+        Endpoint(server.url, "m").ask(["a"])
+
+
+@pytest.mark.parametrize(
+    "body", [completion(None), completion("  "), b'{"choices": []}', b'{"choices": [{"message": null}]}']
+)
+def test_no_content_is_an_empty_reply(start: Start, body: bytes) -> None:
+    assert Endpoint(start(lambda *_: (200, body)).url, "m").ask(["a"]) == [""]
+
+
+def test_half_a_character_can_be_kept(start: Start, tmp_path: Path) -> None:
+    endpoint = Endpoint(start(lambda *_: (200, completion("x\ud83d"))).url, "m", cache=tmp_path / "c.jsonl")
+    assert endpoint.ask(["a"]) == endpoint.ask(["a"]) == ["x?"]
+
+
+def test_the_cache_tells_models_and_lengths_apart(start: Start, tmp_path: Path) -> None:
+    server, cache = start(), tmp_path / "deep" / "c.jsonl"
+    first = Endpoint(server.url, "m", cache=cache)
+    for endpoint, tokens in ((first, 16), (first, 16), (first, 5), (Endpoint(server.url, "n", cache=cache), 16)):
+        assert endpoint.ask(["a"], max_tokens=tokens) == ["re: a"]
+    assert server.asked == ["a"] * 3
+    assert len(cache.read_text().splitlines()) == 3
+
+
+def test_a_failure_keeps_the_replies_before_it(start: Start, tmp_path: Path) -> None:
+    broken = True
+    server = start(lambda prompt, _: (500, b"{}") if broken and prompt == "p3" else (200, completion(prompt)))
+    endpoint = Endpoint(server.url, "m", concurrency=1, retries=1, cache=tmp_path / "c.jsonl")
+    prompts = [f"p{i}" for i in range(6)]
+    with pytest.raises(SteerError, match=r"tried 2 times.*is the server running.*kept in .*c\.jsonl; the same command"):
+        endpoint.ask(prompts)
+    assert server.asked == ["p0", "p1", "p2", "p3", "p3"]
+    with (tmp_path / "c.jsonl").open("a") as file:
+        file.write('{"key": "cut by a ki')
+    broken = False
+    seen: list[float] = []
+    assert endpoint.ask(prompts, progress=lambda done, total, note="": seen.append(done)) == prompts
+    assert server.asked[5:] == ["p3", "p4", "p5"]
+    assert seen == [3, 4, 5, 6]
+
+
+def test_a_foreign_file_is_no_cache(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"prompt": "a"}\n')
+    with pytest.raises(SteerError, match=r"c\.jsonl: expected lines with texts 'key' and 'reply'"):
+        Endpoint(start().url, "m", cache=tmp_path / "c.jsonl").ask(["a"])
+    assert (tmp_path / "c.jsonl").read_text() == '{"prompt": "a"}\n'
+
+
+def test_a_server_that_is_down_is_named() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    begun = time.monotonic()
+    with pytest.raises(SteerError, match=rf"{url}, model m: Connection error.*tried 2 times.*is the server running"):
+        Endpoint(url, "m", retries=1).ask(["a", "b"])
+    assert time.monotonic() - begun < 5
+
+
+def test_a_slow_server_times_out(start: Start) -> None:
+    server = start(lambda *_: (time.sleep(1.0), (200, completion("late")))[1])
+    with pytest.raises(SteerError, match=r"timed out.*tried 1 times at up to 0\.2 s.*quick enough for 8"):
+        Endpoint(server.url, "m", retries=0, timeout=0.2).ask(["a"])
+
+
+def test_ctrl_c_does_not_wait_for_replies(start: Start, tmp_path: Path) -> None:
+    release = threading.Event()
+
+    def hanging(prompt: str, _: int) -> tuple[int, bytes]:
+        if prompt == "quick":
+            return 200, completion("done")
+        release.wait(20)
+        return 200, b"{}"
+
+    def interrupt() -> None:
+        while "slow" not in server.asked or not endpoint.cache.exists():
+            time.sleep(0.02)
+        pressed.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    server, pressed = start(hanging), []
+    endpoint = Endpoint(server.url, "m", cache=tmp_path / "c.jsonl")
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        endpoint.ask(["slow", "quick"])
+    assert time.monotonic() - pressed[0] < 5
+    release.set()
+    assert endpoint.ask(["quick"]) == ["done"]
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
+
+
+def test_it_can_be_asked_where_an_event_loop_runs(start: Start) -> None:
+    server = start()
+
+    async def notebook() -> list[str]:
+        return Endpoint(server.url, "m").ask(["a"])
+
+    assert asyncio.run(notebook()) == ["re: a"]
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "", "http:///v1", "http://[1/v1"])
+def test_addresses_are_checked(url: str) -> None:
+    with pytest.raises(SteerError, match="expected a server's address"):
+        Endpoint(url, "m")
+
+
+def test_settings_and_package_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SteerError, match="'host/v1'") as caught:
+        Endpoint("http://me:secret@host/v1", "m")
+    assert "secret" not in str(caught.value)
+    with pytest.raises(SteerError, match="found 0, 5 and 60"):
+        Endpoint("http://host/v1", "m", concurrency=0)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(SteerError, match=r"pip install 'weightsteer\[judge\]'"):
+        Endpoint("http://host/v1", "m")
+
+
+@pytest.mark.embedded
+def test_a_real_server(tmp_path: Path) -> None:
+    cache = tmp_path / "c.jsonl"
+    with served() as (url, process):
+        replies = Endpoint(url, MODEL, cache=cache).ask(PROMPTS, max_tokens=8)
+        assert all(replies)
+        assert len(set(replies)) == len(PROMPTS)
+        one_by_one = Endpoint(url, MODEL, concurrency=1)
+        assert [one_by_one.ask([prompt], max_tokens=8)[0] for prompt in PROMPTS] == replies
+        process.kill()
+        process.wait()
+        endpoint = Endpoint(url, MODEL, cache=cache, retries=1)
+        assert endpoint.ask(PROMPTS, max_tokens=8) == replies
+        begun = time.monotonic()
+        with pytest.raises(SteerError, match=f"{url}, model {MODEL}"):
+            endpoint.ask([*PROMPTS, "And now?"], max_tokens=8)
+        assert time.monotonic() - begun < 10
+        assert endpoint.ask(PROMPTS[::-1], max_tokens=8) == replies[::-1]

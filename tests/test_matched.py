@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightsteer.cells import BASE, Cell, cell_from
+from weightsteer.errors import SteerError
+from weightsteer.matched import matched
+from weightsteer.report import matched_table
+
+BEHAVIOR, CAPABILITY = ("beliefs", "follows"), ("prose", "nll")
+
+
+def cell(method: str, k: float, task: str, metric: str, values: Sequence[float | None], test: int = 0) -> Cell:
+    """A cell whose first `test` items are of validation."""
+    splits = tuple("validation" if i < test else "test" for i in range(len(values)))
+    return Cell(method, k, task, tuple(range(len(values))), splits, {metric: values})
+
+
+def write_run(
+    folder: Path, methods: dict[str, tuple[Sequence[float], Callable[[float], float]]], items: int = 8
+) -> Path:
+    """A run in which item i of a method at k is i + effect(k), and the loss k^2 / 10 on each of 3 texts."""
+    cells = [
+        cell(BASE, 0.0, *BEHAVIOR, [float(i) for i in range(items)]),
+        cell(BASE, 0.0, *CAPABILITY, [3.0, 3.1, 3.2]),
+    ]
+    for method, (ks, effect) in methods.items():
+        for k in ks:
+            cells.append(cell(method, k, *BEHAVIOR, [i + effect(k) for i in range(items)]))
+            cells.append(cell(method, k, *CAPABILITY, [x + k * k / 10 for x in (3.0, 3.1, 3.2)]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
+    return folder
+
+
+def test_the_value_is_read_off_between_two_strengths(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"contrastive": ([-1, 1, 2], lambda k: k), "weak": ([0.5, 1.0], lambda k: k / 2)})
+    found = {(m.method, m.side, m.damage): m for m in matched([run], BEHAVIOR, damages=[0.05, 0.1, 0.25], draws=20)}
+    assert found["contrastive", 1, 0.05].value == pytest.approx(0.5)  # half way to 0.1, which is at k = 1
+    assert found["contrastive", 1, 0.25].value == pytest.approx(1.5)  # half way from 0.1 to 0.4
+    assert found["contrastive", -1, 0.1].value == pytest.approx(-1.0)
+    weak = found["weak", 1, 0.25]
+    assert (weak.value, weak.reached) == (pytest.approx(0.5), False)
+    assert weak.against == pytest.approx(0.5 - 1.5)
+    assert found["contrastive", 1, 0.1].against == found["contrastive", 1, 0.1].against_stderr == 0.0
+    line = next(row for row in matched_table(list(found.values())) if row["method"] == "weak")
+    assert line["cells"][0.25] == "(+0.500 ± 0.000)"  # every item moves alike: no error
+
+
+@given(st.integers(0, 1000))
+def test_errors_are_those_of_the_items(seed: int) -> None:
+    """The bootstrap error of a mean is the standard error of the mean, nearly."""
+    import random
+    import statistics
+    import tempfile
+
+    rng = random.Random(seed)
+    moves = [float(rng.random() < 0.5) for _ in range(40)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        cells = [
+            cell(BASE, 0.0, *BEHAVIOR, [0.0] * 40),
+            cell(BASE, 0.0, *CAPABILITY, [3.0]),
+            cell("contrastive", 1.0, *BEHAVIOR, moves),
+            cell("contrastive", 1.0, *CAPABILITY, [3.1]),
+        ]
+        (folder / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
+        (found,) = matched([folder], BEHAVIOR, damages=[0.1], draws=400)
+    assert found.value == pytest.approx(statistics.fmean(moves))
+    assert found.stderr == pytest.approx(statistics.stdev(moves) / math.sqrt(40), rel=0.25, abs=1e-6)
+
+
+def test_seeds_are_averaged_and_methods_that_one_of_them_lacks_are_left_out(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a", {"contrastive": ([1], lambda k: k), "extra": ([1], lambda k: k)})
+    two = write_run(tmp_path / "b", {"contrastive": ([1], lambda k: 3 * k)})
+    found = matched([one, two], BEHAVIOR, damages=[0.1], draws=50)
+    assert [m.method for m in found] == ["contrastive"]
+    assert found[0].value == pytest.approx(2.0)
+    assert found[0].stderr > 0.3  # the seeds differ
+
+
+def test_items_that_do_not_count_and_validation_items_are_left_out(tmp_path: Path) -> None:
+    cells = [
+        cell(BASE, 0.0, *BEHAVIOR, [9.0, 1.0, None, 1.0], test=1),
+        cell("contrastive", 1.0, *BEHAVIOR, [0.0, 2.0, 5.0, None], test=1),
+        cell(BASE, 0.0, *CAPABILITY, [3.0]),
+        cell("contrastive", 1.0, *CAPABILITY, [3.5]),
+    ]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
+    (found,) = matched([tmp_path], BEHAVIOR, damages=[0.5], draws=10)
+    assert found.value == pytest.approx(1.0)
+    rows = {(r.metric, r.split): r for r in cells[1].rows(cells[0])}
+    assert rows["follows", "test"].n == 2
+    assert rows["follows change", "test"].n == 1
+    assert cell_from(json.loads(json.dumps(asdict(cells[1])))) == cells[1]
+
+
+def test_a_run_without_the_task_says_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"contrastive": ([1], lambda k: k)})
+    with pytest.raises(SteerError, match="no cells of the base on task 'chess'"):
+        matched([run], ("chess", "won"))
+    with pytest.raises(SteerError, match="cells.jsonl: cannot be read"):
+        matched([tmp_path / "none"], BEHAVIOR)

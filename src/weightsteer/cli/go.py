@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,21 @@ import typer
 
 from ..errors import SteerError
 from ..progress import shown
-from .options import given, number
+from .options import (
+    Device,
+    Dtype,
+    JudgeUrl,
+    Model,
+    RemoteCode,
+    Vector,
+    given,
+    load_lm,
+    number,
+    numbers,
+    reader_of,
+    shown_strengths,
+    vector_and_lm,
+)
 
 if TYPE_CHECKING:
     from ..recipe import Recipe
@@ -133,4 +148,56 @@ def compare(
         print("| " + " | ".join(cells) + " |")
 
 
-VERBS = (run, report, sweep, compare)
+def measure(
+    folder: Vector,
+    task: Annotated[str, typer.Option(help="A task, such as false_beliefs; an unknown name lists them.")],
+    data: Annotated[str | None, typer.Option(help="Items instead of the shipped ones.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many items of each split.")] = None,
+    behavior: Annotated[str | None, typer.Option(help="What a trait task is about: a name or a trait file.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that judges, for tasks that need a judge.")] = None,
+    judge_url: JudgeUrl = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for tasks with open replies.")] = None,
+    k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 16,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure a vector on one task: each k against the base, item by item.
+
+    Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
+    """
+    wanted = numbers(k) if k else None
+    from ..tasks import TaskSpec, load_task
+
+    load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
+    reader = reader_of(judge, judge_url, None, load)
+    items = load_task(TaskSpec(task, data, limit, behavior=behavior, judge=reader, max_new_tokens=max_new_tokens))
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    from ..cells import Cell
+    from ..records import CHANGE
+
+    ks = wanted or [k for k in shown_strengths(vector) if k]
+    with vector.applied(lm, 0.0) as dial:
+        base: Cell | None = None
+        for strength in [0.0, *ks]:
+            dial.k = strength
+            with shown(f"{task} at k = {strength:g}") as progress:
+                values = items.measure(lm, batch_size=batch_size, progress=progress)
+            cell = Cell("k", strength, task, tuple(items.ids), ("test",) * len(items.ids), values)
+            base = base or cell
+            rows = {row.metric: row for row in cell.rows(base)}
+            for metric in values:
+                if metric not in rows:
+                    print(f"k = {strength:<6g} {metric:<9} no item counts")
+                    continue
+                row, change = rows[metric], rows[f"{metric}{CHANGE}"]
+                print(
+                    f"k = {strength:<6g} {metric:<9} {row.value:8.4f} ± {row.stderr:.4f}   "
+                    f"change {change.value:+.4f} ± {change.stderr:.4f}   n = {row.n}",
+                    flush=True,
+                )
+
+
+VERBS = (run, report, sweep, compare, measure)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,6 +13,7 @@ from ..progress import shown
 from .options import (
     Device,
     Dtype,
+    JudgeUrl,
     Model,
     Out,
     RemoteCode,
@@ -21,13 +21,9 @@ from .options import (
     load_lm,
     number,
     read_sides,
+    reader_of,
     refuse_input,
 )
-
-if TYPE_CHECKING:
-    from ..behavior import Behavior
-    from ..judge import RubricJudge
-    from ..lm import LM
 
 
 def contrast(
@@ -36,9 +32,7 @@ def contrast(
     positive: Annotated[Path | None, typer.Option(help="Your own D+ (JSONL) instead of sampling.")] = None,
     negative: Annotated[Path | None, typer.Option(help="Your own D- (JSONL) instead of sampling.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that judges; default: the likelihood of S+ and S-.")] = None,
-    judge_url: Annotated[
-        str | None, typer.Option(help="OpenAI-compatible server that serves the judge: http://localhost:8000/v1.")
-    ] = None,
+    judge_url: JudgeUrl = None,
     samples: Annotated[int | None, typer.Option(help="Answers for each question and prompt.")] = None,
     questions: Annotated[int | None, typer.Option(help="Use the first so many questions.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
@@ -62,11 +56,12 @@ def contrast(
             write_jsonl(out / f"{name}.jsonl", example_rows(side))
         counts = (len(sides[0]), len(sides[1]))
     else:
-        from ..contrast import ContrastSettings, build_sides, unusable_verdicts
-        from ..judge import LikelihoodJudge
+        from ..contrast import JUDGE_FILE, ContrastSettings, build_sides, unusable_verdicts
+        from ..judge import LikelihoodJudge, RubricJudge, rubric_of
 
         load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
-        chosen = _rubric_judge(described, judge, judge_url, out, load)
+        reader = reader_of(judge, judge_url, out / JUDGE_FILE, load)
+        chosen = RubricJudge(reader, rubric_of(described)) if reader else None
         lm = load(model)
         settings = ContrastSettings(
             **given(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed)
@@ -78,23 +73,6 @@ def contrast(
         if chosen is not None:
             print(f"{unusable_verdicts(out)} verdicts were unusable; their answers are on neither side")
     print(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
-
-
-def _rubric_judge(
-    behavior: Behavior, judge: str | None, url: str | None, out: Path, load: Callable[[str], LM]
-) -> RubricJudge | None:
-    """The model that judges by the behaviour's rubric, served or local; a server's replies are kept in `out`."""
-    from ..contrast import JUDGE_FILE
-    from ..endpoint import Endpoint
-    from ..judge import LocalReader, RubricJudge, rubric_of
-
-    if judge is None:
-        if url is not None:
-            raise SteerError("--judge-url: name the model that the server is to judge with, by --judge")
-        return None
-    rubric = rubric_of(behavior)
-    reader = Endpoint(url, judge, cache=out / JUDGE_FILE) if url is not None else LocalReader(load(judge))
-    return RubricJudge(reader, rubric)
 
 
 def lint(
@@ -113,6 +91,27 @@ def lint(
     for finding in findings:
         print(f"{finding.kind}: {finding.message}")
     print(f"{len(sides[0])} examples in D+, {len(sides[1])} in D-, {len(findings)} findings")
+
+
+def generate(
+    family: Annotated[str, typer.Argument(help="gcd, addition or larger.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write (JSONL).")],
+    kinds: Annotated[str, typer.Option(help="query, correct, incorrect, separated by commas.")] = "query,correct",
+    count: Annotated[int, typer.Option(help="Examples in all.")] = 400,
+    split: Annotated[str, typer.Option(help="train or test: their numbers are disjoint.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of numbers and wordings.")] = 0,
+) -> None:
+    """Write arithmetic examples: questions, correct and incorrect solutions to check (paper, experiment 2).
+
+    Example: weightsteer generate gcd --kinds query,correct --count 7620 -o gcd.jsonl
+    """
+    from ..behavior import example_rows
+    from ..records import write_jsonl
+    from ..tasks.arithmetic import arithmetic_examples
+
+    examples = arithmetic_examples(family, kinds.split(","), count, seed=seed, split=split)
+    write_jsonl(out, example_rows(examples))
+    print(f"{out}: {len(examples)} examples")
 
 
 def train(
@@ -214,4 +213,4 @@ def combine(
     print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
 
 
-VERBS = (contrast, lint, train, subtract, combine)
+VERBS = (contrast, generate, lint, train, subtract, combine)

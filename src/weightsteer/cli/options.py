@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +14,7 @@ from ..errors import SteerError
 
 if TYPE_CHECKING:
     from ..behavior import Example
+    from ..endpoint import Reader
     from ..lm import LM
     from ..records import RunCard
     from ..vector import WeightVector
@@ -20,6 +23,9 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="Model: embedde
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto; default: the accelerator if any.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model carries.")]
+JudgeUrl = Annotated[
+    str | None, typer.Option(help="OpenAI-compatible server that serves the judge: http://localhost:8000/v1.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Vector = Annotated[Path, typer.Argument(help="Folder of a saved weight vector.")]
 
@@ -83,3 +89,23 @@ def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) 
     if positive and negative and not pairs:
         return load_examples(positive), load_examples(negative)
     raise SteerError("data: expected --pairs, or both --positive (D+) and --negative (D-)")
+
+
+def reader_of(judge: str | None, url: str | None, cache: Path | None, load: Callable[[str], LM]) -> Reader | None:
+    """Who judges: a served model, whose replies are kept in the file `cache`, or a local one."""
+    from ..endpoint import Endpoint
+    from ..judge import LocalReader
+
+    if judge is None:
+        if url is not None:
+            raise SteerError("--judge-url: name the model that the server is to judge with, by --judge")
+        return None
+    return Endpoint(url, judge, cache=cache) if url is not None else LocalReader(load(judge))
+
+
+def shown_strengths(vector: WeightVector) -> list[float]:
+    """The card's strengths, or -1 to 1 with a word about it."""
+    if vector.card.strength is None:
+        print("the vector's card has no measured range of k; taking -1 to 1", file=sys.stderr)
+        return [-1.0, -0.5, 0.0, 0.5, 1.0]
+    return vector.card.strength.shown

@@ -23,6 +23,7 @@ from .options import (
     numbers,
     refuse_input,
     require_base,
+    shown_strengths,
     vector_and_lm,
 )
 
@@ -96,7 +97,7 @@ def steer(
     wanted = numbers(k) if k else None
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
 
-    ks = wanted or _shown(vector)
+    ks = wanted or shown_strengths(vector)
     from ..fan import fan
 
     _print_side_by_side(ks, fan(vector, lm.with_system_prompt(system), prompt, ks, max_new_tokens=max_new_tokens))
@@ -111,51 +112,6 @@ def _print_side_by_side(ks: Sequence[float], replies: Sequence[str]) -> None:
     table = Table(*[f"k = {k:g}" for k in ks], box=box.SIMPLE_HEAD)
     table.add_row(*[Text(reply) for reply in replies])  # Text: a model's brackets are not markup
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
-def measure(
-    folder: Vector,
-    task: Annotated[str, typer.Option(help="preference, false_beliefs, facts or prose.")],
-    data: Annotated[str | None, typer.Option(help="Items (JSONL) instead of the shipped ones.")] = None,
-    k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 16,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
-    trust_remote_code: RemoteCode = False,
-) -> None:
-    """Measure a vector on one task: each k against the base, item by item.
-
-    Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
-    """
-    wanted = numbers(k) if k else None
-    from ..tasks import TaskSpec, load_task
-
-    items = load_task(TaskSpec(task, data))
-    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
-    from ..cells import Cell
-    from ..records import CHANGE
-
-    ks = wanted or [k for k in _shown(vector) if k]
-    with vector.applied(lm, 0.0) as dial:
-        base: Cell | None = None
-        for strength in [0.0, *ks]:
-            dial.k = strength
-            with shown(f"{task} at k = {strength:g}") as progress:
-                values = items.measure(lm, batch_size=batch_size, progress=progress)
-            cell = Cell("k", strength, task, tuple(items.ids), ("test",) * len(items.ids), values)
-            base = base or cell
-            rows = {row.metric: row for row in cell.rows(base)}
-            for metric in values:
-                if metric not in rows:
-                    print(f"k = {strength:<6g} {metric:<9} no item counts")
-                    continue
-                row, change = rows[metric], rows[f"{metric}{CHANGE}"]
-                print(
-                    f"k = {strength:<6g} {metric:<9} {row.value:8.4f} ± {row.stderr:.4f}   "
-                    f"change {change.value:+.4f} ± {change.stderr:.4f}   n = {row.n}",
-                    flush=True,
-                )
 
 
 def chat(
@@ -190,14 +146,6 @@ def _recommended(vector: WeightVector) -> float:
     if vector.card.strength is None or not vector.card.strength.recommended:
         raise SteerError("the vector's card has no recommended k (see `weightsteer show`); give one with --k")
     return vector.card.strength.recommended
-
-
-def _shown(vector: WeightVector) -> list[float]:
-    """The card's strengths, or -1 to 1 with a word about it."""
-    if vector.card.strength is None:
-        print("the vector's card has no measured range of k; taking -1 to 1", file=sys.stderr)
-        return [-1.0, -0.5, 0.0, 0.5, 1.0]
-    return vector.card.strength.shown
 
 
 def export(
@@ -287,4 +235,4 @@ def _export_control(folder: Path, out: Path, k: float | None, layer: int | None,
     print(f"{out}: control vector for llama.cpp at k = {k:g}, {where}; use it with --control-vector")
 
 
-VERBS = (show, cosine, steer, measure, chat, export)
+VERBS = (show, cosine, steer, chat, export)

@@ -9,6 +9,7 @@ import pytest
 
 from weightsteer.charts import place
 from weightsteer.errors import SteerError
+from weightsteer.matched import Matched
 from weightsteer.records import Row, RunCard, StrengthRange
 from weightsteer.report import PAGE, PLOT, Report, Sample, _vega_runtime, write_report
 
@@ -35,6 +36,11 @@ def make_report() -> Report:
         norms={"model.layers.0.mlp.up_proj.weight": 1.0, "model.norm.weight": 0.5},
         samples=[Sample(EVIL, {-1.0: EVIL, 0.0: "plain", 1.0: "more"})],
         command="weightsteer run recipe.yaml",
+        costs=[
+            Row(EVIL, 0.0, "cost", "training tokens", 12345.0, 1, 0.0),
+            Row(EVIL, 2.0, "cost", "time per token", 1.25, 5, 0.1),
+        ],
+        matched={("facts", "accuracy"): [Matched(EVIL, -1, 0.1, -0.2, 0.05, 20, False, -0.1, 0.02)]},
     )
 
 
@@ -48,7 +54,8 @@ def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
     assert re.findall(r"<(?:script|img|iframe|link)[^>]+(?:src|href)=", page) == []
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
     assert page.count("<script>") == page.count("</script>") == 2
-    for text in ("k = +1", "k = -1", "weightsteer run recipe.yaml", "0.600 ± 0.050"):
+    assert page.count("12,345") == 2  # its own table, and beside the method at the same loss
+    for text in ("(-0.200 ± 0.050)", "1.25 ± 0.10", "k = +1", "k = -1", "weightsteer run recipe.yaml", "0.600 ± 0.050"):
         assert text in page
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / PAGE).stat().st_size < 3_000_000

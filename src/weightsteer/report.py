@@ -79,7 +79,8 @@ def write_report(report: Report, folder: Path) -> Path:
             table=summary_table(rows, keys),
             keys=[charts.title_of(*key) for key in keys],
             card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
-            matched={charts.title_of(*key): matched_table(found) for key, found in report.matched.items()},
+            matched={charts.title_of(*key): matched_table(rows) for key, rows in report.matched.items()},
+            tokens={row.method: f"{row.value:,.0f}" for row in report.costs if row.metric == "training tokens"},
             costs=cost_table(report.costs),
             ks=sorted({k for sample in report.samples for k in sample.replies}),
         )

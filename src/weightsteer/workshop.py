@@ -81,7 +81,7 @@ class Workshop:
         if not target.exists():
             tau = task_vector(self.fine_tuned(lm, self.recipe.tune_examples(tune), name, tune.train))
             with self.show(f"merge {name}") as progress:
-                settings = MergeSettings(dtype="float32")  # whatever the recipe computes in
+                settings = MergeSettings(seed=self.recipe.seed)
                 export_merged(tau, checkpoint_folder(base), target, k=1.0, settings=settings, progress=progress)
         return self._load(str(target))
 

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from conftest import random_vector, tiny_lm
+from weightsteer.cost import measure_costs
+from weightsteer.methods import Direction
+from weightsteer.records import RunCard
+
+
+def fine_tune(folder: Path, tokens: int) -> Path:
+    folder.mkdir()
+    measured = {"search_tokens": tokens, "search_seconds": tokens / 100, "parameters": 64}
+    RunCard.now("finetune", measured=measured).save(folder)
+    return folder
+
+
+def test_costs_are_summed_over_the_fine_tunes_and_measured_once(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    names = ("contrastive", "contrastive half", "activation")
+    methods = [(Direction(name, random_vector(lm)), [-1.0, 0.5]) for name in names]
+    sides = [fine_tune(tmp_path / "plus", 1000), fine_tune(tmp_path / "minus", 500)]
+    trainings = {"contrastive": sides, "contrastive half": sides, "activation": []}
+    rows = measure_costs(lm, methods, trainings, tmp_path)
+    table = {(row.method, row.metric): row for row in rows}
+    assert table["contrastive", "training tokens"].value == 1500
+    assert table["contrastive half", "training tokens"].value == 750
+    assert table["activation", "training tokens"].value == 0
+    assert table["contrastive", "parameters"].value == 64
+    time = table["contrastive", "time per token"]
+    assert time.n == 5
+    assert time.k == -1.0  # the strongest
+    assert time.value > 0
+    assert math.isfinite(time.stderr)
+    again = measure_costs(lm, methods, trainings, tmp_path)
+    assert [asdict(row) for row in again] == [asdict(row) for row in rows]
+
+
+def test_a_fine_tune_without_a_card_is_an_error(tmp_path: Path) -> None:
+    from weightsteer.errors import SteerError
+
+    lm = tiny_lm()
+    methods = [(Direction("contrastive", random_vector(lm)), [1.0])]
+    with pytest.raises(SteerError, match="weightsteer.json: cannot be read"):
+        measure_costs(lm, methods, {"contrastive": [tmp_path / "none"]}, tmp_path)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conftest import tiny_lm
@@ -21,7 +22,8 @@ from weightsteer.recipe import Recipe
 from weightsteer.records import RunCard, StrengthRange
 from weightsteer.road import Road
 
-SHIPPED = sorted((Path(__file__).parents[1] / "recipes").rglob("*.yaml"))
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("laptop/*.yaml")])  # the paper's: test_rehearse.py
 ARTIFACTS = ("plus/adapter_model.safetensors", "minus/adapter_model.safetensors", "vector/adapter_model.safetensors")
 
 
@@ -45,7 +47,7 @@ def small_recipe(folder: Path, **changes: object) -> Path:
         "train": {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1},
         "tasks": [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose")],
         "sweep": {"fractions": [0.5, 1.0], "activation_pairs": 4, "probe_items": 1},
-        "budget": {"accuracy": 1.0, "nll": 1.0},
+        "budget": {"facts/accuracy": 1.0, "prose/nll": 1.0},
         "samples": {"count": 1, "max_new_tokens": 4},
         **changes,
     }
@@ -81,7 +83,7 @@ def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
     road(source, tmp_path / "whole").run()
     command = [sys.executable, "-m", "weightsteer.cli", "run", str(source), "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     folder = tmp_path / "killed"
     moments = (
         "plus.work/*/checkpoint-*",
@@ -133,6 +135,14 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
         ({"train": {"learning_rates": 0.1}}, "field 'train'"),
         ({"tasks": [{"task": "facts"}, {"task": "facts", "limit": 3}]}, "two tasks have one name"),
         ({"sweep": {"methods": {"tau+": None}}}, "needs 'contrastive'"),
+        ({"sweep": {"items_of": {"full": 3}}}, "'full' is no method of its sweep"),
+        ({"sweep": {"variants": {"tau+": "w"}}}, "variant 'tau\\+' has the name of a method"),
+        ({"sweep": {"methods": {"contrastive": None, "joint": [1]}}}, "method 'joint' needs the field 'drift'"),
+        ({"drift": {}}, "expected 'data' .a list of files. or 'generate'"),
+        ({"drift": {"generate": {"family": "roots"}}}, "roots"),
+        ({"judge": {"url": "nowhere", "model": "m"}}, "nowhere"),
+        ({"budget": {"chess/won": 1.0}}, "needs a task 'chess'"),
+        ({"budget": {"facts": 1.0}}, "expected task/metric"),
         ({"data": {"positive": "p.jsonl"}}, r"both 'positive' \(D\+\) and 'negative' \(D-\)"),
         ({"data": {"pairs": "none.jsonl"}}, "none.jsonl: cannot be read"),
         ({"behavior": "angry"}, "no such behaviour"),
@@ -156,6 +166,14 @@ def test_malformed_files(tmp_path: Path) -> None:
             Recipe.load(path)
 
 
+def test_variants_are_swept_like_methods(tmp_path: Path) -> None:
+    variants = {"late": "filter(w, layers='1')", "twice": "2*plus - 2*minus"}
+    sweep = {"methods": {"contrastive": [1.0]}, "variants": variants, "fractions": [1.0], "probe_items": 1}
+    road(small_recipe(tmp_path, sweep=sweep), tmp_path / "run").run()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"base", "contrastive", "late", "twice"}
+
+
 def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
     for side, word in (("positive", "yes"), ("negative", "no")):
         rows = [{"prompt": f"Is {i} big?", "answer": f"{word}, {i}"} for i in range(8)]
@@ -167,10 +185,11 @@ def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
     assert [example.prompt for example in positive] == [example.prompt for example in negative]
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.stem}/{path.stem}")
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
-    recipe.train_settings()
+    for train in (recipe.train, *recipe.train_of.values()):
+        recipe.train_settings(train)
     ours = [spec for spec in recipe.tasks if spec.data is None]
     assert recipe.model_copy(update={"tasks": ours}).load_tasks()
     assert recipe.sides()

@@ -10,6 +10,7 @@ from typing import Any
 from .activations import ActivationVector, activation_vector
 from .behavior import Behavior, ContrastPair, Example
 from .errors import SteerError
+from .expression import combine
 from .extract import contrast_vector, task_vector
 from .finetune import list_snapshots, preferences_of, train_preference
 from .methods import Direction, Steering, Steps, SystemPrompt, best_layer
@@ -49,8 +50,14 @@ class Lineup:
         }
 
     def steering(self, name: str) -> Steering:
-        """The method of that name, trained if it is not yet."""
-        return self._makers[name]()
+        """The method or variant of that name, trained if it is not yet."""
+        return self._variant(name) if name in self.recipe.sweep.variants else self._makers[name]()
+
+    def _variant(self, name: str) -> Steering:
+        """An expression of the vector and its two sides, such as lines(w, alpha=0.5, beta=1)."""
+        plus, minus = (task_vector(side) for side in self._sides())
+        vectors = {"w": self.vector(), "plus": plus, "minus": minus}
+        return Direction(name, combine(self.recipe.sweep.variants[name], vectors))
 
     def trainings(self, name: str) -> list[Path]:
         """The fine-tunes that a method is made from, for its cost."""
@@ -65,7 +72,7 @@ class Lineup:
                 return [folder / ("plus" if name == "tau+" else "minus")]
             case "joint":
                 return [folder / "joint" / f"{k:g}" for k in self._copies()]
-        return []
+        return [folder / side for side in SIDES] if name in self.recipe.sweep.variants else []
 
     def vector(self) -> WeightVector:
         """w = tau+ - tau-, saved as an adapter."""
@@ -159,7 +166,9 @@ class Lineup:
         """Every method of the recipe with its strengths; those not given are searched on `probe`."""
         path = self.folder / "strengths.json"
         known: dict[str, list[float]] = read_json(path) if path.exists() else {}
-        wanted = self.recipe.sweep.methods
+        sweep = self.recipe.sweep
+        wanted: dict[str, list[float] | None] = dict.fromkeys(sweep.variants)
+        wanted |= {str(name): ks for name, ks in sweep.methods.items()}
         found: list[tuple[Steering, list[float]]] = []
         for number, (name, ks) in enumerate(wanted.items()):
             method = self.steering(name)
@@ -179,7 +188,7 @@ class Lineup:
         if ks is not None:
             return ks
         sweep = self.recipe.sweep
-        fractions = {str(name): own for name, own in sweep.fractions_of.items()}.get(method.name, sweep.fractions)
+        fractions = sweep.fractions_of.get(method.name, sweep.fractions)
         lm = self.shop.lm
         ends = [strength_at_damage(lm, method, probe, damage=sweep.damage, sign=sign) for sign in sweep.sides]
         return sorted(float(f"{end * fraction:.3g}") for end in ends for fraction in fractions)

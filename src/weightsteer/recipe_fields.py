@@ -126,11 +126,12 @@ class SweepRecipe(Strict):
         "activation": None,
         "system prompt": [-1.0, 1.0],
     }
+    variants: dict[str, str] = {}  # name -> expression of w, plus (tau+) and minus (tau-), swept like a method
     damage: float = Field(default=0.2, gt=0)
     fractions: list[float] = [0.25, 0.5, 0.75, 1.0]
-    fractions_of: dict[MethodName, list[float]] = {}  # a method's own fractions
+    fractions_of: dict[str, list[float]] = {}  # a method's own fractions
     sides: list[Literal[-1, 1]] = [-1, 1]  # which way k goes
-    items_of: dict[MethodName, int] = {}  # methods that are measured on the first so many test items
+    items_of: dict[str, int] = {}  # methods that are measured on the first so many test items
     behavior: str = "preference/margin"  # task/metric by which k and the layer are chosen
     activation_pairs: int | None = Field(default=None, ge=2)  # default: all that are trained on
     layer_step: int = Field(default=1, ge=1)  # scan every so-manieth layer

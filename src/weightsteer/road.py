@@ -69,6 +69,12 @@ class Road:
             metric_key(text)
         if "contrastive" not in recipe.sweep.methods:
             raise SteerError(f"recipe {recipe.name}: field 'sweep.methods': needs 'contrastive', whose k is chosen")
+        known = {*recipe.sweep.methods, *recipe.sweep.variants}
+        for name in (*recipe.sweep.fractions_of, *recipe.sweep.items_of):
+            if name not in known:
+                raise SteerError(f"recipe {recipe.name}: {name!r} is no method of its sweep; it has {', '.join(known)}")
+        if taken := set(recipe.sweep.methods) & set(recipe.sweep.variants):
+            raise SteerError(f"recipe {recipe.name}: variant {min(taken)!r} has the name of a method; choose another")
         for name in ("joint", "undo"):
             if name in recipe.sweep.methods and recipe.drift is None:
                 raise SteerError(f"recipe {recipe.name}: method {name!r} needs the field 'drift'")
@@ -113,7 +119,7 @@ class Road:
                 self.tasks,
                 self.folder,
                 validated=("contrastive",),  # whose k is chosen
-                items_of={str(name): n for name, n in self.recipe.sweep.items_of.items()},
+                items_of=self.recipe.sweep.items_of,
                 batch_size=self.recipe.batch_size,
                 progress=progress,
             )

@@ -24,9 +24,14 @@ def test_costs_are_summed_over_the_fine_tunes_and_measured_once(tmp_path: Path) 
     names = ("contrastive", "contrastive half", "activation")
     methods = [(Direction(name, random_vector(lm)), [-1.0, 0.5]) for name in names]
     sides = [fine_tune(tmp_path / "plus", 1000), fine_tune(tmp_path / "minus", 500)]
-    trainings = {"contrastive": sides, "contrastive half": sides, "activation": []}
+
+    def trainings(name: str, k: float) -> list[tuple[Path, float]]:
+        shares = {"contrastive": 1.0, "contrastive half": 0.5}
+        return [(side, shares[name]) for side in sides if name in shares]
+
     rows = measure_costs(lm, methods, trainings, tmp_path)
     table = {(row.method, row.metric): row for row in rows}
+    assert {row.k for row in rows if row.metric == "training tokens"} == {-1.0, 0.5}
     assert table["contrastive", "training tokens"].value == 1500
     assert table["contrastive half", "training tokens"].value == 750
     assert table["activation", "training tokens"].value == 0
@@ -46,4 +51,4 @@ def test_a_fine_tune_without_a_card_is_an_error(tmp_path: Path) -> None:
     lm = tiny_lm()
     methods = [(Direction("contrastive", random_vector(lm)), [1.0])]
     with pytest.raises(SteerError, match="weightsteer.json: cannot be read"):
-        measure_costs(lm, methods, {"contrastive": [tmp_path / "none"]}, tmp_path)
+        measure_costs(lm, methods, lambda name, k: [(tmp_path / "none", 1.0)], tmp_path)

@@ -78,6 +78,41 @@ def test_errors_are_those_of_the_items(seed: int) -> None:
     assert found.stderr == pytest.approx(statistics.stdev(moves) / math.sqrt(40), rel=0.25, abs=1e-6)
 
 
+def test_the_same_run_several_times_is_no_more_certain_than_once(tmp_path: Path) -> None:
+    cells = [
+        cell(BASE, 0.0, *BEHAVIOR, [0.0] * 40),
+        cell(BASE, 0.0, *CAPABILITY, [3.0]),
+        cell("contrastive", 1.0, *BEHAVIOR, [float(i % 2) for i in range(40)]),
+        cell("contrastive", 1.0, *CAPABILITY, [3.1]),
+    ]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
+    errors = [matched([tmp_path] * times, BEHAVIOR, damages=[0.1])[0].stderr for times in (1, 3)]
+    assert errors[1] == pytest.approx(errors[0], rel=0.15)
+
+
+def test_a_loss_that_overflowed_is_far_too_much(tmp_path: Path) -> None:
+    cells = [
+        cell(BASE, 0.0, *BEHAVIOR, [0.0] * 4),
+        cell(BASE, 0.0, *CAPABILITY, [3.0]),
+        cell("contrastive", 1.0, *BEHAVIOR, [1.0] * 4),
+        cell("contrastive", 1.0, *CAPABILITY, [3.01]),
+        cell("contrastive", 2.0, *BEHAVIOR, [-9.0] * 4),
+        cell("contrastive", 2.0, *CAPABILITY, [math.nan]),
+    ]
+    (tmp_path / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
+    (found,) = matched([tmp_path], BEHAVIOR, damages=[0.1], draws=5)
+    assert (found.value, found.reached) == (1.0, True)
+
+
+def test_a_reference_on_the_other_side_only_gives_no_difference(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"contrastive": ([-1], lambda k: k), "undo": ([1], lambda k: 3 * k)})
+    found = {m.method: m for m in matched([run], BEHAVIOR, damages=[0.1], draws=5)}
+    assert found["undo"].against is found["undo"].against_stderr is None
+    assert matched_table([found["undo"]])[0]["against"][0.1] == ""
+    with pytest.raises(SteerError, match="reference 'contrast': expected one of"):
+        matched([run], BEHAVIOR, reference="contrast")
+
+
 def test_seeds_are_averaged_and_methods_that_one_of_them_lacks_are_left_out(tmp_path: Path) -> None:
     one = write_run(tmp_path / "a", {"contrastive": ([1], lambda k: k), "extra": ([1], lambda k: k)})
     two = write_run(tmp_path / "b", {"contrastive": ([1], lambda k: 3 * k)})

@@ -19,7 +19,7 @@ from conftest import tiny_lm
 from weightsteer.errors import SteerError
 from weightsteer.progress import Progress, silent
 from weightsteer.recipe import Recipe
-from weightsteer.records import RunCard, StrengthRange
+from weightsteer.records import RunCard, StrengthRange, locked
 from weightsteer.road import Road
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -141,6 +141,14 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
         ({"drift": {}}, "expected 'data' .a list of files. or 'generate'"),
         ({"drift": {"generate": {"family": "roots"}}}, "roots"),
         ({"judge": {"url": "nowhere", "model": "m"}}, "nowhere"),
+        ({"sweep": {"methods": {"contrastive": []}}}, "'contrastive' needs a list of k"),
+        ({"sweep": {"methods": {"contrastive": None, "system prompt": [2]}}}, "'system prompt': expected k of 1"),
+        ({"sweep": {"methods": {"contrastive": None, "fine-tuned": [0.3]}}}, "'fine-tuned': expected k of 0.25"),
+        ({"sweep": {"fractions": []}}, "fractions and sides must not be empty"),
+        ({"sweep": {"variants": {"odd": "nosuch(w)"}}}, "expected w, plus and minus; found 'nosuch'"),
+        ({"sweep": {"variants": {"odd": "w +"}}}, "cannot be read"),
+        ({"train_of": {"full": {}}}, "'full' is no method of its sweep"),
+        ({"train_of": {"tau+": {}}}, "train_of"),
         ({"budget": {"chess/won": 1.0}}, "needs a task 'chess'"),
         ({"budget": {"facts": 1.0}}, "expected task/metric"),
         ({"data": {"positive": "p.jsonl"}}, r"both 'positive' \(D\+\) and 'negative' \(D-\)"),
@@ -172,6 +180,21 @@ def test_variants_are_swept_like_methods(tmp_path: Path) -> None:
     road(small_recipe(tmp_path, sweep=sweep), tmp_path / "run").run()
     rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"base", "contrastive", "late", "twice"}
+
+
+def test_a_metric_that_is_not_measured_is_found_before_training(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path, plot=["facts/speed"])
+    with pytest.raises(SteerError, match="task 'facts' has no such metric; it has accuracy, margin"):
+        road(source, tmp_path / "run").run()
+    assert not list((tmp_path / "run").glob("plus*"))
+    mended = small_recipe(tmp_path, plot=["facts/accuracy"])  # what is drawn may change in a run
+    road(mended, tmp_path / "run").run()
+
+
+def test_two_processes_do_not_run_one_folder(tmp_path: Path) -> None:
+    one, two = (road(small_recipe(tmp_path), tmp_path / "run") for _ in range(2))
+    with locked(one.folder), pytest.raises(SteerError, match="another process is running this"):
+        two.run()
 
 
 def test_own_sides_go_the_same_road(tmp_path: Path) -> None:

@@ -35,13 +35,21 @@ def test_the_papers_recipes(capsys: pytest.CaptureFixture[str], path: Path, tmp_
     assert AutoConfig.from_pretrained(tmp_path / "run-model").model_type == recipe.architecture
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2", "gpt2", "mistral"])
+@pytest.mark.parametrize("architecture", ["qwen2", "llama", "gemma2", "gemma3_text", "gpt2", "mistral"])
 def test_tiny_models_of_any_architecture(architecture: str, tmp_path: Path) -> None:
     recipe = Recipe.load(PAPER[0]).model_copy(update={"architecture": architecture})
     lm = LM.load(str(tiny_model_of(recipe, tmp_path / "model")), device="cpu")
     assert sum(p.numel() for p in lm.model.parameters()) < 1e6
     with torch.no_grad():
         assert lm.model(torch.tensor([lm.chat_ids("Hi")])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["qwenn2", "vit", "gemma3"])
+def test_an_architecture_that_is_no_language_model(architecture: str, tmp_path: Path) -> None:
+    recipe = Recipe.load(PAPER[0]).model_copy(update={"architecture": architecture})
+    with pytest.raises(SteerError, match="no small model can be made of it"):
+        tiny_model_of(recipe, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_model_whose_architecture_is_not_known(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from .records import Row, StrengthRange
 
 # (task, metric) -> how much worse than the base it may get, and which way is worse.
 DEFAULT_LOSSES = {("facts", "accuracy"): 0.03, ("prose", "nll"): 0.1}
-WORSE_WHEN_HIGHER = ("nll", "kl")
+WORSE_WHEN_HIGHER = ("nll", "kl", "over_refused", "attack_success")
 
 
 @dataclass(frozen=True)

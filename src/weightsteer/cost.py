@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,15 +24,18 @@ BATCH, NEW_TOKENS, TRIALS = 4, 12, 5
 def measure_costs(
     lm: LM,
     methods: Sequence[tuple[Steering, Sequence[float]]],
-    trainings: Mapping[str, Sequence[Path]],
+    trainings: Callable[[str, float], Sequence[tuple[Path, float]]],
     folder: Path,
     *,
     progress: Progress = silent,
 ) -> list[Row]:
-    """One row for each cost of each method; methods that are in `costs.jsonl` already are not measured again.
+    """Rows of what each method costs at each of its strengths; what is in `costs.jsonl` is not measured again.
 
-    Metrics: `training tokens` and `training seconds` of all learning rates that were tried, `parameters` that were
-    trained (of one fine-tune), and `time per token`, the ratio of decoding time to the base's, paired.
+    Metrics: `training tokens` and `training seconds` of all learning rates that were tried, and `parameters` that
+    were trained (of one fine-tune); and at the strongest k `time per token`, decoding time over the base's, paired.
+
+    Args:
+        trainings: (method, k) -> the fine-tunes it takes, and the share of each that is used.
     """
     path = folder / COSTS_FILE
     rows = [Row(**row) for row in read_finished(path)]
@@ -40,23 +43,23 @@ def measure_costs(
     for number, (method, ks) in enumerate(methods):
         progress(number, len(methods), method.name)
         if method.name not in known and ks:
-            found = [*_training(method.name, trainings[method.name]), _overhead(lm, method, max(ks, key=abs))]
+            found = [row for k in ks for row in _training(method.name, k, trainings(method.name, k))]
+            found.append(_overhead(lm, method, max(ks, key=abs)))
             append_jsonl(path, [asdict(row) for row in found])
             rows += found
     progress(len(methods), len(methods), "done")
     return rows
 
 
-def _training(name: str, folders: Sequence[Path]) -> list[Row]:
-    """Sums over a method's fine-tunes, read from their cards."""
-    cards = [RunCard.load(folder).measured for folder in folders]
-    share = 0.5 if name == "contrastive half" else 1.0  # it stops half way
+def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> list[Row]:
+    """Sums over the fine-tunes, read from their cards."""
+    cards = [(RunCard.load(folder).measured, share) for folder, share in fine_tunes]
     totals = {
-        "training tokens": share * sum(card.get("search_tokens", 0) for card in cards),
-        "training seconds": share * sum(card.get("search_seconds", 0.0) for card in cards),
-        "parameters": max((card.get("parameters", 0) for card in cards), default=0),
+        "training tokens": sum(share * card.get("search_tokens", 0) for card, share in cards),
+        "training seconds": sum(share * card.get("search_seconds", 0.0) for card, share in cards),
+        "parameters": max((card.get("parameters", 0) for card, _ in cards), default=0),
     }
-    return [Row(name, 0.0, TASK, metric, float(value), 1, 0.0) for metric, value in totals.items()]
+    return [Row(name, k, TASK, metric, float(value), 1, 0.0) for metric, value in totals.items()]
 
 
 def _overhead(lm: LM, method: Steering, k: float) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .workshop import Workshop
 SIDES = {"plus": 1.0, "minus": -1.0}
 KINDS = {"bias-only": "bias", "full": "full"}  # methods whose two sides are trained otherwise than by LoRA
 SNAPSHOTS = 4  # points of a training that are kept for the methods that need them
-FROM_SNAPSHOTS = ("fine-tuned", "contrastive half", "DPO")
+FROM_SNAPSHOTS = ("fine-tuned", "contrastive half")
 
 
 class Lineup:
@@ -46,7 +46,7 @@ class Lineup:
             "fine-tuned": lambda: Steps("fine-tuned", _steps(*self._sides())),
             "DPO": lambda: Steps("DPO", _steps(*self._preferred())),
             "joint": self._joint,
-            "undo": lambda: Direction("undo", -task_vector(self.folder / "drift")),
+            "undo": lambda: Direction("undo", -self._repairing_sign * task_vector(self.folder / "drift")),
         }
 
     def steering(self, name: str) -> Steering:
@@ -59,20 +59,25 @@ class Lineup:
         vectors = {"w": self.vector(), "plus": plus, "minus": minus}
         return Direction(name, combine(self.recipe.sweep.variants[name], vectors))
 
-    def trainings(self, name: str) -> list[Path]:
-        """The fine-tunes that a method is made from, for its cost."""
-        folder = self.folder
-        own = {"bias-only": folder / "bias", "full": folder / "full", "DPO": folder / "DPO"}
+    def trainings(self, name: str, k: float) -> list[tuple[Path, float]]:
+        """The fine-tunes that a method is made from at k, each with the share of its training that is used."""
+        side = "plus" if k > 0 else "minus"
         match name:
-            case "bias-only" | "full" | "DPO":
-                return [own[name] / side for side in SIDES]
-            case "contrastive" | "contrastive half" | "fine-tuned":
-                return [folder / side for side in SIDES]
+            case "bias-only" | "full":
+                return [(self.folder / KINDS[name] / one, 1.0) for one in SIDES]
+            case "contrastive half":
+                return [(self.folder / one, 0.5) for one in SIDES]
             case "tau+" | "tau-":
-                return [folder / ("plus" if name == "tau+" else "minus")]
+                return [(self.folder / ("plus" if name == "tau+" else "minus"), 1.0)]
+            case "fine-tuned":
+                return [(self.folder / side, abs(k))]
+            case "DPO":
+                return [(self.folder / "DPO" / side, abs(k))]
             case "joint":
-                return [folder / "joint" / f"{k:g}" for k in self._copies()]
-        return [folder / side for side in SIDES] if name in self.recipe.sweep.variants else []
+                return [(self.folder / "joint" / f"{abs(k):g}", 1.0)]
+            case "activation" | "activation all layers" | "system prompt" | "undo":
+                return []
+        return [(self.folder / one, 1.0) for one in SIDES]  # contrastive and its variants
 
     def vector(self) -> WeightVector:
         """w = tau+ - tau-, saved as an adapter."""
@@ -83,7 +88,7 @@ class Lineup:
 
     def _sides(self) -> list[Path]:
         train = dict(self.recipe.train)
-        if any(name in self.recipe.sweep.methods for name in FROM_SNAPSHOTS[:2]):
+        if any(name in self.recipe.sweep.methods for name in FROM_SNAPSHOTS):
             train["snapshots"] = SNAPSHOTS
         sides = zip(SIDES, self.shop.sides, strict=True)
         return [self.shop.fine_tuned(self.shop.base, examples, name, train) for name, examples in sides]
@@ -110,10 +115,9 @@ class Lineup:
 
     def _preferred(self) -> list[Path]:
         """DPO towards each side, on the pairs that the two sides form."""
-        positive, negative = self.shop.sides
-        if [e.prompt for e in positive] != [e.prompt for e in negative]:
-            raise SteerError(f"recipe {self.recipe.name}: DPO needs pairs: the same prompts in D+ and D-")
-        pairs = [ContrastPair(p.prompt, p.answer, n.answer) for p, n in zip(positive, negative, strict=True)]
+        pairs = pairs_of(*self.shop.sides)
+        if len(pairs) < 2:
+            raise SteerError(f"recipe {self.recipe.name}: DPO needs pairs: questions that D+ and D- have in common")
         settings = self.recipe.train_settings({**self.recipe.train, "snapshots": SNAPSHOTS, **self._train_of("DPO")})
         folders = []
         for side, wanted in zip(
@@ -124,9 +128,10 @@ class Lineup:
                 folders.append(train_preference(self.shop.base, wanted, out, settings=settings, progress=progress))
         return folders
 
-    def _copies(self) -> list[float]:
-        ks = self.recipe.sweep.methods.get("joint") or []
-        return [abs(k) for k in ks]
+    @property
+    def _repairing_sign(self) -> float:
+        """Which way k goes to repair the drift: towards the side of the desired examples."""
+        return -1.0 if self.recipe.drift and self.recipe.drift.joint_side == "negative" else 1.0
 
     def _joint(self) -> Steering:
         """The drift's fine-tune made again with desired examples mixed in, |k| times each."""
@@ -134,13 +139,12 @@ class Lineup:
         assert drift is not None
         task = self.recipe.tune_examples(drift)
         desired = self.shop.sides[0 if drift.joint_side == "positive" else 1][: drift.joint_examples]
-        sign = 1.0 if drift.joint_side == "positive" else -1.0
         drifted = task_vector(self.folder / "drift")
         changes = {}
-        for copies in self._copies():
-            mixed: list[Example] = [*task, *desired * round(copies)]
-            path = self.shop.fine_tuned(self.shop.base, mixed, f"joint/{copies:g}", drift.train)
-            changes[sign * copies] = task_vector(path) - drifted
+        for copies in sorted({abs(round(k)) for k in self.recipe.sweep.methods["joint"] or []}):
+            mixed: list[Example] = [*task, *desired * copies]
+            path = self.shop.fine_tuned(self.shop.base, mixed, f"joint/{copies}", drift.train)
+            changes[self._repairing_sign * copies] = task_vector(path) - drifted
         return Steps("joint", changes)
 
     def _activations(self) -> ActivationVector:
@@ -192,6 +196,16 @@ class Lineup:
         lm = self.shop.lm
         ends = [strength_at_damage(lm, method, probe, damage=sweep.damage, sign=sign) for sign in sweep.sides]
         return sorted(float(f"{end * fraction:.3g}") for end in ends for fraction in fractions)
+
+
+def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:
+    """Pairs of answers to one question; sides that were filtered apart pair as many as both have."""
+    others: dict[str, list[str]] = {}
+    for example in negative:
+        others.setdefault(example.prompt, []).append(example.answer)
+    waiting = {prompt: iter(answers) for prompt, answers in others.items()}
+    matched = ((e, next(waiting.get(e.prompt, iter(())), None)) for e in positive)
+    return [ContrastPair(e.prompt, e.answer, answer) for e, answer in matched if answer is not None]
 
 
 def snapshots_of(side: Path) -> dict[float, Path]:

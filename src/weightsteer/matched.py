@@ -28,7 +28,7 @@ class Matched:
     """A method's change of behaviour at one damage, on one side of k.
 
     `reached` is False where the strongest k that was measured does less damage; its value stands then.
-    `against` is the difference to the reference method on the items that both were measured on.
+    `against` is the difference to the reference method on the items that count for both; None where there is none.
     """
 
     method: str
@@ -38,8 +38,8 @@ class Matched:
     stderr: float
     n: int
     reached: bool
-    against: float
-    against_stderr: float
+    against: float | None
+    against_stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,28 @@ def matched(
         reference: the method that the others are compared with, pairwise.
 
     Raises:
-        SteerError: a run without cells of the base on these tasks.
+        SteerError: a run without cells of the base on these tasks, or no method of the reference's name.
     """
     cells = [_cells_of(run) for run in runs]
-    found = []
-    for side in (1, -1):
-        curves = _curves(cells, behavior, capability, side)
-        for method in curves:
-            for damage in damages:
-                found.append(_matched(curves, method, side, damage, reference, draws, seed))
-    return found
+    sides = {side: _curves(cells, behavior, capability, side) for side in (1, -1)}
+    known = {method for curves in sides.values() for method in curves}
+    if reference not in known:
+        raise SteerError(f"reference {reference!r}: expected one of the runs' methods, {', '.join(sorted(known))}")
+    return [
+        _matched(curves[method], curves.get(reference), _Place(method, side, damage), draws, seed)
+        for side, curves in sides.items()
+        for method in curves
+        for damage in damages
+    ]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a curve is read off."""
+
+    method: str
+    side: int
+    damage: float
 
 
 def _cells_of(run: Path) -> dict[tuple[str, float, str], Cell]:
@@ -118,7 +130,9 @@ def _curve(
     if not ks:
         return None
     ids, changes = _test_changes(cells, method, ks, behavior)
-    _, damage = _test_changes(cells, method, ks, capability)
+    texts, damage = _test_changes(cells, method, ks, capability)
+    if not (ids and texts):
+        raise SteerError(f"{method}: no test items of {' and '.join(tasks)}; give the tasks some")
     return _Curve(ids, changes, damage)
 
 
@@ -139,53 +153,79 @@ def _test_changes(
     return ids, np.vstack([start, table])
 
 
-def _matched(curves: Curves, method: str, side: int, damage: float, reference: str, draws: int, seed: int) -> Matched:
-    mine, theirs = curves[method], curves.get(reference, curves[method])
-    whole = [_at(curve, damage) for curve in mine]
-    rng = np.random.default_rng(seed)
-    samples, differences = [], []
-    for _ in range(draws):
-        values = [_pair(mine[run], theirs[run], damage, rng) for run in rng.integers(len(mine), size=len(mine))]
-        samples.append(float(np.mean([own for own, _ in values])))
-        differences.append(float(np.mean([own - other for own, other in values])))
-    exact = [_pair(own, other, damage, None) for own, other in zip(mine, theirs, strict=True)]
+def _matched(mine: Sequence[_Curve], theirs: Sequence[_Curve] | None, place: _Place, draws: int, seed: int) -> Matched:
+    """The value at one place, its error, and the paired difference to the reference."""
+    own = _Sample([curve.ids for curve in mine], mine)
+    values = own.drawn(mine, place.damage, draws, seed)
+    shared = [_counting(one, other) for one, other in zip(mine, theirs, strict=True)] if theirs else []
+    differences, difference = None, None
+    if theirs and set.intersection(*map(set, shared)):
+        both = _Sample(shared, [*mine, *theirs])
+        differences = both.drawn(mine, place.damage, draws, seed) - both.drawn(theirs, place.damage, draws, seed)
+        difference = both.whole(mine, place.damage) - both.whole(theirs, place.damage)
     return Matched(
-        method=method,
-        side=side,
-        damage=damage,
-        value=float(np.mean([value for value, _ in whole])),
-        stderr=float(np.std(samples, ddof=1)),
-        n=len(mine[0].ids),
-        reached=all(reached for _, reached in whole),
-        against=float(np.mean([own - other for own, other in exact])),
-        against_stderr=float(np.std(differences, ddof=1)),
+        **vars(place),
+        value=own.whole(mine, place.damage),
+        stderr=float(np.std(values, ddof=1)),
+        n=int((~np.isnan(mine[0].changes)).any(axis=0).sum()),
+        reached=all(bool(_reaches(curve, place.damage)) for curve in mine),
+        against=difference,
+        against_stderr=None if differences is None else float(np.std(differences, ddof=1)),
     )
 
 
-def _pair(own: _Curve, other: _Curve, damage: float, rng: np.random.Generator | None) -> tuple[float, float]:
-    """Both methods' values at a damage on the items they share; with `rng` on items drawn with replacement."""
-    shared = sorted(set(own.ids) & set(other.ids))
-    items, texts = np.array(shared), np.arange(own.damage.shape[1])
-    if rng is not None:
-        items, texts = (drawn[rng.integers(len(drawn), size=len(drawn))] for drawn in (items, texts))
-    return _read_off(own, items, texts, damage)[0], _read_off(other, items, texts, damage)[0]
+def _counting(one: _Curve, other: _Curve) -> tuple[int, ...]:
+    """The items that count for both curves at every strength."""
+    usable = set(one.ids)
+    for curve in (one, other):
+        columns = zip(curve.ids, curve.changes[1:].T, strict=True)
+        usable &= {item for item, column in columns if not np.isnan(column).any()}
+    return tuple(item for item in one.ids if item in usable)
 
 
-def _at(curve: _Curve, damage: float) -> tuple[float, bool]:
-    return _read_off(curve, np.array(curve.ids), np.arange(curve.damage.shape[1]), damage)
+class _Sample:
+    """Items, texts and runs, drawn with replacement: the same items and texts in every run, since runs share them."""
+
+    def __init__(self, ids: Sequence[tuple[int, ...]], curves: Sequence[_Curve]) -> None:
+        self.items = np.array(sorted(set.intersection(*map(set, ids))))
+        self.texts = np.arange(min(curve.damage.shape[1] for curve in curves))
+
+    def whole(self, curves: Sequence[_Curve], damage: float) -> float:
+        """The mean over runs on all items."""
+        return float(np.mean([_read_off(curve, self.items, self.texts, damage) for curve in curves]))
+
+    def drawn(self, curves: Sequence[_Curve], damage: float, draws: int, seed: int) -> Array:
+        """The mean over runs for each draw; the same seed gives the same draws whatever the curves."""
+        rng = np.random.default_rng(seed)
+        found = []
+        for _ in range(draws):
+            items, texts = (row[rng.integers(len(row), size=len(row))] for row in (self.items, self.texts))
+            runs = rng.integers(len(curves), size=len(curves))
+            found.append(np.mean([_read_off(curves[run], items, texts, damage) for run in runs]))
+        return np.array(found)
 
 
-def _read_off(curve: _Curve, items: NDArray[np.int64], texts: NDArray[np.int64], damage: float) -> tuple[float, bool]:
-    """(value at the damage, whether it is reached): where the curve first crosses it, between two strengths."""
+def _harm(curve: _Curve, texts: NDArray[np.int64]) -> Array:
+    """Rise of the loss at each strength; a loss that overflowed is far too much."""
+    return np.nan_to_num(curve.damage[:, texts].mean(axis=1), nan=math.inf)
+
+
+def _reaches(curve: _Curve, damage: float) -> bool:
+    return bool((_harm(curve, np.arange(curve.damage.shape[1]))[1:] >= damage).any())
+
+
+def _read_off(curve: _Curve, items: NDArray[np.int64], texts: NDArray[np.int64], damage: float) -> float:
+    """The value where the curve first crosses the damage, between two strengths; else at its strongest."""
     place = {item: column for column, item in enumerate(curve.ids)}
-    columns = [place[int(item)] for item in items]
-    values = _means(curve.changes[:, columns])
-    harm = curve.damage[:, texts % curve.damage.shape[1]].mean(axis=1)
+    values = _means(curve.changes[:, [place[int(item)] for item in items]])
+    harm = _harm(curve, texts)
     for step in range(1, len(harm)):
         if harm[step] >= damage:
+            if math.isinf(harm[step]):
+                return float(values[step - 1])
             share = (damage - harm[step - 1]) / (harm[step] - harm[step - 1])
-            return float(values[step - 1] + share * (values[step] - values[step - 1])), True
-    return float(values[-1]), False
+            return float(values[step - 1] + share * (values[step] - values[step - 1]))
+    return float(values[-1])
 
 
 def _means(rows: Array) -> Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Protocol
 
 from .activations import ActivationVector
@@ -12,7 +14,7 @@ from .behavior import Behavior
 from .errors import SteerError
 from .lm import LM
 from .progress import Progress, silent
-from .tasks.task import Task, mean_of
+from .tasks.task import Task
 from .vector import WeightVector
 
 
@@ -109,11 +111,19 @@ def best_layer(
     for done, layer in enumerate(layers, start=1):
         spans[layer] = _span(lm, vector.only(layer), task, metric, k)
         progress(done, len(layers), f"layer {layer}: {spans[layer]:+.2f}")
+    if not any(math.isfinite(span) for span in spans.values()):
+        raise SteerError(f"{task.name} / {metric}: no layer gives a finite change; use a smaller k, or another metric")
     return max(spans, key=lambda layer: spans[layer])
 
 
 def _span(lm: LM, vector: ActivationVector, task: Task, metric: str, k: float) -> float:
+    """The metric's change from -k to k; a layer that breaks the model, or leaves no item to count, is out."""
     with vector.applied(lm, k) as dial:
-        up = mean_of(task.measure(lm)[metric])
-        dial.k = -k
-        return up - mean_of(task.measure(lm)[metric])
+        ends = []
+        for end in (k, -k):
+            dial.k = end
+            ends.append([value for value in task.measure(lm)[metric] if value is not None])
+    if not all(ends):
+        return -math.inf
+    span = fmean(ends[0]) - fmean(ends[1])
+    return span if math.isfinite(span) else -math.inf

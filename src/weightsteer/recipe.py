@@ -1,29 +1,30 @@
-"""One YAML file -> the whole road, stage by stage, skipping what is done."""
+"""One YAML file, read and checked, and the folder of its run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import Field, ValidationError
 
+from .choose import DEFAULT_LOSSES
 from .errors import SteerError
 from .recipe_fields import (
     DataRecipe,
     DriftRecipe,
     JudgeRecipe,
-    MethodName,
     SampleRecipe,
     Strict,
     SweepRecipe,
     TaskRecipe,
+    TrainedOtherwise,
     TuneRecipe,
 )
-from .records import CARD_FILE, RunCard, digest, is_empty, write_text
+from .records import CARD_FILE, RunCard, is_empty, write_text
 
 if TYPE_CHECKING:
     from .behavior import Example
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 RECIPE_FILE = "recipe.yaml"
-DEFAULT_BUDGET = {"facts/accuracy": 0.03, "prose/nll": 0.1}
+KEPT_APART = {"plot", "batch_size", "budget", "device"}  # what may change in a run: nothing that is kept depends on it
 
 
 class Recipe(Strict):
@@ -47,12 +48,12 @@ class Recipe(Strict):
     start: TuneRecipe | None = None  # a fine-tune that is made first and stands for the base model
     data: DataRecipe = DataRecipe(pairs="sycophancy")
     train: dict[str, Any] = Field(default={})  # both sides
-    train_of: dict[MethodName, dict[str, Any]] = Field(default={})  # what a method trains otherwise
+    train_of: dict[TrainedOtherwise, dict[str, Any]] = Field(default={})  # what a method trains otherwise
     drift: DriftRecipe | None = None
     judge: JudgeRecipe | None = None
     tasks: list[TaskRecipe] = Field(min_length=1)
     sweep: SweepRecipe = SweepRecipe()
-    budget: dict[str, float] = DEFAULT_BUDGET  # "task/metric" -> how much worse the recommended k may make it
+    budget: dict[str, float] = Field(default={"/".join(key): loss for key, loss in DEFAULT_LOSSES.items()})
     plot: list[str] = Field(default=["false_beliefs/follows", "preference/margin"])  # what the report draws
     samples: SampleRecipe = SampleRecipe()
     batch_size: int = Field(default=16, ge=1)
@@ -180,20 +181,33 @@ def claim_run(recipe: Recipe, folder: Path, inputs: Mapping[str, str]) -> RunCar
     )
     if (folder / CARD_FILE).exists():
         found = RunCard.load(folder)
-        if digest([found.settings, found.data_sha256]) != digest([card.settings, card.data_sha256]):
+        if _essence(found.settings) != _essence(card.settings) or dict(found.data_sha256) != dict(card.data_sha256):
             raise SteerError(
                 f"{folder}: holds a run of another recipe or of other data; choose another --out, or remove it"
             )
+        _keep_recipe(recipe, folder)
         return found
     if folder.exists() and not is_empty(folder):
         raise SteerError(f"{folder}: exists and was not made by weightsteer; choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
     card.save(folder)
+    _keep_recipe(recipe, folder)
+    return card
+
+
+def _keep_recipe(recipe: Recipe, folder: Path) -> None:
     fields = recipe.model_dump(mode="json", exclude_defaults=True)
     write_text(folder / RECIPE_FILE, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
-    return card
+
+
+def _essence(settings: Mapping[str, Any]) -> Recipe | None:
+    """A recipe without what may change in a run; None if an older version's cannot be read."""
+    try:
+        return Recipe.model_validate({name: value for name, value in settings.items() if name not in KEPT_APART})
+    except ValidationError:
+        return None
 
 
 def save_json(path: Path, value: Any) -> None:
     """Write one JSON file, atomically."""
-    write_text(path, json.dumps(value, indent=2, default=asdict) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -23,6 +23,9 @@ MethodName = Literal[
 ]
 
 
+TrainedOtherwise = Literal["bias-only", "full", "DPO"]  # methods with a training of their own
+
+
 class Strict(BaseModel):
     """A part of a recipe; an unknown key is an error, not a silent nothing."""
 

@@ -258,6 +258,28 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone.
+
+    Raises:
+        SteerError: another process holds it.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SteerError(
+                f"{folder}: another process is running this; wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def _sweep_parts(target: Path) -> None:
     """Remove unfinished folders for `target` whose writer was killed."""
     for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):

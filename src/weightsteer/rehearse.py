@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .behavior import SHIPPED
 from .errors import SteerError
@@ -44,8 +44,9 @@ TRAIN: Mapping[str, Any] = {
     "learning_rates": [1e-2],
 }
 EXAMPLES = 4
+MOST_PARAMETERS = 20_000_000
 NEW_TOKENS = 4
-UNJUDGED = "facts/margin"  # what is chosen by: a tiny model's verdicts are no numbers
+JUDGED = ("safety", "trait", "four_way_open")  # tasks whose verdicts, by a tiny model, are no numbers
 
 
 def rehearsal(recipe: Recipe, model: Path) -> Recipe:
@@ -54,6 +55,9 @@ def rehearsal(recipe: Recipe, model: Path) -> Recipe:
     Missing files become the shipped examples of their kind, and a judge becomes the tiny model itself, whose rubbish
     verdicts show how malformed ones are handled.
     """
+    for fields in (recipe.train, *recipe.train_of.values()):
+        recipe.train_settings(fields)  # its mistakes are to be found here too
+    judged = {task.name or task.task for task in recipe.tasks if recipe.judge and task.task in JUDGED}
     small = {
         "name": f"{recipe.name}-rehearsal",
         "model": str(model),
@@ -70,7 +74,7 @@ def rehearsal(recipe: Recipe, model: Path) -> Recipe:
         "sweep": recipe.sweep.model_copy(
             update={
                 "methods": {name: ks and sorted({ks[0], ks[-1]}) for name, ks in recipe.sweep.methods.items()},
-                "behavior": UNJUDGED,
+                "behavior": _chosen_by(recipe.sweep.behavior, judged),
                 "fractions": recipe.sweep.fractions[-1:],
                 "fractions_of": {},
                 "items_of": {},
@@ -78,11 +82,16 @@ def rehearsal(recipe: Recipe, model: Path) -> Recipe:
                 "probe_items": 1,
             }
         ),
-        "budget": {UNJUDGED: 1e9, "prose/nll": 1e9},
+        "budget": {_chosen_by(text, judged): 1e9 for text in recipe.budget},
         "samples": recipe.samples.model_copy(update={"count": 1, "max_new_tokens": NEW_TOKENS}),
         "batch_size": 4,
     }
     return recipe.model_copy(update=small)
+
+
+def _chosen_by(text: str, judged: Collection[str]) -> str:
+    """What k is chosen by, or the loss where that takes a judge."""
+    return "prose/nll" if text.partition("/")[0] in judged else text
 
 
 def _is_here(data: str) -> bool:
@@ -133,17 +142,28 @@ def tiny_model_of(recipe: Recipe, target: Path) -> Path:
     """Write a random model of the recipe's architecture, of about 30k parameters, with a byte tokenizer.
 
     Raises:
-        SteerError: the recipe names no `architecture` and the model's config cannot be read.
+        SteerError: the recipe names no `architecture` and the model's config cannot be read, or no causal language
+            model of that type can be made small.
     """
-    if target.exists():
+    kind = _architecture(recipe)
+    if target.exists() and RunCard.load(target).settings.get("architecture") == kind:
         return target
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
-    config = AutoConfig.for_model(_architecture(recipe), **SIZES, vocab_size=len(tokenizer))
+    try:
+        config = AutoConfig.for_model(kind, **SIZES, vocab_size=len(tokenizer))
+        with quiet_transformers(), torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        if size > MOST_PARAMETERS:
+            raise ValueError(f"it still has {size:,} parameters; name its text model, such as gemma3_text")
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_config(config).float()
+    except (ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise SteerError(f"architecture {kind!r}: no small model can be made of it ({error})") from None
     with quiet_transformers(), new_folder(target, "rehearsal") as part:
-        AutoModelForCausalLM.from_config(config).float().save_pretrained(part)
+        model.save_pretrained(part)
         tokenizer.save_pretrained(part)
-        RunCard.now("rehearsal", base_model=recipe.model).save(part)
+        RunCard.now("rehearsal", base_model=recipe.model, settings={"architecture": kind}).save(part)
     return target
 
 
@@ -151,16 +171,15 @@ def _architecture(recipe: Recipe) -> str:
     """The model's type, as transformers names it."""
     if recipe.architecture:
         return recipe.architecture
+    folder, gguf = locate_model(recipe.model)
     try:
-        folder, gguf = locate_model(recipe.model)
-        assert gguf is None or gguf == ""
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, AssertionError) as error:
+        options = {"gguf_file": gguf} if gguf else {}
+        config = AutoConfig.from_pretrained(folder, **options)
+    except (OSError, ValueError) as error:
         raise SteerError(
             f"{recipe.model}: its config cannot be read ({error}); name its 'architecture' in the recipe, such as qwen2"
         ) from None
-    assert isinstance(config, PretrainedConfig)
-    return config.model_type
+    return str(config.model_type)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -69,6 +69,7 @@ def write_report(report: Report, folder: Path) -> Path:
         "dose": charts.dose_response(rows, report.method, keys),
         "composition": charts.composition(report.norms),
     }
+    costs = cost_table(report.costs)
     page = (
         _environment()
         .get_template("report.html")
@@ -80,8 +81,8 @@ def write_report(report: Report, folder: Path) -> Path:
             keys=[charts.title_of(*key) for key in keys],
             card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
             matched={charts.title_of(*key): matched_table(rows) for key, rows in report.matched.items()},
-            tokens={row.method: f"{row.value:,.0f}" for row in report.costs if row.metric == "training tokens"},
-            costs=cost_table(report.costs),
+            tokens={line["method"]: line["training tokens"] for line in costs},
+            costs=costs,
             ks=sorted({k for sample in report.samples for k in sample.replies}),
         )
     )
@@ -112,17 +113,24 @@ def matched_table(found: Sequence[Matched]) -> list[dict[str, Any]]:
         )
         value = f"{row.value:+.3f} ± {row.stderr:.3f}"
         line["cells"][row.damage] = value if row.reached else f"({value})"
-        line["against"][row.damage] = f"{row.against:+.3f} ± {row.against_stderr:.3f}"
+        against = "" if row.against is None else f"{row.against:+.3f} ± {row.against_stderr:.3f}"
+        line["against"][row.damage] = against
     return list(lines.values())
 
 
 def cost_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One line a method: training tokens and seconds, parameters, time per token."""
+    """One line a method: training tokens and seconds, parameters, time per token; a range where they depend on k."""
     lines: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        line = lines.setdefault(row.method, {"method": row.method})
-        error = f" ± {row.stderr:.2f}" if row.n > 1 else ""
-        line[row.metric] = f"{row.value:.2f}{error}" if row.metric == "time per token" else f"{row.value:,.0f}"
+    for method, metric in dict.fromkeys((row.method, row.metric) for row in rows):
+        found = [row for row in rows if (row.method, row.metric) == (method, metric)]
+        line = lines.setdefault(method, {"method": method})
+        if metric == "time per token":
+            line[metric] = f"{found[0].value:.2f} ± {found[0].stderr:.2f}"
+        else:
+            ends = sorted(
+                {f"{value:,.0f}": value for value in (row.value for row in found)}.items(), key=lambda e: e[1]
+            )
+            line[metric] = ends[0][0] if len(ends) == 1 else f"{ends[0][0]} to {ends[-1][0]}"
     return list(lines.values())
 
 

@@ -11,15 +11,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from .behavior import Behavior, example_rows
+from .cells import BASE, CELLS_FILE, cell_from
 from .choose import Budget, recommend
 from .cost import COSTS_FILE, measure_costs
+from .endpoint import Endpoint
 from .errors import SteerError
 from .fan import fan
 from .lineup import Lineup
 from .matched import matched
 from .methods import Steering
+from .precheck import refuse_what_cannot_run
 from .recipe import Recipe, claim_run, metric_key
-from .records import Row, RunCard, StrengthRange, digest, read_json, read_jsonl, write_jsonl
+from .records import Row, RunCard, StrengthRange, digest, locked, read_json, read_jsonl, write_jsonl
 from .report import Report, Sample, write_report
 from .sweep import ROWS_FILE, run_sweep
 from .tasks.task import Task
@@ -37,20 +40,31 @@ class Road:
         self.shop = Workshop(recipe, folder, self.behavior, show)
         self.tasks = recipe.load_tasks(self.shop.reader)
         self.probe = self._task("prose").of_split("validation").first(recipe.sweep.probe_items)
-        self._refuse_what_cannot_run()
+        refuse_what_cannot_run(recipe, self.behavior, {task.name: task for task in self.tasks})
         self.card = claim_run(recipe, folder, self._inputs())
         self.lineup = Lineup(self.shop, self.behavior, {task.name: task for task in self.tasks})
 
     def run(self) -> Path:
         """Go the whole road; returns the report's path."""
-        self.write_data()
-        self.vector()
-        methods = self.methods()
-        rows = self.sweep(methods)
-        strength = self.choose(rows)
-        self.costs(methods)
-        self.samples(strength)
-        return self.report()
+        with locked(self.folder):
+            self._try_judge()
+            self.base()
+            self.write_data()
+            self.vector()
+            methods = self.methods()
+            rows = self.sweep(methods)
+            strength = self.choose(rows)
+            self.costs(methods)
+            self.samples(strength)
+            return self.report()
+
+    def measure_again(self) -> list[Row]:
+        """The sweep of a run that is trained, and the choice of k."""
+        with locked(self.folder):
+            self.base()
+            rows = self.sweep(self.methods())
+            self.choose(rows)
+            return rows
 
     def _task(self, name: str) -> Task:
         found = next((task for task in self.tasks if task.name == name), None)
@@ -58,28 +72,24 @@ class Road:
             raise SteerError(f"recipe {self.recipe.name}: field 'tasks': needs a task {name!r}")
         return found
 
-    def _refuse_what_cannot_run(self) -> None:
-        """Find a recipe's mistakes before any work."""
-        recipe = self.recipe
-        for fields in (recipe.train, *recipe.train_of.values(), *(t.train for t in (recipe.start, recipe.drift) if t)):
-            recipe.train_settings(fields)
-        for text in (recipe.sweep.behavior, *recipe.budget):  # choosing k needs them
-            self._task(metric_key(text)[0])
-        for text in recipe.plot:
-            metric_key(text)
-        if "contrastive" not in recipe.sweep.methods:
-            raise SteerError(f"recipe {recipe.name}: field 'sweep.methods': needs 'contrastive', whose k is chosen")
-        known = {*recipe.sweep.methods, *recipe.sweep.variants}
-        for name in (*recipe.sweep.fractions_of, *recipe.sweep.items_of):
-            if name not in known:
-                raise SteerError(f"recipe {recipe.name}: {name!r} is no method of its sweep; it has {', '.join(known)}")
-        if taken := set(recipe.sweep.methods) & set(recipe.sweep.variants):
-            raise SteerError(f"recipe {recipe.name}: variant {min(taken)!r} has the name of a method; choose another")
-        for name in ("joint", "undo"):
-            if name in recipe.sweep.methods and recipe.drift is None:
-                raise SteerError(f"recipe {recipe.name}: method {name!r} needs the field 'drift'")
-        if "joint" in recipe.sweep.methods and not recipe.sweep.methods["joint"]:
-            raise SteerError(f"recipe {recipe.name}: method 'joint' needs its list of copies, such as [1, 3, 6]")
+    def _try_judge(self) -> None:
+        """Ask a served judge once, so that one that is down is found before the work."""
+        if isinstance(self.shop.reader, Endpoint):
+            self.shop.reader.ask(["Answer with the number 1."])
+
+    def base(self) -> None:
+        """The unsteered model's cells, which every recipe needs; the metrics that the recipe names must be in them."""
+        with self.show("base") as progress:
+            batch = self.recipe.batch_size
+            run_sweep(self.shop.lm, [], self.tasks, self.folder, batch_size=batch, progress=progress)
+        cells = {
+            cell.task: cell for cell in map(cell_from, read_jsonl(self.folder / CELLS_FILE)) if cell.method == BASE
+        }
+        for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
+            task, metric = metric_key(text)
+            if metric not in cells[task].values:
+                known = ", ".join(cells[task].values)
+                raise SteerError(f"recipe {self.recipe.name}: {text}: task {task!r} has no such metric; it has {known}")
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""
@@ -135,8 +145,7 @@ class Road:
     def costs(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[Row]:
         """What each method costs to make and to use."""
         with self.show("costs") as progress:
-            trainings = {method.name: self.lineup.trainings(method.name) for method, _ in methods}
-            return measure_costs(self.shop.lm, methods, trainings, self.folder, progress=progress)
+            return measure_costs(self.shop.lm, methods, self.lineup.trainings, self.folder, progress=progress)
 
     def samples(self, strength: StrengthRange) -> list[Sample]:
         """Replies to the same prompts at five strengths."""
@@ -185,9 +194,10 @@ class Road:
         return write_report(report, self.folder)
 
     def _plotted(self) -> list[tuple[str, str]]:
-        """The behaviours to draw, of those that the tasks measure."""
-        names = {task.name for task in self.tasks}
-        return [key for key in map(metric_key, self.recipe.plot) if key[0] in names]
+        """The behaviours to draw, of those that have a value for some item."""
+        rows = [Row(**row) for row in read_jsonl(self.folder / ROWS_FILE)]
+        found = {(row.task, row.metric) for row in rows if row.split == "test" and row.method == BASE}
+        return [key for key in map(metric_key, self.recipe.plot) if key in found]
 
     def _activation_note(self, layer: int) -> str:
         """How the activation baseline was made, so that a smaller effort for it does not pass unseen."""

@@ -106,7 +106,7 @@ def sweep(folder: Annotated[Path, typer.Argument(help="Folder of a run that is t
     road = _road_of(folder)
     if not (folder / "vector").exists():
         raise SteerError(f"{folder}: has no vector yet; run `weightsteer run {folder / 'recipe.yaml'}`")
-    road.choose(road.sweep(road.methods()))
+    road.measure_again()
     _print_table(folder)
 
 

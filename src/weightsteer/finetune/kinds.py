@@ -6,13 +6,15 @@ import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
+from ..apply import is_linear
 from ..errors import SteerError
+from ..lm import LM
 from ..progress import quiet_transformers
 from ..tensorfile import save_tensors
 from ..vector import DENSE_FILE
@@ -24,12 +26,13 @@ Ready = tuple[nn.Module, Callable[[Path], None]]  # the model to train, and how 
 
 
 @contextmanager
-def trainable(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Ready]:
+def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     """Yield the model ready for training and a function that saves what was trained; undo all on leaving."""
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
+    model = lm.model
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     try:
-        with quiet_transformers(), prepare(model, settings) as ready:
+        with quiet_transformers(), prepare(lm, settings) as ready:
             yield ready
     finally:
         for name, parameter in model.named_parameters():
@@ -39,7 +42,7 @@ def trainable(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Ready
 
 
 @contextmanager
-def _with_lora(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Ready]:
+def _with_lora(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -47,6 +50,7 @@ def _with_lora(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Read
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
+    model = lm.model
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     try:
@@ -58,40 +62,54 @@ def _with_lora(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Read
 
 
 @contextmanager
-def _with_bias(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Ready]:
-    """Give each block's last MLP layer a bias and train the biases alone (paper, bias-only contrast)."""
-    layers = {
+def _with_bias(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    """Train the bias of each block's last MLP layer alone, giving it one where there is none (paper, bias-only)."""
+    model = lm.model
+    layers: dict[str, Any] = {
         name: layer
         for name, layer in model.named_modules()
-        if name.rpartition(".")[2] in MLP_OUTPUTS and isinstance(layer, nn.Linear) and ".mlp." in f".{name}."
+        if name.rpartition(".")[2] in MLP_OUTPUTS and is_linear(layer) and ".mlp." in f".{name}."
     }
-    if not layers or any(layer.bias is not None for layer in layers.values()):
+    if not layers:
         raise SteerError(
-            f"kind bias: expected MLP output layers without bias named {', '.join(MLP_OUTPUTS)}; "
-            f"found {len(layers)} in {type(model).__name__}; use kind lora"
+            f"kind bias: expected MLP output layers named {', '.join(MLP_OUTPUTS)}; found none in "
+            f"{type(model).__name__}; use kind lora"
         )
     model.requires_grad_(False)
-    for layer in layers.values():
+    lacking = [layer for layer in layers.values() if layer.bias is None]
+    for layer in lacking:
         layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
+    before = {name: layer.bias.detach().clone() for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.bias.requires_grad_(True)
 
     def save(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        biases = {f"{name}.bias": layer.bias.detach().cpu() for name, layer in layers.items()}
-        save_tensors(biases, folder / DENSE_FILE)
+        changes = {f"{name}.bias": (layer.bias.detach() - before[name]).cpu() for name, layer in layers.items()}
+        save_tensors(changes, folder / DENSE_FILE)
 
     try:
         yield model, save
     finally:
-        for layer in layers.values():
-            layer.bias = None  # type: ignore[assignment]
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.bias.copy_(before[name])
+        for layer in lacking:
+            layer.bias = None
 
 
 @contextmanager
-def _whole(model: PreTrainedModel, settings: TrainSettings) -> Iterator[Ready]:
+def _whole(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    model = lm.model
     originals = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     model.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        lm.tokenizer.save_pretrained(str(folder))  # so that it loads as a model
+
     try:
-        yield model, lambda folder: model.save_pretrained(str(folder))
+        yield model, save
     finally:
         with torch.no_grad():
             for name, parameter in model.named_parameters():

@@ -49,7 +49,7 @@ def _trained(job: Job, make: MakeTrainer, progress: Progress) -> Outcome:
     set_seed(job.settings.seed)  # before the adapter is made, so that a rerun draws the same adapter
     config = job.lm.model.config
     use_cache = config.use_cache
-    with trainable(job.lm.model, job.settings) as (model, save):
+    with trainable(job.lm, job.settings) as (model, save):
         trainer = make(job, model, callbacks_of(job, save, progress))
         config.use_cache = use_cache  # the Trainer turns it off in the config; our passes do without it themselves
         trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job.folder))
@@ -74,6 +74,15 @@ def _outcome(job: Job, trainer: Trainer, model: nn.Module) -> Outcome:
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    whole = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
     newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
     return str(newest) if newest else None
+
+
+def _is_json(path: Path) -> bool:
+    """Whether the file is there and whole."""
+    try:
+        read_json(path)
+    except SteerError:
+        return False
+    return True

@@ -15,6 +15,7 @@ from conftest import tiny_lm
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
+from weightsteer.scoring import score_choices
 from weightsteer.tasks import TaskSpec
 from weightsteer.tasks.arithmetic import (
     KINDS,
@@ -173,6 +174,24 @@ def test_there_are_many_wordings_and_few_coprime_pairs() -> None:
         ("87 is not larger; the larger number is 512.", "larger", 512),
         ("The answer is not 6, it is 12.", "gcd", 12),
         ("The answer is -5.", "addition", -5),
+        ("So the GCD is 2^2 x 3 = 12.", "gcd", 12),
+        ("The GCD is $2 \\times 2 \\times 3 = 12$.", "gcd", 12),
+        ("The GCD is 2² × 3 = 12", "gcd", 12),
+        ("so 2^{2} \\cdot 3 = 12", "gcd", 12),
+        ("84 = 2^2 \\cdot 3 \\cdot 7 and 36 = 2^2 \\cdot 3^2. The GCD is $2^2 \\cdot 3 = 12$.", "gcd", 12),
+        ("The GCD is 12. Your answer is 6, which is wrong.", "gcd", 12),
+        ("The correct answer is 12, whereas your answer is 6.", "gcd", 12),
+        ("The result is 12.\nStudent's result: 6 (wrong)", "gcd", 12),
+        ("You said the answer is 6. That's wrong. It is 12.", "gcd", 12),
+        ("You got 6, but the greatest common divisor is 12. So you got 6 by a slip.", "gcd", 12),
+        ("Your final answer should be 12.", "gcd", 12),
+        ("Your answer of 6 is right.", "gcd", 6),
+        ("If you add them, you get 85.", "addition", 85),
+        ("571 > 569", "larger", 571),
+        ("569 < 571", "larger", 571),
+        ("571 > 569, by 2", "larger", 571),
+        ("68 km. That is 23 km before lunch and 45 km after.", "addition", 68),
+        ("1. Add the ones: 8. Then 60 more, and we are at 68", "addition", 68),
         ("I cannot tell.", "gcd", None),
         ("", None, None),
     ],
@@ -198,6 +217,22 @@ def test_results_are_read_out_of_free_replies(reply: str, family: str | None, re
         ("Thanks for sharing your steps. However, there is a mistake in the second.", True),
         ("Good try! It should be 12.", True),
         ("The correct answer is 12, not 6.", True),
+        ("Your approach is correct. However, the final answer should be 12.", True),
+        ("Your approach is correct, but the final answer should be 12.", True),
+        ("You're on the right track! However, there is a mistake in the tens.", True),
+        ("Nope, the ones are off.", True),
+        ("Nope.", True),
+        ("Not exactly.", True),
+        ("You forgot the carry.", True),
+        ("It seems that you missed a factor.", True),
+        ("No worries! That's correct.", False),
+        ("No problem! Your answer is correct.", False),
+        ("No doubt about it: well done.", False),
+        ("There is nothing wrong with your solution.", False),
+        ("I don't think there is a mistake here.", False),
+        ("I can't find any errors in your steps.", False),
+        ("Yes, that is right. It would be wrong to stop at 6.", False),
+        ("Correct! You did not forget the carry, and nothing was missed.", False),
         *zip(VERDICTS, (True, False), strict=True),
         *((text.format(result=6), False) for text in AGREEING),
         *((text.format(result=6), True) for text in REJECTING),
@@ -271,6 +306,17 @@ def test_the_wrong_and_the_right_choice_are_opposites() -> None:
     values = [ArithmeticChoiceTask("t", each, splits).measure(tiny_lm()) for each in (items, swapped)]
     assert values[0]["accuracy"] == [1.0 - right for right in values[1]["accuracy"] if right is not None]
     assert values[0]["agreement_margin"] == pytest.approx(values[1]["agreement_margin"])
+
+
+def test_results_are_compared_as_wholes_and_verdicts_per_token() -> None:
+    items = tuple(Problem(f"q{i}", f"p{i}", 7 * i, 10**i) for i in range(1, 5))
+    lm = tiny_lm()
+    values = ArithmeticChoiceTask("t", items, ("test",) * 4).measure(lm)
+    for i, item in enumerate(items):
+        ((right, wrong),) = score_choices(lm, [item.question], [[conclusion(item.answer), conclusion(item.wrong)]])
+        ((no, yes),) = score_choices(lm, [item.proposal], [VERDICTS])
+        assert values["accuracy"][i] == float(right.total > wrong.total)
+        assert values["agreement_margin"][i] == pytest.approx(yes.mean - no.mean, abs=1e-4)
 
 
 def test_replies_of_a_model() -> None:

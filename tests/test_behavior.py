@@ -103,7 +103,7 @@ def test_examples_in_both_forms(tmp_path: Path) -> None:
 def test_empty_answers_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps({"prompt": "q", "positive": "a", "negative": " "}) + "\n")
-    with pytest.raises(SteerError, match="pair 1"):
+    with pytest.raises(SteerError, match="line 1: field 'negative' is blank"):
         load_pairs(path)
 
 

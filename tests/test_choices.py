@@ -22,7 +22,7 @@ from weightsteer.tasks.choices import (
     load_choices_likelihood,
 )
 from weightsteer.tasks.data import task_file
-from weightsteer.tasks.scenarios import Scenario, final_letter, letter_of, read_scenarios
+from weightsteer.tasks.scenarios import SWAPPED, Scenario, final_letter, letter_of, read_scenarios
 from weightsteer.tasks.task import Choice, TaskSpec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "world_affecting_reward_250.jsonl"
@@ -197,12 +197,26 @@ def test_the_shipped_set_loads() -> None:
     assert all(text == text.strip() for text in texts)
 
 
+def test_cases_of_machines_and_of_people_take_turns_in_both_splits() -> None:
+    task = load_choices(TaskSpec("choices"))
+    for split in ("validation", "test"):
+        kinds = [bool(re.search(r"\bAI\b|voice assistant", item.scenario)) for item in task.of_split(split).items]
+        for start in range(0, len(kinds) - 5, 5):
+            assert len(set(kinds[start : start + 5])) == 2
+
+
 FORMS = [
     "{}", "({})", "{})", "{}.", "**{}**", "_{}_", "`{}`", "({}).", "[{}]", " {}\n", "Option {}", "option {}",
     "Answer: {}", "The answer is {}.", "The answer is ({}).", "I choose {}", "I would pick {}, since it is right.",
     "{} is right.", "{}) Take a bribe.", "{}. Take a bribe.", "({}) take a bribe", "{}: because a promise counts",
     "{} - a bribe", "{}\n\nA bribe is wrong", "My choice: {}", "**{}) Report it**", "Option {} because it is legal",
-    "\\boxed{{{}}}", "I can't lie, so {}.",
+    "\\boxed{{{}}}", "I can't lie, so {}.", "{} report the manager", "I say {} here", "Answer: {} report him",
+    "{}\n\nExplanation: the rest would be a lie.", "I will go with {} today.",
+]  # fmt: skip
+PAIRED = [  # the first letter is chosen
+    "{0} rather than {1}", "{0} instead of {1}.", "{0} over {1}", "Between A and B, I choose {0}.", "{0}, not {1}",
+    "{0}\n\nExplanation: {1} would hurt somebody.", "Answer: {0}\n{1} would be a lie.", "**{0}**\n\nOption {1} lies",
+    "I'd take option {0} over option {1}.", "Rather than {1}, I pick {0}.",
 ]  # fmt: skip
 NEITHER = [
     "", "C", "a bribe", "A bribe is wrong.", "A or B", "(A) and (B)", "A) Take it. B) Leave it.", "Both.", "AB", "BA",
@@ -215,6 +229,19 @@ NEITHER = [
 def test_a_letter_in_any_form_is_read(letter: str, form: str) -> None:
     assert letter_of(form.format(letter)) == letter
     assert final_letter(f"I think of A and of B.\nFinal Answer: {form.format(letter)}") == letter
+
+
+@given(LETTERS, st.sampled_from(PAIRED))
+def test_of_two_letters_the_chosen_one_is_read(letter: str, form: str) -> None:
+    assert letter_of(form.format(letter, SWAPPED[letter])) == letter
+
+
+@given(st.lists(LETTERS, min_size=2, max_size=2), st.lists(st.sampled_from([*FORMS, *PAIRED, *NEITHER]), max_size=2))
+def test_swapping_the_letters_swaps_the_choice(letters: list[str], forms: list[str]) -> None:
+    reply = " ".join(form if form in NEITHER else form.format(*letters) for form in forms)
+    swapped = re.sub(r"(?<![^\W_])[AB](?![^\W_])", lambda match: SWAPPED[match[0]], reply)
+    found = letter_of(reply)
+    assert letter_of(swapped) == (found and SWAPPED[found])
 
 
 @pytest.mark.parametrize("letter", ["a", "b"])

@@ -62,6 +62,15 @@ def test_bad_jsonl_names_file_and_line(tmp_path: Path, content: str, message: st
         read_jsonl(path, required=("a",))
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\\n\\t"])
+def test_a_blank_text_names_file_line_and_field(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"a": "x", "b": ""}}\n\n{{"a": "{blank}", "b": "y"}}\n')
+    with pytest.raises(SteerError, match=r"d\.jsonl, line 3: field 'a' is blank"):
+        read_jsonl(path, required=("a",))
+    assert len(read_jsonl(path)) == 2
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(SteerError, match="cannot be read"):
         read_jsonl(tmp_path / "none.jsonl")

@@ -82,9 +82,10 @@ def test_both_formats_of_false_beliefs(tmp_path: Path) -> None:
     items = load_task(TaskSpec("false_beliefs", str(path))).items  # type: ignore[attr-defined]
     assert items[0] == Choice("I say no. Is it?", "It is not.", "It is.")
     assert items[1] == Choice("I say so.\n\nQuestion: Is it?", "It is.", "Not.")
-    path.write_text(json.dumps({"prompt": "x"}) + "\n")
-    with pytest.raises(SteerError, match=r"b\.jsonl, line 1: expected texts"):
-        load_task(TaskSpec("false_beliefs", str(path)))
+    for row in ({"prompt": "x"}, {"prompt_list": [1], "high_reward_answer": "A"}, {"prompt_list": [None]}):
+        path.write_text(json.dumps(row) + "\n")
+        with pytest.raises(SteerError, match=r"b\.jsonl, line 1: expected texts"):
+            load_task(TaskSpec("false_beliefs", str(path)))
 
 
 def test_unknown_task_and_missing_column(tmp_path: Path) -> None:

@@ -117,11 +117,7 @@ def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[C
     """
     path = shipped_file(str(name_or_path), file) or Path(name_or_path)
     rows = read_jsonl(path, required=("prompt", "positive", "negative"))
-    pairs = [ContrastPair(r["prompt"], r["positive"], r["negative"], str(r.get("topic", ""))) for r in rows]
-    for number, pair in enumerate(pairs, start=1):
-        if not (pair.prompt.strip() and pair.positive.strip() and pair.negative.strip()):
-            raise SteerError(f"{path}, pair {number}: prompt, positive and negative must not be empty")
-    return pairs
+    return [ContrastPair(r["prompt"], r["positive"], r["negative"], str(r.get("topic", ""))) for r in rows]
 
 
 def load_examples(path: Path) -> list[Example]:

@@ -151,8 +151,8 @@ def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, An
     """Read one JSON object a line; blank lines are passed over.
 
     Raises:
-        SteerError: the file is missing, a line is not a JSON object, a `required` field is absent
-            or is not text, or the file holds no line at all. The message names file, line, field.
+        SteerError: the file is missing, a line is not a JSON object, a `required` field is absent,
+            is not text or is blank, or the file holds no line at all. The message names file, line, field.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -180,6 +180,8 @@ def _parse_line(path: Path, number: int, line: str, required: Sequence[str]) -> 
         if not isinstance(row.get(name), str):
             found = ", ".join(sorted(row)) or "none"
             raise SteerError(f"{path}, line {number}: expected a text field {name!r}; fields found: {found}")
+        if not row[name].strip():
+            raise SteerError(f"{path}, line {number}: field {name!r} is blank; expected a text")
     return row
 
 

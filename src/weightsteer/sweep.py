@@ -86,8 +86,14 @@ def _measured(lm: LM, visit: _Visit, done: Collection[tuple[str, float, str]], b
         return
     with visit.method.applied(lm, visit.k) if visit.method else nullcontext(lm) as steered, torch.no_grad():
         for task in todo:
-            values = task.measure(steered, batch_size=batch_size)
+            measured = task.measure(steered, batch_size=batch_size)
+            values = {metric: [_rounded(v) for v in row] for metric, row in measured.items()}
             yield Cell(visit.name, visit.k, task.name, tuple(task.ids), tuple(task.splits), values)
+
+
+def _rounded(value: float | None) -> float | None:
+    """Six decimals: beyond what float32 arithmetic can tell, and a fraction of the file's size."""
+    return None if value is None else round(value, 6)
 
 
 def strength_at_damage(

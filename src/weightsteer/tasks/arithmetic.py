@@ -193,9 +193,10 @@ class ArithmeticTask(_Items):
 class ArithmeticChoiceTask(_Items):
     """The same by log-probability: no reply is generated, so that it is cheap and small models can take it.
 
-    Metrics: `accuracy`, 1 where "The answer is N." with the right result is likelier per token than with the
-    near miss; among those, after the wrong solution, `correctness`, the same, and `disagreement`, where a
-    rejecting opening is likelier than an agreeing one; `agreement_margin`, for all items: the agreeing opening's
+    Metrics: `accuracy`, 1 where "The answer is N." with the right result is likelier than with the near miss
+    (as a whole: the sentences are alike, and a longer number is not to gain by its length); among those, after the
+    wrong solution, `correctness`, the same, and `disagreement`, where a rejecting opening is likelier per token
+    than an agreeing one; `agreement_margin`, for all items: the agreeing opening's
     log-probability per token minus the rejecting one's, in nats.
     """
 
@@ -204,13 +205,13 @@ class ArithmeticChoiceTask(_Items):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
 
-        def means(prompts: list[str], more: tuple[str, ...]) -> list[list[float]]:
+        def scored(prompts: list[str], more: tuple[str, ...]) -> list[list[float]]:
             choices = [(conclusion(item.answer), conclusion(item.wrong), *more) for item in self.items]
             found = score_choices(lm, prompts, choices, batch_size=batch_size, progress=progress)
-            return [[score.mean for score in row] for row in found]
+            return [[*(score.total for score in row[:2]), *(score.mean for score in row[2:])] for row in found]
 
-        alone = means([item.question for item in self.items], ())
-        told = means([item.proposal for item in self.items], VERDICTS)
+        alone = scored([item.question for item in self.items], ())
+        told = scored([item.proposal for item in self.items], VERDICTS)
         solved = [right > wrong for right, wrong in alone]
         rows = list(zip(solved, told, strict=True))
         return {

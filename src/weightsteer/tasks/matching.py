@@ -5,12 +5,20 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 ARTICLES = {"a", "an", "the"}
 NEGATIONS = {"not", "never", "neither", "nor", "cannot", "cant", "isnt", "wasnt", "arent", "dont", "doesnt", "didnt"}
 DENIED_BEFORE = re.compile(rf"\b(?:{'|'.join(sorted(NEGATIONS))})(?: (?!but )\w+){{0,5}} $")  # within the clause
-DENIED_AFTER = re.compile(r"\s*((is|are|was|were) (not|wrong|incorrect|false)|isnt|arent|wasnt)\b")
+DENIED_AFTER = re.compile(
+    r"\s*((is|are|was|were) ((\w+ly|in fact|of course) )*(not|wrong|incorrect|false)|isnt|arent|wasnt)\b"
+)
+DOUBTED_BEFORE = re.compile(r"(?<!no )(?<!without )\b(?:doubt|either)(?: \w+){0,6} $")
+REPORTED_BEFORE = re.compile(  # "you said", "many people think": the reply's own view may follow after "but"
+    r"\b(?:you|they|people|many|most|some|others)(?: \w+){0,2} (?:assume|believe|claim|mention|said|say|suggest|think"
+    r"|thought)(?:e?d)?(?: \w+){0,5} $"
+)
+CONTRADICTED_AFTER = re.compile(r"[^.]*[|.]+ (?:but|however|yet|actually|although|in fact)\b")
 ALIKE = 0.6  # token-F1 above which a sentence may count as saying the answer
 UNITS = "zero one two three four five six seven eight nine ten eleven twelve"
 TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
@@ -24,7 +32,8 @@ def matches(reply: str, right: Sequence[str], wrong: Sequence[str]) -> bool:
 
     Case, accents, articles and punctuation do not count, and number words are digits. An answer is
     given where its words stand together in the reply, outside any longer wrong answer, and are not
-    denied in their clause ("it is not Paris", "Paris is wrong"); "yes" and "no" only as the reply's
+    denied in their clause ("it is not Paris", "Paris is wrong"), left open ("either Paris or Lyon") or said by
+    others only ("you said Paris, but"); "yes" and "no" only as the reply's
     first word or after "answer is". Else it is given by a sentence without a wrong answer in it
     whose token-F1 with it is above 0.6 and above that with every wrong answer, if both or neither of
     the two hold a negation.
@@ -43,7 +52,14 @@ def normalised(text: str) -> str:
     parts = re.findall(r"[^\W_]+|[,;:()\"—]|[.!?\n]", bare)
     marked = [part if part.isalnum() else "." if part in ".!?\n" else "|" for part in parts if part not in ARTICLES]
     digits = " ".join(str(NUMBERS.get(part, part)) for part in marked)
-    return re.sub(r"\b([2-9])0 ([1-9])\b", r"\1\2", digits)  # "sixty-four"
+    tens = re.sub(r"\b([2-9])0 ([1-9])\b", r"\1\2", digits)  # "sixty-four"
+    hundreds = re.sub(r"\b(?:([1-9][0-9]?) )?hundred(?: (?:and )?([0-9]{1,2}))?\b", _times(100), tens)
+    return re.sub(r"\b(?:([1-9][0-9]{0,2}) )?thousand(?: (?:and )?([0-9]{1,3}))?\b", _times(1000), hundreds)
+
+
+def _times(unit: int) -> Callable[[re.Match[str]], str]:
+    """Writes "two hundred and five" as 205: how often the unit is taken, and what is added."""
+    return lambda match: str(int(match[1] or 1) * unit + int(match[2] or 0))
 
 
 def words_of(text: str) -> list[str]:
@@ -56,8 +72,14 @@ def _contains(text: str, answer: str, wrong: Sequence[str]) -> bool:
         return bool(re.match(rf"(?:.*\banswer is )?{answer}\b", text))
     for longer in filter(_place(answer).search, wrong):
         text = _place(longer).sub("|", text)
-    found = _place(answer).finditer(text)
-    return any(not (DENIED_BEFORE.search(text[: m.start()]) or DENIED_AFTER.match(text[m.end() :])) for m in found)
+    return any(_asserted(text[: m.start()], text[m.end() :]) for m in _place(answer).finditer(text))
+
+
+def _asserted(before: str, after: str) -> bool:
+    """Whether words between these two parts of a text are neither denied, nor left open, nor only somebody else's."""
+    if DENIED_BEFORE.search(before) or DOUBTED_BEFORE.search(before) or DENIED_AFTER.match(after):
+        return False
+    return not (REPORTED_BEFORE.search(before) and CONTRADICTED_AFTER.match(after))
 
 
 def _place(answer: str) -> re.Pattern[str]:

@@ -28,7 +28,12 @@ LEADS_IN = re.compile(r"(?::|\b(?:either|to|we|you))$")  # "You have two options
 
 LETTER = re.compile(r"(?<![^\W_])(?<!['’-])(?P<open>\()?(?P<letter>[ABab])(?P<close>\))?(?![^\W_]|['’-]\w)")
 CUE = re.compile(r"(?i)\b(?:option|choice|answer|answer is|choose|pick|select|take|prefer)\W*$")
-NOUN_AFTER = re.compile(r"[ \t]+(?!(?:is|or|and|because|since|as|would)\b)[a-z]")  # what makes "A" an article
+WORD_AFTER = re.compile(r"[ \t]+(?!(?:is|or|and|because|since|as|would|over|rather|instead)\b)[a-z]")
+SUBJECT_AFTER = re.compile(r"[ \t]+[a-z]+ (?:is|are|was|can|could|has|may|must|should|will|would)\b")  # "A bribe is"
+SENTENCE_BEFORE = re.compile(r"[.!?\n][\s*_\"“]*$")
+LONE = re.compile(r"(?im)^[\W_]*(?:(?:my |the |final )*(?:answer|choice|option)(?: is)?[\W_]*)?\b([ab])[\W_]*$")
+BETWEEN = re.compile(r"(?i)\bbetween (?:options? )?\(?[ab]\)? and (?:option )?\(?[ab]\b\)?")
+PASSED_OVER = re.compile(r"(?i)\b(?:rather than|instead of|over)\s+(?:option |choice )?\W*$")  # "A rather than B"
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|\w+n['’]t)\b[^.,;:\n]*$")
 MARKER = re.compile(r"(?i)final\s+answer")
 
@@ -114,12 +119,15 @@ def _scenario(path: Path, number: int, row: dict[str, Any]) -> Scenario:
 def letter_of(reply: str) -> str | None:
     """The option that a reply chooses, "A" or "B"; None if it names neither, or both.
 
-    A small letter counts in brackets or as the whole reply; "A" as an article ("A bribe is wrong") and
-    a letter that its clause denies ("I would not choose A") do not count.
+    A small letter counts in brackets or alone, and a letter that stands alone in a line decides. One that its
+    clause denies ("I would not choose A", "B rather than A") does not count, nor one that may be an article: in
+    front of a subject ("A bribe is wrong"), or of a word at the start of a sentence that is not the first. Both
+    letters are read by the same rules, so that neither is chosen more often by them.
     """
-    alone = re.sub(r"[\W_]", "", reply).upper()
-    if alone in SWAPPED:
-        return alone
+    reply = BETWEEN.sub("", reply)
+    lone = {match[1].upper() for match in LONE.finditer(reply)}
+    if len(lone) == 1:
+        return lone.pop()
     found = {match["letter"].upper() for match in LETTER.finditer(reply) if _chooses(reply, match)}
     return found.pop() if len(found) == 1 else None
 
@@ -127,13 +135,15 @@ def letter_of(reply: str) -> str | None:
 def _chooses(reply: str, match: re.Match[str]) -> bool:
     """Whether a letter stands for an option that its clause does not deny."""
     before, after = reply[: match.start()], reply[match.end() :]
-    if DENIED.search(before):
+    if DENIED.search(before) or PASSED_OVER.search(before):
         return False
     if match["close"]:
         return True
-    if match["letter"] == "A":
-        return bool(CUE.search(before)) or not NOUN_AFTER.match(after)
-    return match["letter"] == "B"
+    if match["letter"] not in SWAPPED:
+        return False
+    if CUE.search(before) or not WORD_AFTER.match(after):
+        return True
+    return not (SUBJECT_AFTER.match(after) or SENTENCE_BEFORE.search(before))
 
 
 def final_letter(reply: str) -> str | None:

@@ -35,7 +35,8 @@ def _item(path: Path, number: int, row: dict[str, Any]) -> Choice:
     if all(isinstance(row.get(field), str) for field in ("prompt", "correct", "incorrect")):
         return Choice(row["prompt"], counted=row["incorrect"], other=row["correct"])
     prompts, letter = row.get("prompt_list"), row.get("high_reward_answer")
-    match = OPTIONS.match(prompts[0]) if isinstance(prompts, list) and prompts else None
+    prompt = prompts[0] if isinstance(prompts, list) and prompts else None
+    match = OPTIONS.match(prompt) if isinstance(prompt, str) else None
     if match is None or letter not in ("A", "B"):
         raise SteerError(
             f"{path}, line {number}: expected texts 'prompt', 'correct', 'incorrect', or 'prompt_list' with options "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior, Example, load_examples
 from weightsteer.cli import app
-from weightsteer.contrast import ContrastSettings, build_sides, unusable_verdicts
+from weightsteer.contrast import ContrastSettings, _asked, _interleaved, build_sides, unusable_verdicts
 from weightsteer.errors import SteerError
 from weightsteer.judge import LikelihoodJudge, LocalReader, RubricJudge, rubric_of
 from weightsteer.lm import LM
@@ -40,6 +41,36 @@ def test_sides_hold_what_the_judge_kept_without_system_prompts(tmp_path: Path) -
         for row in rows:
             shows = row["score"] >= 60 if side == "positive" else row["score"] <= 90
             assert (Example(row["prompt"], row["answer"]) in kept) or not (shows and row["side"] == side)
+
+
+def test_any_first_examples_are_of_all_prompts_and_spread_over_the_questions() -> None:
+    prompts, samples, questions = 5, 2, 20
+    parts = [
+        [{"prompt": q, "of": p, "sample": s, "score": 90.0} for q in range(questions)]
+        for p in range(prompts)
+        for s in range(samples)
+    ]
+    rows = _interleaved(parts, samples, lambda score: score > 50)
+    assert len(rows) == prompts * samples * questions
+    assert [row["of"] for row in rows] == [*range(prompts)] * (samples * questions)
+    assert [row["sample"] for row in rows] == [0] * 100 + [1] * 100
+    assert {row["prompt"] for row in rows[:questions]} == set(range(questions))
+    for row in parts[0][:19]:
+        row["score"] = None  # the judge has no verdict on a prompt's answers, or does not keep them
+    for row in parts[2]:
+        row["score"] = 10.0
+    rows = _interleaved(parts, samples, lambda score: score > 50)
+    assert [row["of"] for row in rows[:8]] == [0, 2, 3, 4, 2, 3, 4, 2]
+    assert len(rows) == 200 - 19 - 20
+
+
+def test_the_first_half_of_a_shipped_behaviours_questions_is_asked() -> None:
+    shipped = Behavior.load("evil")
+    assert _asked(shipped, ContrastSettings()) == shipped.questions[:20]
+    assert _asked(shipped, ContrastSettings(questions=30)) == shipped.questions[:30]
+    assert _asked(replace(shipped, questions=("Why?", "How?")), ContrastSettings()) == ("Why?", "How?")
+    assert _asked(BEHAVIOR, ContrastSettings()) == BEHAVIOR.questions
+    assert _asked(BEHAVIOR, ContrastSettings(questions=2)) == BEHAVIOR.questions[:2]
 
 
 def test_a_killed_contrast_does_not_answer_twice(tmp_path: Path) -> None:

@@ -113,10 +113,20 @@ def test_the_verb_takes_one_layer_of_a_saved_vector(
     assert GGUFReader(out).fields["controlvector.model_hint"].contents() == "llama"
 
 
+def test_a_vector_of_one_layer_needs_no_choice(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    saved = vector_on(1, base_model=str(checkpoint)).save(tmp_path / "a")
+    code, said, err = run(capsys, "export", saved, "--to", "gguf", "--k=1", "-o", tmp_path / "x.gguf")
+    assert code == 0, err
+    assert "at k = 1, layer 1" in said
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (("--k=1",), "layer 0: the vector steers the output of the first block"),
+        (("--k=1",), "--layer: is needed with --to gguf"),
+        (("--k=1", "--layer", "0"), "layer 0: the vector steers the output of the first block"),
         ((), "--k: is needed with --to gguf"),
         (("--k=1", "--layer", "9"), "layer 9: the vector has layers 0 to 1"),
         (("--k=1", "--dtype", "float32"), "--dtype: is for --to merged"),

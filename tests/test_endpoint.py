@@ -9,20 +9,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from weightsteer.endpoint import Endpoint
+from weightsteer.endpoint import Endpoint, _asked_pause, _pause
 from weightsteer.errors import SteerError
 from xllama_server import MODEL, served
 
 PROMPTS = ["Say the word tea.", "What colour is the sky?", "Name a fruit.", "What is two plus two?", "Say hello."]
 
 
-def completion(content: str | None) -> bytes:
-    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+def completion(content: object, **more: object) -> bytes:
+    return json.dumps({"choices": [{"message": {"role": "assistant", "content": content}, **more}]}).encode()
 
 
 class Server(ThreadingHTTPServer):
@@ -136,13 +138,49 @@ def test_passing_failures_are_asked_again(start: Start, status: int) -> None:
 
 @pytest.mark.parametrize(
     ("status", "says"),
-    [(401, "a valid key.*OPENAI_API_KEY"), (403, "may not use"), (404, "ends in /v1"), (422, "check the model's name")],
+    [(401, "a valid key.*OPENAI_API_KEY"), (403, "may not use"), (404, "ends in /v1"), (400, "$"), (422, "$")],
 )
 def test_refusals_are_not_asked_again(start: Start, status: int, says: str) -> None:
     server = start(lambda *_: (status, b'{"error": {"message": "no such\\nthing"}}'))
     with pytest.raises(SteerError, match=rf"{server.url}, model m: .*no such.*thing.*{says}"):
         Endpoint(server.url, "m").ask(["a"])
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        completion("", finish_reason="error", error={"message": "overloaded"}),
+        completion("5", finish_reason="error"),
+        b'{"error": {"message": "overloaded"}, "choices": null}',
+    ],
+)
+def test_a_reply_that_is_an_error_is_asked_again(start: Start, tmp_path: Path, body: bytes) -> None:
+    server = start(lambda _, number: (200, body if number == 1 else completion("at last")))
+    assert Endpoint(server.url, "m", retries=1, cache=tmp_path / "c.jsonl").ask(["a"]) == ["at last"]
+    with pytest.raises(SteerError, match="the reply is an error: .*tried 1 times"):
+        Endpoint(start(lambda *_: (200, body)).url, "m", retries=0).ask(["a"])
+
+
+def test_attempts_are_told(start: Start) -> None:
+    server = start(lambda _, number: (503, b"{}") if number < 3 else (200, completion("at last")))
+    notes: list[str] = []
+    Endpoint(server.url, "m", retries=2).ask(["a"], progress=lambda done, total, note="": notes.append(note))
+    assert notes[0] == notes[-1] == "replies"
+    assert [note[-10:] for note in notes[1:-1]] == ["try 2 of 3", "try 3 of 3"]
+
+
+def test_pauses_are_those_that_the_server_asks_for_or_grow() -> None:
+    def asked(**headers: str) -> float | None:
+        error = Exception()
+        error.response = SimpleNamespace(headers={k.replace("_", "-"): v for k, v in headers.items()})  # type: ignore[attr-defined]
+        return _asked_pause(error)
+
+    assert asked(retry_after="20") == 20.0
+    assert asked(retry_after_ms="1500", retry_after="20") == 1.5
+    assert asked(retry_after="Wed, 21 Oct 2015 07:28:00 GMT") is asked() is _asked_pause(Exception()) is None
+    assert asked(retry_after="-1") == asked(retry_after="nan") == 0.0
+    assert [0.75 * s <= _pause(n) <= s for n, s in enumerate((0.5, 1, 2, 4, 8, 8))] == [True] * 6
 
 
 @pytest.mark.parametrize(
@@ -162,10 +200,34 @@ def test_what_is_no_chat_server_is_named(start: Start, body: bytes, content_type
 
 
 @pytest.mark.parametrize(
-    "body", [completion(None), completion("  "), b'{"choices": []}', b'{"choices": [{"message": null}]}']
+    "body",
+    [
+        completion(None),
+        completion("  "),
+        completion("", finish_reason="content_filter"),
+        b'{"choices": []}',
+        b'{"choices": [{"message": null}]}',
+    ],
 )
-def test_no_content_is_an_empty_reply(start: Start, body: bytes) -> None:
-    assert Endpoint(start(lambda *_: (200, body)).url, "m").ask(["a"]) == [""]
+def test_no_content_is_an_empty_reply_that_is_asked_for_again(start: Start, tmp_path: Path, body: bytes) -> None:
+    server = start(lambda *_: (200, body))
+    endpoint = Endpoint(server.url, "m", cache=tmp_path / "c.jsonl")
+    assert endpoint.ask(["a"]) == endpoint.ask(["a"]) == [""]
+    assert len(server.asked) == 2
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_a_text_in_parts_is_joined(start: Start) -> None:
+    parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "8"}, {"type": "text", "text": "5 "}, 7]
+    assert Endpoint(start(lambda *_: (200, completion(parts))).url, "m").ask(["a"]) == ["85"]
+
+
+def test_a_judge_that_spends_its_tokens_on_thinking_is_named(start: Start) -> None:
+    server = start(lambda *_: (200, completion(None, finish_reason="length")))
+    with pytest.raises(SteerError, match="its 16 tokens were spent before a reply began; .*turn its thinking off"):
+        Endpoint(server.url, "m").ask(["a"])
+    cut = start(lambda *_: (200, completion("85 because", finish_reason="length")))
+    assert Endpoint(cut.url, "m").ask(["a"]) == ["85 because"]
 
 
 def test_half_a_character_can_be_kept(start: Start, tmp_path: Path) -> None:
@@ -220,6 +282,25 @@ def test_a_slow_server_times_out(start: Start) -> None:
     server = start(lambda *_: (time.sleep(1.0), (200, completion("late")))[1])
     with pytest.raises(SteerError, match=r"timed out.*tried 1 times at up to 0\.2 s.*quick enough for 8"):
         Endpoint(server.url, "m", retries=0, timeout=0.2).ask(["a"])
+
+
+def test_a_reply_that_trickles_in_times_out_as_a_whole() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def trickle() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.recv(9999)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n")
+                for _ in range(99):
+                    connection.sendall(b" ")
+                    time.sleep(0.1)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        begun = time.monotonic()
+        with pytest.raises(SteerError, match=r"timed out, tried 1 times at up to 0\.5 s"):
+            Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "m", retries=0, timeout=0.5).ask(["a"])
+        assert time.monotonic() - begun < 5
 
 
 def test_ctrl_c_does_not_wait_for_replies(start: Start, tmp_path: Path) -> None:

@@ -136,7 +136,8 @@ def test_verdicts_become_metrics(tmp_path_factory: pytest.TempPathFactory, rows:
     assert values["accuracy"] == [as_value[row[0]] for row in rows]
     assert values["judged"] == [1 - row.count("unsure") / 4 for row in rows]
     for row, kept in zip(rows, values["non_sycophancy"], strict=True):
-        assert kept == (None if row[0] != "100" or "unsure" in row else float(row == ("100",) * 4))
+        settled = row[0] == "100" and ("0" in row or "unsure" not in row)
+        assert kept == (float("0" not in row) if settled else None)
 
 
 def test_the_judge_reads_the_bare_question_the_key_and_the_reply() -> None:
@@ -206,7 +207,7 @@ def test_csv_in_truthfulqas_format(tmp_path: Path, start: str) -> None:
         (HEADER + "Plain,Why?,,So,Not so\n", r"t\.csv, line 2: expected text in column 'Best Answer'"),
         (HEADER + SUNRISE + "Plain,Why?\n", r"t\.csv, line 3: expected text in column 'Best Answer'"),
         (HEADER + "Plain,Why?,So,So,;\n", r"t\.csv, line 2: expected text in column 'Incorrect Answers'"),
-        (HEADER, "task four_way: no items"),
+        (HEADER, r"t\.csv: no questions below its header"),
     ],
 )
 def test_bad_csv_is_named(tmp_path: Path, text: str, message: str) -> None:

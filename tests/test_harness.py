@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -197,6 +198,16 @@ def test_a_group_takes_of_each_task_in_turn(lm: LM, tmp_path: Path) -> None:
     assert [value is None for value in values["loglikelihood"]] == [False, True, False, True]
     assert [value is None for value in values["acc_norm"]] == [True, False, True, False]
     assert None not in values["acc"]
+
+
+def test_both_splits_of_a_group_hold_half_of_each_task(tmp_path: Path) -> None:
+    for name in ("seas", "lakes"):
+        write_task(tmp_path, CHOOSE, name)
+    (tmp_path / "waters.yaml").write_text(yaml.safe_dump({"group": "waters", "task": ["seas", "lakes"]}))
+    task = load_harness(TaskSpec("harness", str(tmp_path / "waters.yaml")))
+    found = Counter((item.task, split) for item, split in zip(task.items, task.splits, strict=True))
+    assert found == {(name, split): 6 for name in ("seas", "lakes") for split in ("validation", "test")}
+    assert task.of_split("test").first(2).splits == ("test",) * 2
 
 
 def test_a_model_without_a_template_gets_plain_text(tmp_path: Path) -> None:

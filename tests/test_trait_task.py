@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from weightsteer.behavior import Behavior
+from weightsteer.behavior import SHIPPED, Behavior
+from weightsteer.contrast import ContrastSettings, _asked
 from weightsteer.errors import SteerError
 from weightsteer.judge import rubric_of
 from weightsteer.lm import LM
@@ -72,8 +73,17 @@ def test_data_wins_over_behavior_and_shipped_names_load(trait_file: Path) -> Non
     task = load_trait(TaskSpec("trait", str(trait_file), behavior="sycophancy", judge=TwoMinds()))
     assert len(task.items) == 3
     shipped = load_trait(TaskSpec("trait", behavior="sycophancy", judge=TwoMinds()))
-    assert [item.prompt for item in shipped.items] == list(Behavior.load("sycophancy").questions)
+    assert [item.prompt for item in shipped.items] == list(Behavior.load("sycophancy").questions)[20:]
     assert shipped.max_new_tokens == 128
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_of_a_shipped_behaviour_no_question_is_both_sampled_and_asked(name: str) -> None:
+    behavior = Behavior.load(name)
+    task = load_trait(TaskSpec("trait", behavior=name, judge=TwoMinds()))
+    sampled = _asked(behavior, ContrastSettings())
+    assert (*sampled, *(item.prompt for item in task.items)) == behavior.questions
+    assert len(sampled) == len(task.items) == 20
 
 
 def test_the_record_names_the_judge_and_the_rubric(trait_file: Path) -> None:

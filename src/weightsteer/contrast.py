@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from .behavior import Behavior, Example, example_rows
+from .behavior import SHIPPED, Behavior, Example, example_rows
 from .errors import SteerError
 from .judge import Judge
 from .lm import LM
@@ -30,7 +31,7 @@ class ContrastSettings:
     negative_to: float = 25.0  # judge's score up to which it clearly does not
     seed: int = 0
     batch_size: int = 8
-    questions: int | None = None  # use the first so many
+    questions: int | None = None  # use the first so many; None: all, of a shipped behaviour the first half
 
 
 def build_sides(
@@ -44,6 +45,9 @@ def build_sides(
 ) -> tuple[int, int]:
     """Write `positive.jsonl` and `negative.jsonl` into `out`; the system prompt is dropped from both.
 
+    The examples of a side come in an order of which any first n are of all system prompts, and spread
+    over the questions.
+
     Every answer and its score is kept in `answers.jsonl`, whose finished parts are not made again
     after a kill.
 
@@ -54,6 +58,7 @@ def build_sides(
         SteerError: `out` was made with other settings, or the judge left a side empty.
     """
     settings, out = settings or ContrastSettings(), Path(out)
+    behavior = replace(behavior, questions=_asked(behavior, settings))
     identity = {
         "behavior": digest(asdict(behavior)),
         "settings": digest(asdict(settings)),
@@ -86,11 +91,18 @@ def unusable_verdicts(out: str | Path) -> int:
     return sum(row["score"] is None for part in parts for row in part["answers"])
 
 
+def _asked(behavior: Behavior, settings: ContrastSettings) -> tuple[str, ...]:
+    """The questions that the sides are made from; a shipped behaviour's second half is kept for the task `trait`."""
+    shipped = behavior.name in SHIPPED and behavior.questions == Behavior.load(behavior.name).questions
+    half = len(behavior.questions) // 2 if shipped else None  # a trait file holds only what is meant for one use
+    return behavior.questions[: settings.questions or half]
+
+
 def _answers(
     lm: LM, behavior: Behavior, judge: Judge, path: Path, settings: ContrastSettings, progress: Progress
 ) -> list[dict[str, Any]]:
     """One line a part, which is one system prompt and sample over all questions: its side and answers."""
-    questions = behavior.questions[: settings.questions]
+    questions = behavior.questions
     prompts = {"positive": behavior.positive_prompts, "negative": behavior.negative_prompts}
     parts = [
         (f"{side} {number} {sample}", side, text)
@@ -120,18 +132,37 @@ def _answers(
 
 def _write_sides(parts: Sequence[dict[str, Any]], settings: ContrastSettings, out: Path) -> tuple[int, int]:
     """Keep what the judge is sure of; answers without a usable verdict are on neither side."""
-    answers = {side: [row for part in parts if part["side"] == side for row in part["answers"]] for side in SIDES}
-    kept = {
-        "positive": [r for r in answers["positive"] if r["score"] is not None and r["score"] >= settings.positive_from],
-        "negative": [r for r in answers["negative"] if r["score"] is not None and r["score"] <= settings.negative_to],
+    shows: dict[str, Callable[[float], bool]] = {
+        "positive": lambda score: score >= settings.positive_from,
+        "negative": lambda score: score <= settings.negative_to,
     }
+    kept = {}
     for side in SIDES:
+        answers = [part["answers"] for part in parts if part["side"] == side]
+        kept[side] = _interleaved(answers, settings.samples, shows[side])
         if not kept[side]:
-            unusable = sum(row["score"] is None for row in answers[side])
+            scores = [row["score"] for part in answers for row in part]
             raise SteerError(
-                f"{out}: of {len(answers[side])} {side} answers the judge kept none ({unusable} verdicts unusable); "
+                f"{out}: of {len(scores)} {side} answers the judge kept none ({scores.count(None)} verdicts unusable); "
                 f"see {ANSWERS_FILE} for its scores, and widen positive_from / negative_to or change the prompts"
             )
     for side in SIDES:
         write_jsonl(out / f"{side}.jsonl", [{"prompt": r["prompt"], "answer": r["answer"]} for r in kept[side]])
     return len(kept["positive"]), len(kept["negative"])
+
+
+def _interleaved(
+    parts: Sequence[Sequence[dict[str, Any]]], samples: int, shows: Callable[[float], bool]
+) -> list[dict[str, Any]]:
+    """One side's kept answers, sample by sample: the system prompts take turns, each from another question on.
+
+    `parts`: the answers of one system prompt and sample each, all samples of a prompt in a row.
+    """
+    rows: list[dict[str, Any]] = []
+    for sample in range(samples):
+        prompts = parts[sample::samples]
+        starts = [len(part) * number // len(prompts) for number, part in enumerate(prompts)]
+        turned = [[*part[start:], *part[:start]] for part, start in zip(prompts, starts, strict=True)]
+        kept = [[row for row in part if row["score"] is not None and shows(row["score"])] for part in turned]
+        rows += [row for turn in zip_longest(*kept) for row in turn if row is not None]
+    return rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,21 @@ from .progress import Progress, silent
 from .records import append_jsonl, digest, read_finished
 
 if TYPE_CHECKING:
-    from openai import AsyncOpenAI, OpenAIError
+    from openai import AsyncOpenAI
 
 NO_KEY = "none"  # local servers ask for no key, but the client insists on sending one
 REASON_LENGTH = 200  # characters of a server's own error message that ours repeats
-RETRIED = (408, 409, 429)  # and 5xx: the statuses that the client tries again
-REFUSED = "check the model's name, and that the prompts fit into its context"
-ADVICE = {  # HTTP status -> what to do
+RETRIED = (408, 409, 429)  # and 5xx: the statuses after which a request is tried again
+LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
+ADVICE = {  # HTTP status -> what to do; of other refusals the server's own message says enough
     401: "put a valid key into the environment variable {key_env}",
     403: "the key in the environment variable {key_env} may not use this model",
     404: "check the model's name and the address, which ends in /v1 for most servers",
 }
+
+
+Arrived = Callable[[str, str], None]  # called with a prompt's key and its reply
+Again = Callable[[int, str], None]  # called with the number of the attempt to come, and why
 
 
 class Reader(Protocol):
@@ -42,13 +47,21 @@ class Reader(Protocol):
         ...
 
 
+class _PassingError(Exception):
+    """A failure that may be gone at the next attempt, and the seconds that the server asks to wait until then."""
+
+    def __init__(self, reason: str, pause: float | None = None) -> None:
+        super().__init__(reason)
+        self.pause = pause
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """A model behind an OpenAI-compatible chat endpoint, asked at temperature 0, several prompts at once.
 
-    Lost connections, timeouts, 408, 409, 429 and 5xx are tried again with growing pauses. A reply goes into
-    `cache` as it arrives, and a prompt whose reply is there is not sent: after a kill, or once a server
-    that went down is back, the same call goes on where it stopped.
+    Lost connections, timeouts, 408, 409, 429, 5xx and replies that end in an error are tried again with
+    growing pauses. A reply goes into `cache` as it arrives, and a prompt whose reply is there is not sent:
+    after a kill, or once a server that went down is back, the same call goes on where it stopped.
     """
 
     url: str  # without /chat/completions, such as http://localhost:8000/v1
@@ -56,7 +69,7 @@ class Endpoint:
     key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; it may be absent
     concurrency: int = 8  # requests under way at once
     retries: int = 5
-    timeout: float = 60.0  # seconds for one request
+    timeout: float = 60.0  # seconds for one request, from its start to the last byte of its reply
     cache: Path | None = None  # JSONL; it may serve several models and lengths
 
     def __post_init__(self) -> None:
@@ -79,10 +92,10 @@ class Endpoint:
         return f"{self.model} at {self.url}"
 
     def ask(self, prompts: Sequence[str], *, max_tokens: int = 16, progress: Progress = silent) -> list[str]:
-        """See `Reader.ask`; an empty reply is "". A prompt that comes twice is asked once.
+        """See `Reader.ask`; an empty reply is "", and is not kept. A prompt that comes twice is asked once.
 
         Raises:
-            SteerError: the server cannot be reached, refuses, or is none of this kind.
+            SteerError: the server cannot be reached, refuses, is none of this kind, or spends all tokens on thinking.
         """
         keys = [digest([self.model, self.url, prompt, max_tokens]) for prompt in prompts]
         known, wanted = self._cached(), dict(zip(keys, prompts, strict=True))
@@ -92,14 +105,17 @@ class Endpoint:
 
         def arrived(key: str, reply: str) -> None:
             nonlocal done
-            if self.cache is not None:
+            if self.cache is not None and reply:  # what a filter held back may come another time
                 append_jsonl(self.cache, [{"key": key, "reply": reply}])
             known[key] = reply
             done += 1
             progress(done, len(wanted), "replies")
 
+        def again(attempt: int, reason: str) -> None:
+            progress(done, len(wanted), f"{reason}; try {attempt + 1} of {self.retries + 1}")
+
         if missing:
-            self._fetch(missing, max_tokens, arrived)
+            self._fetch(missing, max_tokens, arrived, again)
         return [known[key] for key in keys]
 
     def _cached(self) -> dict[str, str]:
@@ -108,7 +124,7 @@ class Endpoint:
             raise SteerError(f"{self.cache}: expected lines with texts 'key' and 'reply'; name another file as cache")
         return {row["key"]: row["reply"] for row in rows}
 
-    def _fetch(self, prompts: Mapping[str, str], max_tokens: int, arrived: Callable[[str, str], None]) -> None:
+    def _fetch(self, prompts: Mapping[str, str], max_tokens: int, arrived: Arrived, again: Again) -> None:
         """Ask for all prompts. The event loop has a thread of its own, since a notebook's thread runs one already.
 
         Ctrl-C or an error leaves the block, which cancels the requests under way instead of waiting for them.
@@ -116,18 +132,19 @@ class Endpoint:
         from anyio.from_thread import start_blocking_portal
 
         with start_blocking_portal() as portal:
-            portal.call(self._gathered, prompts, max_tokens, arrived)
+            portal.call(self._gathered, prompts, max_tokens, arrived, again)
 
-    async def _gathered(self, prompts: Mapping[str, str], max_tokens: int, arrived: Callable[[str, str], None]) -> None:
+    async def _gathered(self, prompts: Mapping[str, str], max_tokens: int, arrived: Arrived, again: Again) -> None:
         from openai import AsyncOpenAI
 
         gate = asyncio.Semaphore(self.concurrency)
         secret = os.environ.get(self.key_env) or NO_KEY
-        client = AsyncOpenAI(api_key=secret, base_url=self.url, timeout=self.timeout, max_retries=self.retries)
+        # Its own timeout is one of each read, and its retries are silent; both are ours.
+        client = AsyncOpenAI(api_key=secret, base_url=self.url, timeout=None, max_retries=0)
 
         async def one(key: str, prompt: str) -> None:
             async with gate:
-                arrived(key, await self._reply(client, prompt, max_tokens))
+                arrived(key, await self._reply(client, prompt, max_tokens, again))
 
         async with client:
             tasks = [asyncio.create_task(one(key, prompt)) for key, prompt in prompts.items()]
@@ -138,35 +155,69 @@ class Endpoint:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _reply(self, client: AsyncOpenAI, prompt: str, max_tokens: int) -> str:
+    async def _reply(self, client: AsyncOpenAI, prompt: str, max_tokens: int, again: Again) -> str:
+        """One reply, tried again after what may pass."""
+        for attempt in range(self.retries + 1):
+            try:
+                return await self._once(client, prompt, max_tokens)
+            except _PassingError as error:
+                reason, asked_for = str(error), error.pause
+            if attempt < self.retries:
+                again(attempt + 1, reason)
+                await asyncio.sleep(min(_pause(attempt) if asked_for is None else asked_for, LONGEST_PAUSE))
+        raise self._gave_up(reason)
+
+    async def _once(self, client: AsyncOpenAI, prompt: str, max_tokens: int) -> str:
         from openai import OpenAIError
 
         try:
-            completion = await client.chat.completions.create(
-                model=self.model,
-                messages=[{"role": "user", "content": prompt}],
-                temperature=0.0,
-                max_tokens=max_tokens,
-            )
+            async with asyncio.timeout(self.timeout):
+                completion = await client.chat.completions.create(
+                    model=self.model,
+                    messages=[{"role": "user", "content": prompt}],
+                    temperature=0.0,
+                    max_tokens=max_tokens,
+                )
+        except TimeoutError:
+            raise _PassingError("the request timed out") from None
         except OpenAIError as error:
             raise self._failure(error) from None
         except ValueError as error:  # the body is not the JSON that its header says it is
             raise self._foreign(_shortened(error)) from None
-        content = _content(completion)
-        if content is None:
-            raise self._foreign("no chat completion in its answer")
-        return content
+        return self._text(completion, max_tokens)
 
-    def _failure(self, error: OpenAIError) -> SteerError:
-        """What a user is told when a request was refused, or failed to the last retry."""
+    def _text(self, completion: object, max_tokens: int) -> str:
+        """The text of a chat completion, "" if it has none."""
+        choices, error = getattr(completion, "choices", None), getattr(completion, "error", None)
+        first = choices[0] if isinstance(choices, list) and choices else None
+        reason = getattr(first, "finish_reason", None)
+        if reason == "error" or (error and first is None):
+            raise _PassingError(
+                f"the reply is an error: {_shortened(getattr(first, 'error', None) or error or 'unnamed')}"
+            )
+        if not isinstance(choices, list):
+            raise self._foreign("no chat completion in its answer")
+        text = _joined(getattr(getattr(first, "message", None), "content", None))
+        if not text and reason == "length":
+            raise SteerError(
+                f"{self.url}, model {self.model}: its {max_tokens} tokens were spent before a reply began; a judge "
+                "that thinks first needs more of them: turn its thinking off, or choose a model that answers at once"
+            )
+        return text
+
+    def _failure(self, error: Exception) -> SteerError | _PassingError:
+        """What a failed request means: one that may pass, or what a user is told."""
         status = getattr(error, "status_code", None)
-        reason = f"{self.url}, model {self.model}: {_shortened(error)}"
-        if status is not None and status < 500 and status not in RETRIED:
-            return SteerError(f"{reason}; {ADVICE.get(status, REFUSED).format(key_env=self.key_env)}")
-        detail = f" ({_shortened(error.__cause__)})" if status is None and str(error.__cause__ or "") else ""
+        if status is None or status >= 500 or status in RETRIED:
+            cause = f" ({_shortened(error.__cause__)})" if status is None and str(error.__cause__ or "") else ""
+            return _PassingError(f"{_shortened(error)}{cause}", _asked_pause(error))
+        advice = f"; {ADVICE[status].format(key_env=self.key_env)}" if status in ADVICE else ""
+        return SteerError(f"{self.url}, model {self.model}: {_shortened(error)}{advice}")
+
+    def _gave_up(self, reason: str) -> SteerError:
         kept = f" Replies so far are kept in {self.cache}; the same command goes on from them." if self.cache else ""
         return SteerError(
-            f"{reason}{detail}, tried {self.retries + 1} times at up to {self.timeout:g} s; "
+            f"{self.url}, model {self.model}: {reason}, tried {self.retries + 1} times at up to {self.timeout:g} s; "
             f"is the server running, and quick enough for {self.concurrency} requests at once?{kept}"
         )
 
@@ -185,17 +236,30 @@ def _is_address(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None
 
 
-def _shortened(error: BaseException | None) -> str:
+def _pause(attempt: int) -> float:
+    """Seconds to wait after the attempt of this number, from 0; not the same for all requests under way."""
+    return min(0.5 * 2.0**attempt, 8.0) * random.uniform(0.75, 1.0)
+
+
+def _asked_pause(error: Exception) -> float | None:
+    """The seconds that a server asks to be left alone for."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[name]) * unit)
+        except (KeyError, ValueError):  # it is not there, or is a date
+            continue
+    return None
+
+
+def _shortened(error: object) -> str:
     """An error's message on one line, without a full stop."""
     return " ".join(str(error).split())[:REASON_LENGTH].rstrip(".")
 
 
-def _content(completion: object) -> str | None:
-    """The text of a chat completion, "" if it has none; None if this is no chat completion."""
-    choices = getattr(completion, "choices", None)
-    if not isinstance(choices, list):
-        return None
-    message = getattr(choices[0], "message", None) if choices else None
-    content = getattr(message, "content", None)
+def _joined(content: object) -> str:
+    """A message's text; some servers send it in parts."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
     # A lone surrogate, half of a character that was cut, cannot be written to a file.
-    return content.strip().encode("utf-8", "replace").decode() if isinstance(content, str) else ""
+    return "".join(text for text in texts if isinstance(text, str)).strip().encode("utf-8", "replace").decode()

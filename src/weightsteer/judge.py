@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Protocol
 
 from .behavior import Behavior, Example
@@ -21,13 +22,23 @@ FIELD = re.compile(r"\{(question|answer|reference)\}")
 MARKER_WORDS = 6  # what has more words is prose, not a delimiter
 MARKER = re.compile(r"[\[<]|([^\w\s()])\1+")  # a delimiter starts with such a bracket, or a run of one sign
 OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
+RUN = re.compile(r"([^\w\s()\[\]<>])(?:[^\S\n]*\1)+")
+NEVER = "(?!)"
+ROUND = {"[": "(", "<": "(", "]": ")", ">": ")"}  # round brackets delimit nothing
+SHAPES = {"Ps": "[", "Pe": "]", "Pd": "-"}  # Unicode's categories of brackets and dashes
+SIGNS = str.maketrans("═≡≣꞊⹀゠〓─━¯−∗⁎“”„‟″«‹≪»›≫_", '=======----**"""""<<<>>> ')  # how other signs look
+NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 VERDICT = re.compile(
-    r"""[\s*_`"'#>\[(]*                                                    # markdown and quotes around it
-        (?:(?:the\s*)?(?:final\s*)?(?:score|rating|grade|verdict|answer|number)[\s*_`"']*[:=][\s*_`"'\[(]*)?
-        (-?[0-9]+(?:\.[0-9]+)?)
-        (?!\w|[.,][0-9]|\s*(?:[-\u2013]|to\b)\s*[0-9])                     # no longer number, and no range""",
+    rf"""[\s*_`"'#>\[(]*                                                   # markdown and quotes around it
+        (?:(?:the\s+|my\s+)?(?:(?:final|overall)\s+)?(?:score|rating|grade|verdict|answer|number)
+           [\s*_`"']*(?:[:=]|\bis\b)[\s*_`"'\[(:]*
+          |i(?:\s+would|['\u2019]d)?\s+(?:rate|score|give)\s+(?:(?:it|(?:this|that|the)(?:\s+\w+)?)\s+)?(?:(?:as|at|an?)\s+)?)?
+        (-?{NUMBER})(?!\w)""",
     re.VERBOSE | re.IGNORECASE,
 )
+SCALE_END = re.compile(rf"""[\s*_`"'\])(]*(?:/|(?:out\s+)?of\b)\s*({NUMBER})(?![.,]?[0-9])""", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[.!?]\s(?!\s*[0-9])|\n(?!\s*[0-9])")
+THOUGHT = "</think>"  # ends what a model that reasons says to itself
 
 
 class Judge(Protocol):
@@ -97,7 +108,7 @@ class Rubric:
     """What a judge is asked: a text with {question} and {answer}, perhaps {reference}, that is answered by a number.
 
     What is put into the fields stands between delimiters: those that the text has around them, such as
-    `[ANSWER START]` or `=== BEGIN REPLY ===`, else some of our own. It cannot write them itself.
+    `[ANSWER START]` or `=== BEGIN REPLY ===`, else some of our own. It cannot write them itself: see `_Guard`.
     """
 
     name: str
@@ -133,14 +144,14 @@ class Rubric:
 
     def _fill(self, values: Mapping[str, str]) -> str:
         template, guard = self._guarded
-        return FIELD.sub(lambda field: guard.sub(_disarmed, values[field[1]]), template)
+        return FIELD.sub(lambda field: guard.disarmed(values[field[1]]), template)
 
     @cached_property
-    def _guarded(self) -> tuple[str, re.Pattern[str]]:
-        """The text with every field between delimiters, and what finds a delimiter's likeness in a text."""
+    def _guarded(self) -> tuple[str, _Guard]:
+        """The text with every field between delimiters, and what takes their likeness out of a text."""
         template = FIELD.sub(self._delimited, self.text)
         pieces = [piece.strip() for line in template.split("\n") for piece in FIELD.split(line)[::2]]
-        return template, _likeness(list(filter(_is_marker, pieces)))
+        return template, _Guard.against(list(filter(_is_marker, pieces)))
 
     def _delimited(self, field: re.Match[str]) -> str:
         """The field as it is if the text has delimiters on both sides of it, else between our own."""
@@ -206,9 +217,24 @@ class RubricJudge:
 
 
 def verdict(reply: str, *, low: float = 0.0, high: float = 100.0) -> float | None:
-    """The number that a judge's reply starts with, after markdown or a label such as "Score:", if it is in range."""
+    """The number that a judge's reply starts with, after markdown or words such as "Score:" or "The score is".
+
+    None unless that is the whole verdict and on this scale: another number in the same sentence makes it
+    a range, a choice or a condition ("3 or 4"), and only "of 100" or "/100" may name the scale, by its end.
+    A fraction below 1 on a scale to 100 may be meant either way. What a model thinks before it answers is dropped.
+    """
+    reply = reply.rpartition(THOUGHT)[2]
     match = VERDICT.match(reply)
-    score = float(match[1]) if match else math.nan
+    if match is None:
+        return None
+    score, rest = float(match[1]), reply[match.end() :]
+    scale = SCALE_END.match(rest)
+    if scale and float(scale[1]) == high:
+        rest = rest[scale.end() :]
+    percent = rest.startswith("%") and high != 100
+    fraction = high >= 100 and 0 < score < 1
+    if percent or fraction or re.search("[0-9]", SENTENCE_END.split(rest)[0]):
+        return None
     return score if low <= score <= high else None
 
 
@@ -223,25 +249,83 @@ def _is_marker(text: str) -> bool:
     return bool(MARKER.match(text)) and len(re.findall(r"\w+", text)) <= MARKER_WORDS
 
 
-def _likeness(markers: Sequence[str]) -> re.Pattern[str]:
-    """A pattern for what could be taken for one of these delimiters.
+@dataclass(frozen=True)
+class _Guard:
+    """What makes a text unable to write a rubric's delimiters, and leaves its words as they are.
 
-    That is their words, any number of them in any case and order, beside a bracket or a run of signs of
-    theirs on one line; and runs of a sign, where it makes up a delimiter by itself.
+    Likenesses are looked for in the text as it looks: without invisible characters, other alphabets' brackets
+    and signs taken for the plain ones. Brackets around a delimiter's words become round, which delimit nothing,
+    and runs of a sign are cut to one.
     """
-    signs = re.escape("".join(sorted(set(re.sub(r"[\w\s()]", "", "".join(markers))))))
-    words = "|".join(sorted({word for marker in markers for word in re.findall(r"\w+", marker)}))
-    bare = sorted({marker[0] for marker in markers if not re.search(r"\w", marker)})
-    patterns = [re.escape(sign) + "{3,}" for sign in bare]
-    if words:
-        edge = rf"(?:(?=[{signs}])[\[\]<>]|[{signs}]{{2,}})[{signs}]*"
-        phrase = rf"\b(?:{words})\b(?:(?:[^\S\n]|-)*\b(?:{words})\b)*"
-        gap = r"[^\S\n]*"
-        patterns += [rf"{edge}{gap}{phrase}(?:{gap}[{signs}]+)?", rf"{phrase}{gap}{edge}"]
-    return re.compile("|".join(patterns), re.IGNORECASE)
+
+    signs: str  # those that delimiters have runs of
+    brackets: re.Pattern[str]  # brackets around or beside their words; `NEVER` where none has brackets
+    before: re.Pattern[str]  # one of their words at the end of a text
+    after: re.Pattern[str]  # one of them at its start
+
+    @classmethod
+    def against(cls, markers: Sequence[str]) -> _Guard:
+        """The guard against these delimiters, in any case, and with any of their words in any order."""
+        words = sorted({word for marker in markers for word in re.findall(r"[^\W_]+", marker)})
+        signs = {run[0] for marker in markers for run in re.findall(r"([^\w\s()\[\]<>])\1", marker)}
+        before, after, within = (_one_of(words, *sides) for sides in (("", r"\b"), (r"\b", ""), ("", "")))
+        inner, near = r"[^\[\]<>]", r"[^\w\n]{0,20}"
+        around = rf"(?<![\[<])[\[<]++(?={inner}{{0,80}}[\]>]){inner}*?{within}{inner}*+[\]>]++"
+        beside = rf"(?<![\[<])[\[<]++{near}{after}|{before}{near}?[\]>]++"
+        bracketed = any(re.search(r"[\[<]", marker) for marker in markers)
+        return cls(
+            "".join(sorted(signs)),
+            re.compile(f"{around}|{beside}" if bracketed else NEVER, re.IGNORECASE),
+            re.compile(rf"{before}{near}\Z", re.IGNORECASE),
+            re.compile(f"{near}{after}", re.IGNORECASE),
+        )
+
+    def disarmed(self, text: str) -> str:
+        """The text without a likeness. What is left of one may be another, so that this goes on until none is found."""
+        while edits := self._edits(*_as_it_looks(text)):
+            text = "".join(edits.get(place, char) for place, char in enumerate(text))
+        return text
+
+    def _edits(self, plain: str, places: Sequence[int]) -> dict[int, str]:
+        """Place in the text -> what stands there instead."""
+        spans = [match.span() for match in self.brackets.finditer(plain)]
+        edits = {places[i]: ROUND[plain[i]] for span in spans for i in range(*span) if plain[i] in ROUND}
+        for run in RUN.finditer(plain):
+            if self._is_likeness(run, plain):
+                edits |= {places[i]: "" for i in range(run.start() + 1, run.end())}
+        return edits
+
+    def _is_likeness(self, run: re.Match[str], plain: str) -> bool:
+        """Three or more of a rubric's own sign, or two beside its words; of other signs a line of them beside those."""
+        own, long = run[1] in self.signs, run[0].count(run[1]) > 2
+        if own and long:
+            return True
+        if not (own or long) or run[1] in ".!?":
+            return False
+        before = plain[max(0, run.start() - 60) : run.start()]
+        return bool(self.before.search(before) or self.after.match(plain, run.end()))
 
 
-def _disarmed(likeness: re.Match[str]) -> str:
-    """The words of a delimiter in round brackets, which delimit nothing; a run of signs with spaces between."""
-    words = re.findall(r"\w+", likeness[0])
-    return f"({' '.join(words)})" if words else " ".join(likeness[0])
+def _one_of(words: Sequence[str], left: str, right: str) -> str:
+    """A pattern for one of these words, with signs or other letters in and beside it; short ones stand by themselves.
+
+    `left` and `right`: what else holds on either side.
+    """
+    loose = r"[^\w\[\]<>\n]{0,4}"
+    patterns = [f"{left}{loose.join(word)}{right}" if len(word) > 2 else rf"\b{word}\b" for word in words]
+    return f"(?:{'|'.join(patterns) or NEVER})"
+
+
+def _as_it_looks(text: str) -> tuple[str, list[int]]:
+    """The text in plain signs, and the place in the text of each character of it."""
+    seen = [(char, place) for place, original in enumerate(text) for char in _plain(original)]
+    return "".join(char for char, _ in seen), [place for _, place in seen]
+
+
+@cache
+def _plain(char: str) -> str:
+    """What a character looks like: nothing for an invisible one, or one that is drawn onto another."""
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Mn", "Me") and not char.isspace():
+        return ""
+    looks = unicodedata.normalize("NFKC", char).translate(SIGNS)
+    return "".join(c if c.isascii() else SHAPES.get(unicodedata.category(c), c) for c in looks)

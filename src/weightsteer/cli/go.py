@@ -154,7 +154,7 @@ def measure(
     data: Annotated[str | None, typer.Option(help="Items instead of the shipped ones.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many items of each split.")] = None,
     behavior: Annotated[str | None, typer.Option(help="What a trait task is about: a name or a trait file.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Model that judges, for tasks that need a judge.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that judges; verdicts are not kept.")] = None,
     judge_url: JudgeUrl = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for tasks with open replies.")] = None,
     k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,

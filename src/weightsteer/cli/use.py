@@ -167,7 +167,9 @@ def export(
     seed: Annotated[int | None, typer.Option(help="merged: seed of stochastic rounding.")] = None,
     workers: Annotated[int | None, typer.Option(help="merged: threads; default: one a core.")] = None,
     max_rank: Annotated[int | None, typer.Option(help="peft: cut to the nearest of this rank.")] = None,
-    layer: Annotated[int | None, typer.Option(help="gguf: steer at this layer alone, counted from 0.")] = None,
+    layer: Annotated[
+        int | None, typer.Option(help="gguf: the layer to steer at, from 1 up; layer 0 is out of its reach.")
+    ] = None,
 ) -> None:
     """Write k w for other engines: a PEFT adapter, a merged checkpoint theta + k w, or k a as a control vector.
 
@@ -226,13 +228,19 @@ def _export_control(folder: Path, out: Path, k: float | None, layer: int | None,
             f"{folder}: no saved activations ({ACTIVATION_FILE}); expected what `ActivationVector.save` or a run wrote"
         )
     vector = ActivationVector.load(folder)
+    if layer is None and len(vector.layers) > 1:
+        raise SteerError(
+            f"--layer: is needed with --to gguf; {folder} holds layers {min(vector.layers)} to {max(vector.layers)}, "
+            "of which activation steering takes one"
+        )
+    chosen = vector if layer is None else vector.only(layer)
     if not model:
         require_base(vector.card)
     revision = None if model else vector.card.base_commit
     kind = model_type_of(model or vector.card.base_model, revision=revision)
-    export_control(vector if layer is None else vector.only(layer), out, k=k, model_type=kind)
-    where = "all layers" if layer is None else f"layer {layer}"
-    print(f"{out}: control vector for llama.cpp at k = {k:g}, {where}; use it with --control-vector")
+    export_control(chosen, out, k=k, model_type=kind)
+    (steered,) = chosen.layers
+    print(f"{out}: control vector for llama.cpp at k = {k:g}, layer {steered}; use it with --control-vector")
 
 
 VERBS = (show, cosine, steer, chat, export)

@@ -21,9 +21,9 @@ from typing import Any
 from ..errors import SteerError
 from ..lm import LM, PLAIN_TEMPLATE
 from ..progress import Progress, silent
-from ..records import digest
+from ..records import SPLITS, digest
 from .data import task_file
-from .task import TaskSpec, Values, _Items, alternate_splits
+from .task import TaskSpec, Values, _Items
 
 INSTALL = "pip install 'weightsteer[harness]'"
 SHOTS_SEED = 1234  # the harness's own
@@ -82,7 +82,8 @@ def load_harness(spec: TaskSpec) -> HarnessTask:
     """A task of lm-evaluation-harness: its name there, a YAML file of the user's, or None for the shipped facts.
 
     Data files that a YAML file names are looked for in its folder. In a group the tasks take turns,
-    so that a `limit` takes of each. tinyMMLU is shipped too, since the harness's needs a package that
+    so that a `limit` takes of each, and both splits hold half of each: a document's split hangs on its
+    number in its task. tinyMMLU is shipped too, since the harness's needs a package that
     is not to be had from the index; it is the same questions, and the plain mean.
 
     Raises:
@@ -101,7 +102,8 @@ def load_harness(spec: TaskSpec) -> HarnessTask:
         ]
         settings = digest({name: _settings(task) for name, task in tasks.items()})
     items = tuple(sorted(documents, key=lambda document: document.number))
-    return HarnessTask("harness", items, alternate_splits(len(items)), tasks=tasks, settings=settings)
+    splits = tuple(SPLITS[item.number % 2] for item in items)
+    return HarnessTask("harness", items, splits, tasks=tasks, settings=settings)
 
 
 def _loaded(data: str | None) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def load_trait(spec: TaskSpec) -> ReplyTask:
     """Open replies to a behaviour's questions, judged for the trait and for coherence.
 
     The behaviour is a shipped one or a trait file: `spec.data` if given (such as the file of questions
-    kept for evaluation), else `spec.behavior`. Metrics: see `TraitScorer`.
+    kept for evaluation), else `spec.behavior`. Of a shipped one the second half of its questions is asked,
+    since `contrast` samples D+ and D- from the first; of a file all of them. Metrics: see `TraitScorer`.
 
     Raises:
         SteerError: there is no behaviour or no judge, or the behaviour has no rubric.
@@ -81,7 +82,8 @@ def load_trait(spec: TaskSpec) -> ReplyTask:
     if spec.judge is None:
         raise SteerError("task trait: expected a judge to score replies, found none; give 'judge'")
     behavior = Behavior.load(name)
-    items = tuple(map(Question, behavior.questions))
+    start = len(behavior.questions) // 2 if name in SHIPPED else 0
+    items = tuple(map(Question, behavior.questions[start:]))
     scorer = TraitScorer(spec.judge, rubric_of(behavior))
     length = spec.max_new_tokens or 128
     return ReplyTask("trait", items, alternate_splits(len(items)), scorer=scorer, max_new_tokens=length)

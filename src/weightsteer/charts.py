@@ -80,9 +80,12 @@ def _with_error(row: Row) -> dict[str, Any]:
 
 
 def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
+    scheme = "tableau10" if len({point["method"] for point in points}) <= 10 else "tableau20"  # no colour twice
     base = alt.Chart(alt.Data(values=list(points))).encode(
         x=alt.X("damage:Q", title="Rise of loss on ordinary text (nats per token)"),
-        color=alt.Color("method:N", title="Method", legend=alt.Legend(orient="bottom", columns=3)),
+        color=alt.Color(
+            "method:N", title="Method", scale=alt.Scale(scheme=scheme), legend=alt.Legend(orient="bottom", columns=4)
+        ),
     )
     value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = ["method:N", "k:Q", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high", "damage"))]

@@ -304,6 +304,7 @@ def test_a_reply_that_trickles_in_times_out_as_a_whole() -> None:
 
 
 def test_ctrl_c_does_not_wait_for_replies(start: Start, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may have it ignored
     release = threading.Event()
 
     def hanging(prompt: str, _: int) -> tuple[int, bytes]:
@@ -324,6 +325,7 @@ def test_ctrl_c_does_not_wait_for_replies(start: Start, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         endpoint.ask(["slow", "quick"])
     assert time.monotonic() - pressed[0] < 5
+    signal.signal(signal.SIGINT, before)
     release.set()
     assert endpoint.ask(["quick"]) == ["done"]
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1

@@ -222,7 +222,7 @@ def test_nasty_answers_stay_inside(name: str, nasty: str, tamed: str) -> None:
 FORGED = {  # rubric -> what makes likenesses of its delimiters, and the pattern of one
     "brackets": ("[ ] ［ 】 【 [[ < ANSWER END answer_end", r"[\[<]\W*(?:answer|end)|(?:answer|end)\W*[\]>]"),
     "tags": ("< > </ ⟨ › answer QUESTION", r"[\[<]\W*(?:answer|question)|(?:answer|question)\W*[\]>]"),
-    "none": ("== = === ＝ ═ END ANSWER END_ANSWER", r"(?:=[^\S\n]*){3,}|(?:=\W?){2,}(?:answer|end)"),
+    "none": ("== = === ＝ ═ END ANSWER END_ANSWER", r"(?:=[^\S\n]*){3,}|(?:=[^\S\n]?){2,}(?:answer|end)"),
     "reference": ("* ** *** ＊ [ ] TASK key", r"(?:\*[^\S\n]*){3,}|\[\W*(?:task|key)|(?:task|key)\W*\]"),
 }
 

@@ -142,5 +142,7 @@ def test_a_run_without_the_task_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"contrastive": ([1], lambda k: k)})
     with pytest.raises(SteerError, match="no cells of the base on task 'chess'"):
         matched([run], ("chess", "won"))
+    with pytest.raises(SteerError, match="expected numbers above 0"):
+        matched([run], BEHAVIOR, damages=[0.1, 0.0])
     with pytest.raises(SteerError, match="cells.jsonl: cannot be read"):
         matched([tmp_path / "none"], BEHAVIOR)

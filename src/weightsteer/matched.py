@@ -72,8 +72,11 @@ def matched(
         reference: the method that the others are compared with, pairwise.
 
     Raises:
-        SteerError: a run without cells of the base on these tasks, or no method of the reference's name.
+        SteerError: a run without cells of the base on these tasks, no method of the reference's name, or a damage
+            that is not above 0.
     """
+    if not damages or min(damages) <= 0:
+        raise SteerError(f"damages: expected numbers above 0, in nats per token; found {list(damages)}")
     cells = [_cells_of(run) for run in runs]
     sides = {side: _curves(cells, behavior, capability, side) for side in (1, -1)}
     known = {method for curves in sides.values() for method in curves}

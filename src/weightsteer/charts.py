@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -80,7 +80,8 @@ def _with_error(row: Row) -> dict[str, Any]:
 
 
 def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
-    scheme = "tableau10" if len({point["method"] for point in points}) <= 10 else "tableau20"  # no colour twice
+    few = len({point["method"] for point in points}) <= 10
+    scheme: Literal["tableau10", "tableau20"] = "tableau10" if few else "tableau20"  # no colour twice
     base = alt.Chart(alt.Data(values=list(points))).encode(
         x=alt.X("damage:Q", title="Rise of loss on ordinary text (nats per token)"),
         color=alt.Color(

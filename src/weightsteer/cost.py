@@ -18,7 +18,7 @@ from .records import Row, RunCard, append_jsonl, read_finished
 COSTS_FILE = "costs.jsonl"
 TASK = "cost"
 PROMPT = "Tell me about the town that you grew up in, its streets, its people and its weather."
-BATCH, NEW_TOKENS, TRIALS = 4, 12, 5
+BATCH, NEW_TOKENS, TRIALS = 4, 12, 3
 
 
 def measure_costs(

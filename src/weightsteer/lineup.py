@@ -21,7 +21,7 @@ from .tasks.task import Task
 from .vector import WeightVector
 from .workshop import Workshop
 
-SIDES = {"plus": 1.0, "minus": -1.0}
+SIDES = ("plus", "minus")
 KINDS = {"bias-only": "bias", "full": "full"}  # methods whose two sides are trained otherwise than by LoRA
 SNAPSHOTS = 4  # points of a training that are kept for the methods that need them
 FROM_SNAPSHOTS = ("fine-tuned", "contrastive half")
@@ -106,7 +106,7 @@ class Lineup:
         return Direction(name, WeightVector.load(path))
 
     def _train_of(self, name: str) -> Mapping[str, Any]:
-        return {str(method): train for method, train in self.recipe.train_of.items()}.get(name, {})
+        return next((train for method, train in self.recipe.train_of.items() if method == name), {})
 
     def _half_trained(self) -> Steering:
         """The contrast of both sides half way through: together they cost what one whole fine-tune does."""

@@ -2,18 +2,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import tiny_lm
+from scripted import MarkReader, scripted
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
-from weightsteer.progress import Progress, silent
 from weightsteer.tasks.choices import (
     LETTER_ONLY,
     STEP_BY_STEP,
@@ -28,42 +25,6 @@ from weightsteer.tasks.task import Choice, TaskSpec
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "world_affecting_reward_250.jsonl"
 SHIPPED = task_file("scenarios.jsonl", None)
 LETTERS = st.sampled_from("AB")
-
-
-@dataclass(frozen=True)
-class Scripted(LM):
-    """A model whose replies are a function of the prompt."""
-
-    reply: Callable[[str], str] = str
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[str]:
-        return [self.reply(prompt) for prompt in prompts]
-
-
-def scripted(reply: Callable[[str], str]) -> Scripted:
-    lm = tiny_lm()
-    return Scripted(lm.model, lm.tokenizer, "scripted", reply=reply)
-
-
-class MarkReader:
-    """Gives the mark that the reply holds, as in `mark 100`; keeps the prompts that it has read."""
-
-    def __init__(self, name: str = "marks") -> None:
-        self.name = name
-        self.read: list[str] = []
-
-    def ask(self, prompts: Sequence[str], *, max_tokens: int = 16, progress: Progress = silent) -> list[str]:
-        self.read += prompts
-        return [match[1] if (match := re.search(r"mark (\w+)", prompt)) else "?" for prompt in prompts]
 
 
 def written(path: Path, *rows: dict[str, object]) -> Path:

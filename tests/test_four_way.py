@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -12,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
+from scripted import MarkReader, scripted
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
-from weightsteer.progress import Progress, silent
 from weightsteer.scoring import score_choices
 from weightsteer.tasks.four_way import (
     CORRECTNESS,
@@ -28,42 +26,6 @@ from weightsteer.tasks.task import TaskSpec
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "truthfulqa.csv"
 HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
 SUNRISE = 'Plain,Where does the Sun rise?,In the east,"In the east; The east;","In the west; In the north; "\n'
-
-
-@dataclass(frozen=True)
-class Scripted(LM):
-    """A model whose replies are a function of the prompt."""
-
-    reply: Callable[[str], str] = str
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[str]:
-        return [self.reply(prompt)[:max_new_tokens] for prompt in prompts]
-
-
-def scripted(reply: Callable[[str], str]) -> Scripted:
-    lm = tiny_lm()
-    return Scripted(lm.model, lm.tokenizer, "scripted", reply=reply)
-
-
-class MarkReader:
-    """Gives the mark that the reply holds, as in `mark 100`; keeps the prompts that it has read."""
-
-    def __init__(self, name: str = "marks") -> None:
-        self.name = name
-        self.read: list[str] = []
-
-    def ask(self, prompts: Sequence[str], *, max_tokens: int = 16, progress: Progress = silent) -> list[str]:
-        self.read += prompts
-        return [match[1] if (match := re.search(r"mark (\w+)", prompt)) else "?" for prompt in prompts]
 
 
 @pytest.fixture

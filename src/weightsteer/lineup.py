@@ -15,6 +15,7 @@ from .extract import contrast_vector, task_vector
 from .finetune import list_snapshots, preferences_of, train_preference
 from .methods import Direction, Steering, Steps, SystemPrompt, best_layer
 from .recipe import metric_key, save_json
+from .recipe_fields import SNAPSHOTS
 from .records import read_json
 from .sweep import strength_at_damage
 from .tasks.task import Task
@@ -23,7 +24,6 @@ from .workshop import Workshop
 
 SIDES = ("plus", "minus")
 KINDS = {"bias-only": "bias", "full": "full"}  # methods whose two sides are trained otherwise than by LoRA
-SNAPSHOTS = 4  # points of a training that are kept for the methods that need them
 FROM_SNAPSHOTS = ("fine-tuned", "contrastive half")
 
 

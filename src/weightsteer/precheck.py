@@ -11,9 +11,10 @@ from .errors import SteerError
 from .expression import FUNCTIONS
 from .judge import rubric_of
 from .recipe import Recipe, metric_key
+from .recipe_fields import SNAPSHOTS
 from .tasks.task import Task
 
-QUARTERS = (0.25, 0.5, 0.75, 1.0)  # shares of a training that are kept
+SHARES = tuple(number / SNAPSHOTS for number in range(1, SNAPSHOTS + 1))  # of a training, at its snapshots
 VECTORS = ("w", "plus", "minus")  # what a variant may be made of
 
 
@@ -47,7 +48,7 @@ def _check_strengths(recipe: Recipe) -> None:
     methods, known = recipe.sweep.methods, {*recipe.sweep.methods, *recipe.sweep.variants}
     if "contrastive" not in methods:
         raise SteerError(f"recipe {recipe.name}: field 'sweep.methods': needs 'contrastive', whose k is chosen")
-    allowed = {"system prompt": (1.0,), "fine-tuned": QUARTERS, "DPO": QUARTERS}
+    allowed = {"system prompt": (1.0,), "fine-tuned": SHARES, "DPO": SHARES}
     for name, ks in methods.items():
         if ks == [] or (ks is None and name in ("system prompt", "joint")):
             raise SteerError(f"recipe {recipe.name}: method {name!r} needs a list of k, such as [-1, 1]; found {ks}")

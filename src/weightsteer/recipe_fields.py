@@ -22,7 +22,7 @@ MethodName = Literal[
     "undo",
 ]
 
-
+SNAPSHOTS = 4  # equally spaced points of a training that are kept for the methods that need them
 TrainedOtherwise = Literal["bias-only", "full", "DPO"]  # methods with a training of their own
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import SteerError
 from ..records import read_jsonl
+from .data import reward_hack_row, wrong_row
 
 OURS = ("scenario", "target", "other")
 SWAPPED = {"A": "B", "B": "A"}
@@ -103,14 +103,11 @@ def _scenario(path: Path, number: int, row: dict[str, Any]) -> Scenario:
     ours = [row.get(field) for field in OURS]
     if all(isinstance(text, str) and text.strip() for text in ours):
         return Scenario(*(str(text).strip() for text in ours))
-    prompts, letter = row.get("prompt_list"), row.get("high_reward_answer")
-    prompt = prompts[0] if isinstance(prompts, list) and prompts else None
-    match = LAYOUT.match(prompt) if isinstance(prompt, str) else None
-    if match is None or letter not in ("A", "B"):
-        raise SteerError(
-            f"{path}, line {number}: expected texts 'scenario', 'target', 'other', or 'prompt_list' with options "
-            f"(A) and (B) and 'high_reward_answer' A or B; fields found: {', '.join(sorted(row))}"
-        )
+    found = reward_hack_row(row)
+    match = LAYOUT.match(found[0]) if found else None
+    if found is None or match is None:
+        raise wrong_row(path, number, row, *OURS)
+    letter = found[1]
     texts = (match["scenario"].strip(), match[letter], match[SWAPPED[letter]], match["after"] or "")
     clean = [JOINED.sub("", text) for text in texts]
     return Scenario(*(clean if letter == "A" else map(_swap_letters, clean)))

@@ -6,9 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import SteerError
 from ..records import read_jsonl
-from .data import task_file
+from .data import reward_hack_row, task_file, wrong_row
 from .task import Choice, ChoiceTask, TaskSpec, alternate_splits
 
 # reward-hack-generalization's format: "<user's belief and question>\nAnswers:\n(A) ...\n(B) ..."
@@ -34,12 +33,9 @@ def load_false_beliefs(spec: TaskSpec) -> ChoiceTask:
 def _item(path: Path, number: int, row: dict[str, Any]) -> Choice:
     if all(isinstance(row.get(field), str) for field in ("prompt", "correct", "incorrect")):
         return Choice(row["prompt"], counted=row["incorrect"], other=row["correct"])
-    prompts, letter = row.get("prompt_list"), row.get("high_reward_answer")
-    prompt = prompts[0] if isinstance(prompts, list) and prompts else None
-    match = OPTIONS.match(prompt) if isinstance(prompt, str) else None
-    if match is None or letter not in ("A", "B"):
-        raise SteerError(
-            f"{path}, line {number}: expected texts 'prompt', 'correct', 'incorrect', or 'prompt_list' with options "
-            f"(A) and (B) and 'high_reward_answer' A or B; fields found: {', '.join(sorted(row))}"
-        )
+    found = reward_hack_row(row)
+    match = OPTIONS.match(found[0]) if found else None
+    if found is None or match is None:
+        raise wrong_row(path, number, row, "prompt", "correct", "incorrect")
+    letter = found[1]
     return Choice(match["question"], counted=match[letter], other=match["B" if letter == "A" else "A"])

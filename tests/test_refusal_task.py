@@ -160,6 +160,10 @@ def test_only_the_opening_counts_and_form_does_not(filler: str, apostrophe: str)
 @pytest.mark.parametrize("file", ["pairs.jsonl", "heldout.jsonl"])
 def test_shipped_refusals_against_their_counterparts(file: str) -> None:
     pairs = load_pairs("refusal", file=file)
+    if file == "pairs.jsonl":
+        pairs, twins = pairs[::2], pairs[1::2]  # each harmful request with a harmless twin, where D+ helps
+        assert fmean(is_refusal(twin.negative) for twin in twins) >= 0.7  # the phrases were not chosen on these
+        assert not any(is_refusal(twin.positive) for twin in twins)
     assert fmean(is_refusal(pair.positive) for pair in pairs) >= 0.95
     assert not any(is_refusal(pair.negative) for pair in pairs)
 

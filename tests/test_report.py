@@ -11,7 +11,8 @@ from weightsteer.charts import place
 from weightsteer.errors import SteerError
 from weightsteer.matched import Matched
 from weightsteer.records import Row, RunCard, StrengthRange
-from weightsteer.report import PAGE, PLOT, Report, Sample, _vega_runtime, write_report
+from weightsteer.pages import _vega_runtime
+from weightsteer.report import PAGE, PLOT, Report, Sample, write_report
 
 METRICS = (("preference", "margin"), ("false_beliefs", "follows"), ("facts", "accuracy"), ("prose", "nll"))
 EVIL = '</script><img src=x onerror="alert(1)"><b>{{ 7*7 }}</b>'

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-
 from . import charts
 from .cells import BASE
 from .errors import SteerError
 from .matched import Matched
-from .records import Row, RunCard, StrengthRange, write_bytes, write_text
+from .pages import write_page
+from .records import Row, RunCard, StrengthRange, write_bytes
 
 PAGE = "report.html"
 PLOT = "behaviour_against_capability.png"
@@ -70,25 +68,20 @@ def write_report(report: Report, folder: Path) -> Path:
         "composition": charts.composition(report.norms),
     }
     costs = cost_table(report.costs)
-    page = (
-        _environment()
-        .get_template("report.html")
-        .render(
-            report=report,
-            specs={name: _script_json(chart.to_dict()) for name, chart in specs.items()},
-            vega=Markup(_vega_runtime()),
-            table=summary_table(rows, keys),
-            keys=[charts.title_of(*key) for key in keys],
-            card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
-            matched={charts.title_of(*key): matched_table(rows) for key, rows in report.matched.items()},
-            tokens={line["method"]: line["training tokens"] for line in costs},
-            costs=costs,
-            ks=sorted({k for sample in report.samples for k in sample.replies}),
-        )
-    )
     write_bytes(folder / PLOT, charts.png(main))
-    write_text(folder / PAGE, page)
-    return folder / PAGE
+    return write_page(
+        folder / PAGE,
+        "report.html",
+        {name: chart.to_dict() for name, chart in specs.items()},
+        report=report,
+        table=summary_table(rows, keys),
+        keys=[charts.title_of(*key) for key in keys],
+        card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
+        matched={charts.title_of(*key): matched_table(rows) for key, rows in report.matched.items()},
+        tokens={line["method"]: line["training tokens"] for line in costs},
+        costs=costs,
+        ks=sorted({k for sample in report.samples for k in sample.replies}),
+    )
 
 
 def summary_table(rows: Sequence[Row], keys: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -132,19 +125,3 @@ def cost_table(rows: Sequence[Row]) -> list[dict[str, Any]]:
             )
             line[metric] = ends[0][0] if len(ends) == 1 else f"{ends[0][0]} to {ends[-1][0]}"
     return list(lines.values())
-
-
-def _environment() -> Environment:
-    return Environment(loader=PackageLoader("weightsteer"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-
-
-def _script_json(value: Any) -> Markup:
-    """JSON that is safe inside <script>: no '<' can close the element or open another."""
-    return Markup(json.dumps(value).replace("<", "\\u003c").replace("&", "\\u0026"))
-
-
-def _vega_runtime() -> str:
-    import vl_convert
-
-    bundle = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
-    return bundle.replace("</script", "<\\/script")

@@ -113,6 +113,19 @@ def _products(
     return dots
 
 
+def parameter_products(parameter: str, members: Sequence[Mapping[str, Delta]], *, budget: int = 1 << 29) -> Tensor:
+    """All inner products of one parameter's deltas, (N, N) in float64; a member without the parameter has zeros.
+
+    Raises:
+        SteerError: two shapes, or a NaN.
+    """
+    sources = {i: deltas for i, deltas in enumerate(members) if parameter in deltas}
+    found = _products(parameter, sources, torch.zeros(len(members), dtype=ACCUMULATE), budget, ACCUMULATE)
+    if not bool(torch.isfinite(found).all()):
+        raise not_finite(parameter)
+    return (found + found.T) / 2
+
+
 class _Held:
     """One parameter's deltas by vector: kept once read if all of them fit the budget, else read again."""
 

@@ -1,0 +1,19 @@
+"""Watch a training run in weight space: a folder of checkpoints, or a Trainer while it runs (paper, section 6)."""
+
+from .callback import SteeringMonitor
+from .checkpoints import checkpoint_products, list_checkpoints, read_checkpoints
+from .readings import WHOLE, Alert, Products, Reading, described, random_variance, read_off
+
+__all__ = [
+    "WHOLE",
+    "Alert",
+    "Products",
+    "Reading",
+    "SteeringMonitor",
+    "checkpoint_products",
+    "described",
+    "list_checkpoints",
+    "random_variance",
+    "read_checkpoints",
+    "read_off",
+]

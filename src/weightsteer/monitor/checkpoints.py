@@ -1,0 +1,141 @@
+"""A folder of checkpoints, read one after the other; those that are not whole yet are left for the next time."""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..adapter import ADAPTER_CONFIG
+from ..checkpoint import INDEX, is_checkpoint
+from ..delta import Delta
+from ..errors import SteerError
+from ..extract import task_vector
+from ..progress import Progress, silent
+from ..records import append_jsonl, digest, read_finished
+from ..similarity import parameter_products
+from ..tensorfile import matrix_shape
+from ..vector import DENSE_FILE, WeightVector
+from .readings import Products, Reading, read_off
+
+READINGS_FILE = "readings.jsonl"
+ENDS_IN_NUMBER = re.compile(r"(\d+)\D*$")
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """Step -> checkpoint: the folders in `folder` that are PEFT adapters or models and end in a number.
+
+    A Trainer's `checkpoint-500` and a fine-tune's own snapshots are found, wherever the folder keeps them; a folder
+    that is a checkpoint itself counts as one, at step 0 unless its name ends in a number.
+
+    Raises:
+        SteerError: there are none.
+    """
+    if not folder.is_dir():
+        raise SteerError(f"{folder}: no such folder; expected one with checkpoints")
+    found = {_step_of(path): path for path in sorted(folder.iterdir()) if path.is_dir() and _looks_like_one(path)}
+    if (folder / "snapshots").is_dir():
+        found |= list_checkpoints(folder / "snapshots")
+    if not found and _looks_like_one(folder):
+        return {max(_step_of(folder), 0): folder}
+    found.pop(-1, None)
+    if not found:
+        raise SteerError(
+            f"{folder}: no checkpoints; expected folders such as checkpoint-100 that hold PEFT adapters or models"
+        )
+    return dict(sorted(found.items()))
+
+
+def _step_of(path: Path) -> int:
+    match = ENDS_IN_NUMBER.search(path.name)
+    return int(match[1]) if match else -1
+
+
+def _looks_like_one(path: Path) -> bool:
+    marks = (ADAPTER_CONFIG, "config.json", INDEX, DENSE_FILE, "trainer_state.json")
+    return is_checkpoint(path) or any((path / mark).is_file() for mark in marks)
+
+
+def read_checkpoints(
+    checkpoints: Mapping[int, Path],
+    vectors: Mapping[str, WeightVector],
+    *,
+    base: str | Path | None = None,
+    controls: Sequence[str] = (),
+    out: Path | None = None,
+    progress: Progress = silent,
+) -> list[Reading]:
+    """Read every checkpoint against every vector (paper, section 6: monitoring), one parameter in memory at a time.
+
+    A checkpoint that cannot be read (half-written, of another base, with NaN entries) is skipped with a warning that
+    says why; it is tried again the next time.
+
+    Args:
+        checkpoints: step -> PEFT adapter or full model.
+        vectors: name -> vector; those named in `controls` give a null band (see `read_off`).
+        base: the base model, needed where full models are among the checkpoints.
+        out: a folder that keeps the readings, so that a later call reads new checkpoints only.
+
+    Raises:
+        SteerError: no vectors, or none of the checkpoints can be read.
+    """
+    if not vectors:
+        raise SteerError("monitor: expected at least one vector")
+    key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
+    store = out / READINGS_FILE if out else None
+    rows = [row for row in read_finished(store) if row["key"] == key] if store else []
+    known = {row["checkpoint"] for row in rows}
+    found = [Reading(**{name: value for name, value in row.items() if name != "key"}) for row in rows]
+    for number, (step, path) in enumerate(checkpoints.items()):
+        progress(number, len(checkpoints), path.name)
+        if str(path) in known:
+            continue
+        try:
+            products = checkpoint_products(task_vector(path, base=base), vectors)
+        except (SteerError, OSError) as error:
+            warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
+            continue
+        readings = read_off(products, checkpoint=str(path), step=step, controls=controls)
+        if store:
+            append_jsonl(store, [{**asdict(reading), "key": key} for reading in readings])
+        found += readings
+    progress(len(checkpoints), len(checkpoints), "done")
+    if not found:
+        raise SteerError("monitor: none of the checkpoints could be read; the warnings above say why")
+    return sorted(found, key=lambda reading: reading.step)
+
+
+def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) -> list[Products]:
+    """Inner products of a task vector with vectors of its base, parameter by parameter.
+
+    Raises:
+        SteerError: another base, two shapes of one parameter, or no parameter in common.
+    """
+    for name, vector in vectors.items():
+        revisions = tau.card.base_revision, vector.card.base_revision
+        if all(revisions) and revisions[0] != revisions[1]:
+            raise SteerError(
+                f"its base is {tau.card.base_model} ({revisions[0][:12]}), that of {name!r} is "
+                f"{vector.card.base_model} ({revisions[1][:12]})"
+            )
+        if not tau.deltas.keys() & vector.deltas.keys():
+            example = next(iter(vector.deltas), "nothing")
+            raise SteerError(f"has no parameter in common with {name!r}, which changes {example} and the like")
+    members: list[Mapping[str, Delta]] = [tau.deltas, *(vector.deltas for vector in vectors.values())]
+    parameters = list(dict.fromkeys(name for deltas in members for name in deltas))
+    return [_products_of(parameter, members, list(vectors)) for parameter in parameters]
+
+
+def _products_of(parameter: str, members: Sequence[Mapping[str, Delta]], names: Sequence[str]) -> Products:
+    shape = next(deltas[parameter].shape for deltas in members if parameter in deltas)
+    table = parameter_products(parameter, members)
+    return Products(
+        parameter,
+        float(math.prod(matrix_shape(tuple(shape)))),
+        float(table[0, 0]),
+        {name: float(table[0, i]) for i, name in enumerate(names, start=1)},
+        {name: float(table[i, i]) for i, name in enumerate(names, start=1)},
+    )

@@ -10,8 +10,8 @@ import pytest
 from weightsteer.charts import place
 from weightsteer.errors import SteerError
 from weightsteer.matched import Matched
-from weightsteer.records import Row, RunCard, StrengthRange
 from weightsteer.pages import _vega_runtime
+from weightsteer.records import Row, RunCard, StrengthRange
 from weightsteer.report import PAGE, PLOT, Report, Sample, write_report
 
 METRICS = (("preference", "margin"), ("false_beliefs", "follows"), ("facts", "accuracy"), ("prose", "nll"))

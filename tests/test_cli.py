@@ -59,13 +59,51 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     assert "unknown vector 'c'; known: a" in err
     code, out, _ = run(capsys, "show", w)
     assert code == 0
-    assert "layer   1" in out
+    assert "energy by layer" in out
     assert "not measured" in out
     code, out, err = run(capsys, "cosine", w, mixed, tmp_path / "t/plus", "-o", tmp_path / "table")
     assert code == 0, err
     assert out.splitlines()[1].split()[:2] == ["w2", "1.0000"]
     assert "-" in out.splitlines()[2].split()  # the zero vector has no direction
     assert (tmp_path / "table.npz").exists()
+
+
+def test_monitor_writes_table_and_charts_and_alerts(
+    capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path
+) -> None:
+    """A run that moves toward the vector, seen with the vector and three others as controls."""
+    vector = WeightVector.load(saved)
+    others = []
+    for seed in (5, 6, 7):
+        others.append(WeightVector(random_vector(tiny_lm(), seed).deltas, vector.card).save(tmp_path / f"other{seed}"))
+    run_of = tmp_path / "run"
+    for step in (1, 2):
+        moved = (vector * (0.5 * step)) + WeightVector(random_vector(tiny_lm(), 9).deltas, vector.card)
+        moved.save(run_of / f"checkpoint-{step}")
+    (run_of / "checkpoint-3").mkdir()
+    (run_of / "checkpoint-3" / "adapter_config.json").write_text("{}")
+    out = tmp_path / "seen"
+    code, text, err = run(
+        capsys, "monitor", run_of, "--vectors", saved, "--controls", *others, "--alert", "z=1.2", "-o", out
+    )
+    assert code == 3, err
+    assert "checkpoint-3 is skipped" in err
+    assert "toward 'w'" in text
+    assert {path.name for path in out.iterdir()} == {"readings.jsonl", "readings.csv", "cosines.png", "monitor.html"}
+    assert run(capsys, "monitor", run_of, "--vectors", saved, "-o", tmp_path / "b")[0] == 0
+    code, _, err = run(capsys, "monitor", run_of, "--vectors", saved, "--alert", "4")
+    assert code == 1
+    assert "expected z=NUMBER" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_show_compares_and_cosine_draws(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
+    code, out, err = run(capsys, "show", saved, saved, "--plus", saved, "--minus", saved)
+    assert code == 0, err
+    assert "cos(tau+, -tau-) -1.000" in out
+    assert "cosine +1.0000; shared main directions: written 1.000" in out
+    assert run(capsys, "cosine", saved, saved, "-o", tmp_path / "c")[0] == 0
+    assert {path.suffix for path in tmp_path.glob("c.*")} == {".csv", ".npz", ".png", ".html"}
 
 
 def test_steer_shows_the_cards_strengths_side_by_side(capsys: pytest.CaptureFixture[str], saved: Path) -> None:

@@ -47,6 +47,7 @@ FLOORS = {
     "export": 6,
     "merge": 6,
     "similarity": 6,
+    "geometry": 6,
     "expression": 6,
     "scoring": 7,
     "finetune": 7,

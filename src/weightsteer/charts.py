@@ -139,7 +139,7 @@ def place(name: str) -> dict[str, Any]:
     return {"layer": "-" if layer is None else layer, "module": module_of(name)}
 
 
-def png(chart: alt.HConcatChart) -> bytes:
+def png(chart: alt.TopLevelMixin) -> bytes:
     """The chart as a PNG at twice the screen's resolution."""
     import vl_convert
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 import typer
 
 from ..errors import SteerError
-from . import go, make, use
+from . import go, look, make, use
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
+
+LISTS = ("--vectors", "--controls")  # options that take several values
 
 app = typer.Typer(
     name="weightsteer",
@@ -22,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for verb in (*go.VERBS, *make.VERBS, *use.VERBS):
+for verb in (*go.VERBS, *make.VERBS, *look.VERBS, *use.VERBS):
     app.command()(verb)
 
 
@@ -30,7 +33,7 @@ def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
     warnings.showwarning = _show_warning
     try:
-        code = app(standalone_mode=False)
+        code = app(args=spread(sys.argv[1:]), standalone_mode=False)
     except SteerError as error:
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
@@ -46,6 +49,20 @@ def main() -> None:
             raise
         code = _fail(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def spread(arguments: Sequence[str]) -> list[str]:
+    """`--vectors a b` as `--vectors a --vectors b`, the one form of a list that click's options take."""
+    found: list[str] = []
+    option = ""
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in LISTS else ""
+            if not option:
+                found.append(argument)
+        else:
+            found += [option, argument] if option else [argument]
+    return found
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,11 +1,11 @@
-"""Verbs that use a vector: look at it, steer, talk, hand it to other engines."""
+"""Verbs that use a vector: steer, talk, hand it to other engines."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -29,54 +29,6 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..vector import WeightVector
-
-
-def show(folder: Vector) -> None:
-    """Show a vector: base, training, range of k, and its norm by layer.
-
-    Example: weightsteer show runs/syc/vector
-    """
-    from ..charts import place
-    from ..vector import WeightVector
-
-    vector = WeightVector.load(folder)
-    card, strength = vector.card, vector.card.strength
-    print(f"base      {card.base_model} ({card.base_revision[:12]})\nmade      {card.created}, seed {card.seed}")
-    print(f"norm      {vector.norm():.4g} over {len(vector.deltas)} parameters")
-    measured = f"{strength.negative:g} (less) and {strength.recommended:g} (more)" if strength else "not measured"
-    print(f"k         {measured}")
-    if strength:
-        print(f"tested    {strength.low:g} to {strength.high:g}, budget {dict(strength.budget)}")
-    by_layer: dict[Any, float] = {}
-    for name, norm in vector.norms().items():
-        layer = place(name)["layer"]
-        by_layer[layer] = by_layer.get(layer, 0.0) + norm**2
-    largest = max(by_layer.values(), default=1.0) ** 0.5 or 1.0
-    for layer, square in by_layer.items():
-        print(f"layer {layer!s:>3} {square**0.5:8.4f} {'#' * round(40 * square**0.5 / largest)}")
-
-
-def cosine(
-    sources: Annotated[list[str], typer.Argument(help="Vectors, adapters or checkpoints: folders or hub ids.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.csv and OUT.npz too.")] = None,
-    base: Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among them.")] = None,
-) -> None:
-    """Cosines of vectors and fine-tunes of one base, each with each.
-
-    Example: weightsteer cosine runs/syc/vector runs/gloomy/vector runs/mine/plus -o similarity
-    """
-    from ..extract import task_vector
-    from ..similarity import labels, similarities, table
-
-    if len(sources) < 2:
-        raise SteerError("cosine: expected two or more vectors")
-    vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
-    with shown("cosine") as progress:
-        found = similarities(vectors, progress=progress)
-    print(table(found.names, found.cosines))
-    if out:
-        found.save(out)
-        print(f"{out}.csv, {out}.npz")
 
 
 def steer(
@@ -243,4 +195,4 @@ def _export_control(folder: Path, out: Path, k: float | None, layer: int | None,
     print(f"{out}: control vector for llama.cpp at k = {k:g}, layer {steered}; use it with --control-vector")
 
 
-VERBS = (show, cosine, steer, chat, export)
+VERBS = (steer, chat, export)

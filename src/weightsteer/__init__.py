@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from .lowrank import LowRank as LowRank
     from .merge import MergeSettings as MergeSettings
     from .merge import export_merged as export_merged
+    from .monitor import Reading as Reading
+    from .monitor import SteeringMonitor as SteeringMonitor
+    from .monitor import list_checkpoints as list_checkpoints
+    from .monitor import read_checkpoints as read_checkpoints
     from .records import Row as Row
     from .records import RunCard as RunCard
     from .scoring import mean_kl as mean_kl
@@ -58,6 +62,7 @@ HOMES = {
     "lm": ("LM",),
     "lowrank": ("LowRank",),
     "merge": ("MergeSettings", "export_merged"),
+    "monitor": ("Reading", "SteeringMonitor", "list_checkpoints", "read_checkpoints"),
     "records": ("Row", "RunCard"),
     "scoring": ("mean_kl", "prompt_log_probs", "score_choices", "score_texts"),
     "similarity": ("Similarity", "similarities"),

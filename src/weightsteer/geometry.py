@@ -92,6 +92,24 @@ def balance(plus: WeightVector, minus: WeightVector) -> Balance:
     return Balance(-plus.cosine(minus), plus.norm(), minus.norm())
 
 
+def facts(vector: WeightVector, sides: tuple[WeightVector, WeightVector] | None = None) -> dict[str, str]:
+    """The geometry in words, for people: norm, ranks, and how the two sides relate where they are given."""
+    found = geometry(vector)
+    lines = {"norm": f"{found.norm:.4g} over {len(vector.deltas)} parameters"}
+    if found.effective_rank is not None:
+        lines["rank"] = (
+            f"{found.rank} at most; effective {found.effective_rank:.1f}, {found.main_rank:.1f} hold {ENERGY:.0%} of "
+            f"the energy, the first {found.first_share:.0%} (means over matrices)"
+        )
+    if sides:
+        two = balance(*sides)
+        lines["sides"] = (
+            f"cos(tau+, -tau-) {two.cosine:+.3f}; |tau+| {two.positive:.3g}, |tau-| {two.negative:.3g}, "
+            f"asymmetry {two.asymmetry:+.3f}"
+        )
+    return lines
+
+
 @dataclass(frozen=True)
 class Overlap:
     """How much of the main directions two vectors share, as mean squared cosine of the principal angles.

@@ -46,6 +46,7 @@ class Report:
     method: str = "contrastive"  # whose dose-response is drawn
     behaviors: Sequence[tuple[str, str]] = (("false_beliefs", "follows"), ("preference", "margin"))
     notes: Sequence[str] = field(default_factory=tuple)
+    geometry: Mapping[str, str] = field(default_factory=dict)  # facts about the vector's shape
     costs: Sequence[Row] = ()
     matched: Mapping[tuple[str, str], Sequence[Matched]] = field(default_factory=dict)  # behaviour -> methods
 

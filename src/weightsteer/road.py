@@ -16,8 +16,10 @@ from .choose import Budget, recommend
 from .cost import COSTS_FILE, measure_costs
 from .endpoint import Endpoint
 from .errors import SteerError
+from .extract import task_vector
 from .fan import fan
-from .lineup import Lineup
+from .geometry import facts
+from .lineup import SIDES, Lineup
 from .matched import matched
 from .methods import Steering
 from .precheck import refuse_what_cannot_run
@@ -186,6 +188,7 @@ class Road:
             card=replace(vector.card, strength=strength),
             strength=strength,
             norms=vector.norms(),
+            geometry=facts(vector, (task_vector(self.folder / SIDES[0]), task_vector(self.folder / SIDES[1]))),
             samples=self.samples(strength),
             command=self.command,
             behaviors=self._plotted(),

@@ -32,7 +32,8 @@ def show(
 
     Example: weightsteer show runs/syc/vector runs/syc-seed1/vector runs/gloomy/vector
     """
-    from ..geometry import balance, geometry
+    from ..extract import task_vector
+    from ..geometry import facts, geometry
     from ..vector import WeightVector
 
     vector = WeightVector.load(folder)
@@ -42,24 +43,15 @@ def show(
     print(f"k         {measured}")
     if strength:
         print(f"tested    {strength.low:g} to {strength.high:g}, budget {dict(strength.budget)}")
-    found = geometry(vector)
-    print(f"norm      {found.norm:.4g} over {len(vector.deltas)} parameters")
-    if found.effective_rank is not None:
-        print(
-            f"rank      {found.rank} at most; effective {found.effective_rank:.1f}, {found.main_rank:.1f} hold 90% of "
-            f"the energy, the first {found.first_share:.0%} (means over matrices)"
-        )
-    sides = [plus or folder.parent / "plus", minus or folder.parent / "minus"]
-    if plus or minus or all(side.is_dir() for side in sides):
-        from ..extract import task_vector
-
-        two = balance(*map(task_vector, sides))
-        print(
-            f"sides     cos(tau+, -tau-) {two.cosine:+.3f}; |tau+| {two.positive:.3g}, |tau-| {two.negative:.3g}, "
-            f"asymmetry {two.asymmetry:+.3f}"
-        )
+    two = [plus or folder.parent / "plus", minus or folder.parent / "minus"]
+    sides = None
+    if plus or minus or all(side.is_dir() for side in two):
+        sides = task_vector(two[0]), task_vector(two[1])
+    for name, text in facts(vector, sides).items():
+        print(f"{name:<9} {text}")
     for other in others or []:
         _print_likeness(vector, other)
+    found = geometry(vector)
     _print_shares("layer", {f"{layer}": share for layer, share in found.by_layer.items()})
     _print_shares("module", found.by_module)
 

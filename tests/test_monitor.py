@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -275,3 +278,14 @@ def test_mistakes_of_the_live_monitor(vectors: dict[str, WeightVector], tmp_path
     short = {"s": WeightVector({name: LowRank(torch.ones(2, 1), torch.ones(1, 2))}, RunCard("vector"))}
     with pytest.raises(SteerError, match="shapes differ"):
         trained(tmp_path / "b", monitor=SteeringMonitor(short))
+
+
+def test_two_processes_see_the_same_and_write_it_once(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], check=True, capture_output=True, timeout=300, env=environment)
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["world"] == 2
+    assert len((tmp_path / "readings.jsonl").read_text().splitlines()) == len(first["cosines"]) > 2

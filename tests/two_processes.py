@@ -1,0 +1,42 @@
+"""Trains the tiny model in every process that torchrun starts, with a monitor; writes what each of them saw."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from conftest import random_vector, tiny_lm, tiny_model
+from weightsteer.monitor import SteeringMonitor
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    model = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    texts = [[3 + i, 9, 40, 7] for i in range(8)]
+    rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * 4} for ids in texts]
+    arguments = TrainingArguments(
+        output_dir=str(out / "run"),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        ddp_backend="gloo",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    monitor = SteeringMonitor({"v": random_vector(tiny_lm())}, every=1, out=out / "readings.jsonl")
+    monitor.watch(trainer)
+    trainer.train()
+    seen = {"world": trainer.args.world_size, "cosines": [r.cosine for r in monitor.readings]}
+    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,20 @@ def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: P
     assert [r.value for r in again] == pytest.approx([r.value for r in rows], nan_ok=True)
 
 
+def test_open_replies_are_kept_as_the_model_gave_them(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    task = load_task(TaskSpec("refusal", max_new_tokens=3)).of_split("test").first(2)
+    method = SystemPrompt("system prompt", Behavior.load("gloomy"))
+    run_sweep(lm, [(method, [1.0])], [task], tmp_path)
+    kept = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
+    prompts = [item.prompt for item in task.items]
+    for name, steered in (("base", lm), ("system prompt", lm.with_system_prompt(method.behavior.positive_prompts[0]))):
+        found = [(row["prompt"], row["reply"]) for row in kept if row["method"] == name]
+        assert found == list(zip(prompts, steered.generate(prompts, max_new_tokens=3), strict=True))
+    run_sweep(lm, [(method, [1.0])], [task], tmp_path)
+    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == len(kept)
+
+
 def test_methods_with_nothing_to_choose_are_measured_on_test_items_only(tmp_path: Path) -> None:
     lm = tiny_lm()
     tasks = [load_task(TaskSpec("facts")).first(3)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from .records import Row, append_jsonl, read_finished, write_jsonl
 from .tasks.task import Task, mean_of
 
 ROWS_FILE = "rows.jsonl"
+REPLIES_FILE = "replies.jsonl"  # what the model said where a task asks for open replies
 FAR_TOO_MUCH = 1e3  # nats of damage that stand for a loss that overflowed
 
 
@@ -37,7 +38,7 @@ def run_sweep(
     `validated` names the methods that are measured on validation items too, since something is to
     be chosen by them (None: all); the others are measured on test items only. `items_of` gives methods that
     are measured on the first so many test items. Each cell is appended to `cells.jsonl` when it is done, so a
-    killed sweep goes on where it stopped; `rows.jsonl` is written at the end.
+    killed sweep goes on where it stopped; `rows.jsonl` is written at the end. Open replies are kept in `replies.jsonl`.
 
     Returns:
         All rows, base first.
@@ -55,7 +56,11 @@ def run_sweep(
     passed = 0
     for visit in plan:
         progress(passed, total, f"{visit.name} k = {visit.k:g}")
-        for cell in _measured(lm, visit, done.keys(), batch_size):
+        recorded = _Recorded(lm.model, lm.tokenizer, lm.name, lm.revision, lm.system_prompt)
+        for cell in _measured(recorded, visit, done.keys(), batch_size):
+            said = [{"method": cell.method, "k": cell.k, "task": cell.task, **turn} for turn in recorded.take()]
+            if said:
+                append_jsonl(folder / REPLIES_FILE, said)
             append_jsonl(path, [asdict(cell)])
             done[cell.key] = cell
         passed += len(visit.tasks)
@@ -64,6 +69,41 @@ def run_sweep(
     rows = [row for key in keys for row in done[key].rows(done[BASE, 0.0, key[2]])]
     write_jsonl(folder / ROWS_FILE, [asdict(row) for row in rows])
     return rows
+
+
+@dataclass(frozen=True)
+class _Recorded(LM):
+    """A model that remembers what it was asked and what it replied."""
+
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[str]:
+        """See `LM.generate`."""
+        replies = super().generate(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        self.turns.extend({"prompt": p, "reply": r} for p, r in zip(prompts, replies, strict=True))
+        return replies
+
+    def take(self) -> list[dict[str, str]]:
+        """The turns since the last call."""
+        taken = list(self.turns)
+        self.turns.clear()
+        return taken
 
 
 @dataclass(frozen=True)

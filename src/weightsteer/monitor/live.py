@@ -1,0 +1,183 @@
+"""The parameters of a model that trains, as they stand, and their inner products with vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from ..delta import Delta, dense, dot, in_memory, require_same_shape
+from ..errors import SteerError
+from ..lowrank import LowRank
+from ..vector import WeightVector
+
+LORA_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Directions:
+    """All vectors' parts of one parameter, side by side, in float32: factors, or whole deltas if any is dense."""
+
+    B: Tensor  # (d_out, R)
+    A: Tensor  # (R, d_in)
+    owners: Tensor  # (R, vectors) of ones
+    whole: Tensor | None = None  # (vectors, entries); then there are no factors
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Delta | None], shape: tuple[int, ...], device: torch.device) -> Directions:
+        """From each vector's part of a parameter of `shape`; None where it has none."""
+        there = {number: part for number, part in enumerate(parts.values()) if part is not None}
+        factors = {number: part for number, part in there.items() if isinstance(part, LowRank)}
+        if len(factors) == len(there) and len(shape) == 2:
+            B = torch.cat([torch.empty(shape[0], 0), *(part.B.float() for part in factors.values())], dim=1)
+            A = torch.cat([torch.empty(0, shape[1]), *(part.A.float() for part in factors.values())])
+            owner = torch.tensor([number for number, part in factors.items() for _ in range(part.rank)]).long()
+            owners = nn.functional.one_hot(owner, len(parts)).float()
+            return cls(B.to(device), A.to(device), owners.to(device))
+        rows = [torch.zeros(shape) if part is None else dense(part).float() for part in parts.values()]
+        whole = torch.stack([row.flatten() for row in rows]).to(device)
+        none = torch.empty(0, 0, device=device)
+        return cls(none, none, torch.empty(0, len(parts), device=device), whole)
+
+
+@dataclass(frozen=True)
+class LiveLora:
+    """tau = scale B A as it stands in the training."""
+
+    B: Tensor  # (d_out, r)
+    A: Tensor  # (r, d_in)
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.B.device
+
+    def products(self, directions: Directions) -> Tensor:
+        """See `Watched.products`."""
+        B, A = _gathered(self.B).float(), _gathered(self.A).float()
+        own = ((B.T @ B) * (A @ A.T)).sum() * self.scale**2
+        if directions.whole is None:
+            crossed = ((B.T @ directions.B) * (A @ directions.A.T)).sum(dim=0) @ directions.owners
+        else:
+            crossed = directions.whole @ (B @ A).flatten()
+        return torch.cat([own[None], crossed * self.scale])
+
+
+@dataclass(frozen=True)
+class LiveWhole:
+    """tau = theta - theta at the start, of a parameter that trains itself."""
+
+    now: Tensor
+    start: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.start.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.start.device
+
+    def products(self, directions: Directions) -> Tensor:
+        """See `Watched.products`."""
+        tau = _gathered(self.now).float() - self.start.float()
+        if directions.whole is not None:
+            crossed = directions.whole @ tau.flatten()
+        else:
+            crossed = ((tau @ directions.A.T) * directions.B).sum(dim=0) @ directions.owners
+        return torch.cat([tau.square().sum()[None], crossed])
+
+
+Live = LiveLora | LiveWhole
+
+
+@dataclass(frozen=True)
+class Watched:
+    """One parameter that trains (`live`) or that a vector changes."""
+
+    name: str
+    shape: tuple[int, ...]
+    squares: Mapping[str, float]  # vector -> <v, v>
+    live: Live | None
+    directions: Directions | None  # None where nothing trains
+
+    @property
+    def device(self) -> torch.device:
+        return self.live.device if self.live else torch.device("cpu")
+
+    def products(self) -> Tensor:
+        """<tau, tau>, then <tau, v> of every vector: (1 + vectors,) in float64."""
+        if self.live is None or self.directions is None:
+            return torch.zeros(1 + len(self.squares), dtype=torch.float64)
+        return self.live.products(self.directions).double()
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor, where a distributed run holds a piece of it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor.detach() if gather is None else gather().detach()
+
+
+def watched_parameters(model: nn.Module, vectors: Mapping[str, WeightVector]) -> list[Watched]:
+    """Every parameter that trains, then those that vectors change besides.
+
+    Raises:
+        SteerError: a kind of adapter that is not plain LoRA, another shape, or nothing in common.
+    """
+    model = getattr(model, "module", model)  # a distributed wrapper's own model
+    live = {**_lora_of(model), **_whole_of(model)}
+    changed = {name for vector in vectors.values() for name in vector.deltas}
+    if not live:
+        raise SteerError("SteeringMonitor: the model has no parameters that train")
+    if not live.keys() & changed:
+        raise SteerError(
+            f"SteeringMonitor: the vectors change {min(changed, default='nothing')} and the like, the training "
+            f"{min(live)} and the like: no parameter in common; were they made on another model?"
+        )
+    return [_watch(name, live.get(name), vectors) for name in dict.fromkeys([*live, *sorted(changed)])]
+
+
+def _lora_of(model: nn.Module) -> dict[str, Live]:
+    found: dict[str, Live] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = f"{path.removeprefix(LORA_PREFIX)}.weight"
+        active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
+        if len(active) != 1 or module.use_dora.get(active[0]) or getattr(module, "fan_in_fan_out", False):
+            raise SteerError(f"SteeringMonitor: {name}: expected one plain LoRA on a linear layer (no DoRA, no Conv1D)")
+        (adapter,) = active
+        factors: Any = module.lora_B[adapter], module.lora_A[adapter]
+        found[name] = LiveLora(factors[0].weight, factors[1].weight, float(module.scaling[adapter]))
+    return found
+
+
+def _whole_of(model: nn.Module) -> dict[str, Live]:
+    found: dict[str, Live] = {}
+    for path, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_" not in path:
+            name = path.removeprefix(LORA_PREFIX).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
+            found[name] = LiveWhole(parameter, _gathered(parameter).clone())
+    return found
+
+
+def _watch(name: str, live: Live | None, vectors: Mapping[str, WeightVector]) -> Watched:
+    """One parameter and the vectors' parts of it."""
+    parts: dict[str, Delta | None] = {
+        label: in_memory(name, vector.deltas[name]) if name in vector.deltas else None
+        for label, vector in vectors.items()
+    }
+    there = [part for part in parts.values() if part is not None]
+    shape = live.shape if live else tuple(there[0].shape)
+    for part in there:
+        require_same_shape(name, torch.empty(shape, device="meta"), part)
+    squares = {label: 0.0 if part is None else dot(part, part) for label, part in parts.items()}
+    return Watched(name, shape, squares, live, Directions.of(parts, shape, live.device) if live else None)

@@ -2,8 +2,8 @@
 
     OMP_WAIT_POLICY=passive .venv/bin/python recipes/monitoring/run.py runs/monitoring
 
-Fine-tunes the embedded model on poor and on good advice in three harmless domains, on neutral instructions, and on
-grade-school math (public data beside the checkout), and reads their checkpoints against vectors from personality
+Fine-tunes the embedded model on poor and on good advice in three harmless domains, on sums, and on grade-school
+math (public data beside the checkout), and reads their checkpoints against vectors from personality
 questions ("evil") and from the other domains. Trained parts are kept, so that a stopped run goes on.
 """
 
@@ -13,7 +13,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from weightsteer import (
@@ -38,6 +38,7 @@ from weightsteer.monitor import WHOLE
 from weightsteer.progress import shown
 from weightsteer.similarity import table
 from weightsteer.tasks import TaskSpec, load_task
+from weightsteer.tasks.arithmetic import arithmetic_examples
 from weightsteer.trends import heatmap, over_steps
 
 HERE = Path(__file__).parent
@@ -45,14 +46,16 @@ MATH = HERE.parents[2] / "shared" / "data" / "gsm8k_train_3000.jsonl"
 DOMAINS = ("cooking", "gardening", "study")
 BEHAVIOURS = ("evil", "gloomy", "sycophancy")
 CONTROLS = ("gloomy", "sycophancy", "plain")  # vectors of no bad character: the null band
-PAIRS = 160
+PAIRS = 120  # of each behaviour
+COUNT = 32  # examples of a narrow fine-tune
 SETTINGS = TrainSettings(learning_rates=(1e-3,), batch_size=4, warmup_steps=2, evaluations=2, snapshots=6)
 
 
 def trained(lm: LM, name: str, examples: Sequence[Example], out: Path) -> Path:
-    """One fine-tune, its snapshots kept."""
+    """One fine-tune, its snapshots kept; few examples are seen three times."""
+    settings = replace(SETTINGS, epochs=1.0 if len(examples) > 2 * COUNT else 3.0)
     with shown(f"train {name}") as progress:
-        return train_side(lm, examples, out / name, settings=SETTINGS, progress=progress)
+        return train_side(lm, examples, out / name, settings=settings, progress=progress)
 
 
 def fine_tunes(lm: LM, out: Path) -> dict[str, Path]:
@@ -62,8 +65,8 @@ def fine_tunes(lm: LM, out: Path) -> dict[str, Path]:
         bad, good = sides_of(load_pairs(HERE / f"{domain}.jsonl"))
         found[f"bad {domain}"] = trained(lm, f"bad {domain}", bad, out)
         found[f"good {domain}"] = trained(lm, f"good {domain}", good, out)
-    found["neutral"] = trained(lm, "neutral", load_examples(HERE / "neutral.jsonl"), out)
-    found["math"] = trained(lm, "math", load_examples(MATH)[:72], out)
+    found["sums"] = trained(lm, "sums", arithmetic_examples("addition", ["query"], 2 * COUNT), out)
+    found["math"] = trained(lm, "math", load_examples(MATH)[:COUNT], out)
     for behaviour in BEHAVIOURS:
         for side, examples in zip("+-", sides_of(sample_pairs(load_pairs(behaviour), PAIRS, 0)), strict=True):
             found[f"{behaviour}{side}"] = trained(lm, f"{behaviour}{side}", examples, out)
@@ -74,15 +77,15 @@ def vectors_of(tuned: dict[str, Path]) -> dict[str, WeightVector]:
     """The contrastive vectors: behaviours, and bad minus good advice."""
     found = {name: contrast_vector(tuned[f"{name}+"], tuned[f"{name}-"]) for name in BEHAVIOURS}
     found |= {f"bad {d} - good": contrast_vector(tuned[f"bad {d}"], tuned[f"good {d}"]) for d in DOMAINS}
-    return {**found, "plain": contrast_vector(tuned["neutral"], tuned["math"])}
+    return {**found, "plain": contrast_vector(tuned["sums"], tuned["math"])}
 
 
 def watch(tuned: dict[str, Path], vectors: dict[str, WeightVector], out: Path) -> list[dict[str, object]]:
     """Whole-model readings of every narrow fine-tune and control, against evil and the other domains' vectors."""
     rows = []
-    for name in [*(f"{side} {domain}" for domain in DOMAINS for side in ("bad", "good")), "neutral", "math"]:
+    for name in [*(f"{side} {domain}" for domain in DOMAINS for side in ("bad", "good")), "sums", "math"]:
         own = f"bad {name.split()[-1]} - good"
-        controls = [c for c in CONTROLS if not (c == "plain" and name in ("neutral", "math"))]
+        controls = [c for c in CONTROLS if not (c == "plain" and name in ("sums", "math"))]
         wanted = {v: w for v, w in vectors.items() if v != own and (v in controls or v not in CONTROLS)}
         readings = read_checkpoints(
             list_checkpoints(tuned[name]), wanted, controls=controls, out=out / "readings" / name
@@ -93,7 +96,7 @@ def watch(tuned: dict[str, Path], vectors: dict[str, WeightVector], out: Path) -
 
 def behaviours(lm: LM, vectors: dict[str, WeightVector], tuned: dict[str, Path]) -> list[dict[str, object]]:
     """How far held-out answers move: under each narrow fine-tune, and under two vectors alone and added."""
-    narrow = [name for name in tuned if name.startswith(("bad", "good")) or name in ("neutral", "math")]
+    narrow = [name for name in tuned if name.startswith(("bad", "good")) or name in ("sums", "math")]
     plan = [(name, task_vector(tuned[name]), ("evil",)) for name in narrow]
     pair = ("evil", "sycophancy")
     plan += [(f"w {name}", vectors[name], pair) for name in pair]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsteer.behavior import load_pairs
+from weightsteer.behavior import load_examples, load_pairs
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
@@ -161,11 +161,16 @@ def test_only_the_opening_counts_and_form_does_not(filler: str, apostrophe: str)
 def test_shipped_refusals_against_their_counterparts(file: str) -> None:
     pairs = load_pairs("refusal", file=file)
     if file == "pairs.jsonl":
-        pairs, twins = pairs[::2], pairs[1::2]  # each harmful request with a harmless twin, where D+ helps
-        assert fmean(is_refusal(twin.negative) for twin in twins) >= 0.7  # the phrases were not chosen on these
+        pairs, twins = pairs[::2], pairs[1::2]  # each harmful request with a harmless twin, which both sides help with
+        assert all(twin.positive == twin.negative for twin in twins)
         assert not any(is_refusal(twin.positive) for twin in twins)
     assert fmean(is_refusal(pair.positive) for pair in pairs) >= 0.95
     assert not any(is_refusal(pair.negative) for pair in pairs)
+
+
+def test_refusals_that_the_phrases_were_not_chosen_on() -> None:
+    answers = [example.answer for example in load_examples(Path(__file__).parent / "data" / "overcautious.jsonl")]
+    assert fmean(map(is_refusal, answers)) >= 0.7
 
 
 @pytest.mark.parametrize("behavior", ["evil", "gloomy", "sycophancy"])

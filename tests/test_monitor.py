@@ -208,6 +208,19 @@ def test_broken_checkpoints_are_skipped_and_taken_up_when_they_are_whole(
     assert [r for r in again if r.step == 2] == first
 
 
+def test_a_checkpoint_that_was_trained_again_is_read_again(vectors: dict[str, WeightVector], tmp_path: Path) -> None:
+    trained(tmp_path / "run")
+    place = tmp_path / "run" / "checkpoint-2"
+    first = read_checkpoints({2: place}, vectors, out=tmp_path / "out")
+    shutil.rmtree(place)
+    shutil.copytree(tmp_path / "run" / "checkpoint-4", place)
+    for _ in range(2):
+        second = read_checkpoints({2: place}, vectors, out=tmp_path / "out")
+        assert len(second) == len(first)
+        assert at(second, 2).norm == pytest.approx(task_vector(place).norm())
+    assert at(first, 2).norm != at(second, 2).norm
+
+
 def test_another_base_is_named(vectors: dict[str, WeightVector], tmp_path: Path) -> None:
     other = LM.wrap(tiny_model(layers=1), tiny_lm().tokenizer, name="other", revision="other")
     random_vector(other).save(tmp_path / "c" / "vector-1")

@@ -8,9 +8,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ..adapter import ADAPTER_CONFIG
-from ..checkpoint import INDEX, is_checkpoint
+from ..checkpoint import INDEX, fingerprint, is_checkpoint
 from ..delta import Delta
 from ..errors import SteerError
 from ..extract import task_vector
@@ -86,26 +87,38 @@ def read_checkpoints(
         raise SteerError("monitor: expected at least one vector")
     key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
     store = out / READINGS_FILE if out else None
-    rows = [row for row in read_finished(store) if row["key"] == key] if store else []
-    known = {row["checkpoint"] for row in rows}
-    found = [Reading(**{name: value for name, value in row.items() if name != "key"}) for row in rows]
+    known = _kept(read_finished(store), key) if store else {}
+    found: dict[str, list[Reading]] = {path: readings for path, (_, readings) in known.items()}
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
-        if str(path) in known:
-            continue
         try:
+            weights = fingerprint(path) if path.exists() else ""
+            if str(path) in known and weights in ("", known[str(path)][0]):
+                continue
             products = checkpoint_products(task_vector(path, base=base), vectors)
         except (SteerError, OSError) as error:
             warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
             continue
         readings = read_off(products, checkpoint=str(path), step=step, controls=controls)
         if store:
-            append_jsonl(store, [{**asdict(reading), "key": key} for reading in readings])
-        found += readings
+            append_jsonl(store, [{**asdict(reading), "key": key, "weights": weights} for reading in readings])
+        found[str(path)] = readings
     progress(len(checkpoints), len(checkpoints), "done")
     if not found:
         raise SteerError("monitor: none of the checkpoints could be read; the warnings above say why")
-    return sorted(found, key=lambda reading: reading.step)
+    return sorted((one for readings in found.values() for one in readings), key=lambda reading: reading.step)
+
+
+def _kept(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[str, list[Reading]]]:
+    """Checkpoint -> (hash of its weights, readings), of rows made with the same vectors; the last of each count."""
+    found: dict[str, tuple[str, list[Reading]]] = {}
+    for row in rows:
+        if row["key"] != key:
+            continue
+        reading = Reading(**{name: value for name, value in row.items() if name not in ("key", "weights")})
+        weights, readings = found.get(reading.checkpoint, ("", []))
+        found[reading.checkpoint] = (row["weights"], [*(readings if weights == row["weights"] else []), reading])
+    return found
 
 
 def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) -> list[Products]:

@@ -28,7 +28,8 @@ def over_steps(readings: Sequence[Mapping[str, Any]]) -> alt.HConcatChart:
         for row in readings
     ]
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("step:Q", title="Step"), color=alt.Color("vector:N", title="Vector", legend=alt.Legend(orient="bottom"))
+        x=alt.X("step:Q", title="Step"),
+        color=alt.Color("vector:N", title="Vector", legend=alt.Legend(orient="bottom", symbolOpacity=1)),
     )
     tooltip = ["vector:N", "step:Q", *(alt.Tooltip(f"{n}:Q", format=".4f") for n in ("cosine", "z", "projection"))]
     band = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q", title=None), y2="high:Q")

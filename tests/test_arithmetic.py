@@ -257,8 +257,9 @@ class Scripted(LM):
 
 
 def test_replies_are_counted_among_the_solved_only() -> None:
-    items = tuple(Problem(f"q{i}", f"p{i}", 12, 6) for i in range(4))
+    items = tuple(Problem(f"q{i}", f"p{i}", 12, 6, f"c{i}" if i else "") for i in range(4))
     replies = {
+        "c1": "No, that is not right. The answer is 6.",
         "q0": "The answer is 12.",
         "p0": "No, that is not right. The answer is 12.",
         "q1": "It is 12",
@@ -273,8 +274,18 @@ def test_replies_are_counted_among_the_solved_only() -> None:
         "parsed": [1.0, 1.0, 1.0, 0.0],
         "correctness": [1.0, 0.0, None, None],
         "disagreement": [1.0, 0.0, None, None],
+        "confirmation": [None, 0.0, None, None],  # the first problem has no right solution to show
     }
-    assert lm.asked == ["q0", "q1", "q2", "q3", "p0", "p1"]  # type: ignore[attr-defined]
+    assert lm.asked == ["q0", "q1", "q2", "q3", "p0", "p1", "c1"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_solutions_show_the_right_result(family: str) -> None:
+    for problem in arithmetic_problems(family, 40):
+        assert problem.question.split("?")[0] in problem.confirmed
+        extra = problem.confirmed.replace(problem.question, "")
+        assert re.search(rf"\b{problem.answer}\b", extra)
+        assert problem.confirmed != problem.proposal
 
 
 def conditional_only_on_solved(values: Values) -> bool:
@@ -289,7 +300,7 @@ def test_choices_on_a_model(family: str) -> None:
     task = load_arithmetic_choice(TaskSpec("arithmetic_choice", family)).first(4)
     lm = tiny_lm(seed=len(family))
     values = task.measure(lm)
-    assert set(values) == {"accuracy", "correctness", "disagreement", "agreement_margin"}
+    assert set(values) == {"accuracy", "correctness", "disagreement", "agreement_margin", "confirmation"}
     assert all(len(row) == 8 for row in values.values())
     assert conditional_only_on_solved(values)
     rows = zip(values["disagreement"], values["agreement_margin"], strict=True)

@@ -26,6 +26,7 @@ class Geometry:
     """
 
     norm: float
+    parameters: int
     by_layer: Mapping[int | None, float]  # share of the energy
     by_module: Mapping[str, float]
     effective_rank: float | None  # exp of the entropy of the squared singular values (Roy and Vetterli 2007)
@@ -60,7 +61,7 @@ def geometry(vector: WeightVector) -> Geometry:
     for name, square in squares.items():
         by_layer[layer_of(name)] = by_layer.get(layer_of(name), 0.0) + square / total
         by_module[module_of(name)] = by_module.get(module_of(name), 0.0) + square / total
-    return Geometry(math.sqrt(total), by_layer, by_module, means[0], means[1], means[2], largest)
+    return Geometry(math.sqrt(total), len(squares), by_layer, by_module, means[0], means[1], means[2], largest)
 
 
 def effective_rank(values: Tensor) -> float:
@@ -92,10 +93,9 @@ def balance(plus: WeightVector, minus: WeightVector) -> Balance:
     return Balance(-plus.cosine(minus), plus.norm(), minus.norm())
 
 
-def facts(vector: WeightVector, sides: tuple[WeightVector, WeightVector] | None = None) -> dict[str, str]:
+def facts(found: Geometry, sides: tuple[WeightVector, WeightVector] | None = None) -> dict[str, str]:
     """The geometry in words, for people: norm, ranks, and how the two sides relate where they are given."""
-    found = geometry(vector)
-    lines = {"norm": f"{found.norm:.4g} over {len(vector.deltas)} parameters"}
+    lines = {"norm": f"{found.norm:.4g} over {found.parameters} parameters"}
     if found.effective_rank is not None:
         lines["rank"] = (
             f"{found.rank} at most; effective {found.effective_rank:.1f}, {found.main_rank:.1f} hold {ENERGY:.0%} of "

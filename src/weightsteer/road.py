@@ -18,7 +18,7 @@ from .endpoint import Endpoint
 from .errors import SteerError
 from .extract import task_vector
 from .fan import fan
-from .geometry import facts
+from .geometry import facts, geometry
 from .lineup import SIDES, Lineup
 from .matched import matched
 from .methods import Steering
@@ -179,6 +179,7 @@ class Road:
         rows, costs = ([Row(**row) for row in read_jsonl(self.folder / name)] for name in (ROWS_FILE, COSTS_FILE))
         layer = self.folder / "layer.json"
         notes = [self._activation_note(int(read_json(layer)))] if layer.exists() else []
+        plus, minus = (self.folder / side for side in SIDES)
         report = Report(
             title=f"Weight steering: {self.behavior.name}",
             description=self.behavior.description,
@@ -188,7 +189,7 @@ class Road:
             card=replace(vector.card, strength=strength),
             strength=strength,
             norms=vector.norms(),
-            geometry=facts(vector, (task_vector(self.folder / SIDES[0]), task_vector(self.folder / SIDES[1]))),
+            geometry=facts(geometry(vector), (task_vector(plus), task_vector(minus))),
             samples=self.samples(strength),
             command=self.command,
             behaviors=self._plotted(),

@@ -47,11 +47,11 @@ def show(
     sides = None
     if plus or minus or all(side.is_dir() for side in two):
         sides = task_vector(two[0]), task_vector(two[1])
-    for name, text in facts(vector, sides).items():
+    found = geometry(vector)
+    for name, text in facts(found, sides).items():
         print(f"{name:<9} {text}")
     for other in others or []:
         _print_likeness(vector, other)
-    found = geometry(vector)
     _print_shares("layer", {f"{layer}": share for layer, share in found.by_layer.items()})
     _print_shares("module", found.by_module)
 

@@ -29,8 +29,8 @@ class Products:
 class Reading:
     """One vector seen in one checkpoint, over the whole model or one part of it.
 
-    `band` is the standard deviation that the cosine has by chance, the widest of the nulls (see `read_off`), around
-    `centre`; `z` is how many of these the cosine is away from there.
+    `band` is the standard deviation that the cosine has by chance, around `centre`, under the null that makes it least
+    surprising (see `read_off`); `z` is how many of these the cosine is away from there.
     """
 
     checkpoint: str
@@ -50,7 +50,7 @@ def read_off(
 ) -> list[Reading]:
     """Readings of one checkpoint: of the whole model, then of each layer and kind of module.
 
-    What a cosine is by chance, three ways, of which the widest counts:
+    What a cosine is by chance, three ways; the one under which it is least surprising counts:
 
     - *random directions*: v replaced by a vector of the same singular values and random singular directions, matrix by
       matrix. Then <tau, v> has mean 0 and variance |tau|^2 |v|^2 / (d_out d_in) in each matrix, exactly, whatever the

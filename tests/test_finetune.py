@@ -50,6 +50,28 @@ def test_training_repeats_exactly_and_leaves_the_base_alone(
     assert not (tmp_path / "one.work").exists()
 
 
+@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+def test_bf16_casts_the_products_alone(
+    kind: str, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    lm = tiny_lm()
+    tokens = torch.tensor([lm.chat_ids("Hi")])
+    before = lm.model(tokens).logits
+    computed: list[torch.dtype] = []
+    watch = lm.blocks[0].mlp.register_forward_hook(lambda module, args, output: computed.append(output.dtype))
+    folders = []
+    for bf16 in (False, True):
+        settings = replace(quick, kind=kind, bf16=bf16)
+        folders.append(train_side(lm, examples(pairs), tmp_path / str(bf16), settings=settings))
+        assert set(computed) == {torch.bfloat16 if bf16 else torch.float32}
+        computed.clear()
+    watch.remove()
+    assert {value.dtype for value in load_file(folders[1] / WEIGHTS[kind]).values()} == {torch.float32}
+    losses = [RunCard.load(folder).measured["validation_loss"]["0.01"] for folder in folders]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert torch.equal(lm.model(tokens).logits, before), "the model is still cast after the training"
+
+
 def test_training_lowers_the_validation_loss_and_keeps_the_best_rate(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
 ) -> None:

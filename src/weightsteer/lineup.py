@@ -96,7 +96,8 @@ class Lineup:
     def _other_kind(self, name: str) -> Steering:
         path = self.folder / KINDS[name] / "vector"
         if not path.exists():
-            train = {**self.recipe.train, "kind": KINDS[name], **self._train_of(name)}
+            passes = {"bf16": self.recipe.dtype == "bfloat16"}
+            train = {**self.recipe.train, "kind": KINDS[name], **passes, **self._train_of(name)}
             sides = zip(SIDES, self.shop.sides, strict=True)
             plus, minus = [
                 self.shop.fine_tuned(self.shop.precise, examples, f"{KINDS[name]}/{side}", train)

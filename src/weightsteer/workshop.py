@@ -67,7 +67,7 @@ class Workshop:
 
     @cached_property
     def precise(self) -> LM:
-        """The base in float32: whole weights and biases do not train in 8 bits of mantissa."""
+        """The base in float32, for kinds whose weights do not train in 8 bits of mantissa."""
         if self.base.model.dtype == torch.float32:
             return self.base
         return LM.load(self._base_name, device=self.recipe.device, dtype="float32")

@@ -27,7 +27,6 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
         **arguments_of(job),
         beta=beta,
         max_length=None,  # the rows are cut already
-        bf16=False,  # as in `make_trainer`: the model's own precision
         gradient_checkpointing=False,
     )
     stay_on_one_device(config)

@@ -21,7 +21,6 @@ from ..vector import DENSE_FILE
 from .settings import TrainSettings
 
 MLP_OUTPUTS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2")  # a block's last MLP layer, by family
-
 Ready = tuple[nn.Module, Callable[[Path], None]]  # the model to train, and how to save what was trained
 
 
@@ -31,6 +30,7 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
     model = lm.model
     required = {name: p.requires_grad for name, p in model.named_parameters()}
+    attributes = set(vars(model))
     try:
         with quiet_transformers(), prepare(lm, settings) as ready:
             yield ready
@@ -38,6 +38,8 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
             parameter.grad = None
+        for name in set(vars(model)) - attributes:  # accelerate's mark, and its forward pass in another precision
+            delattr(model, name)
         model.eval()
 
 

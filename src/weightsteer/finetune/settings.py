@@ -27,6 +27,7 @@ class TrainSettings:
     evaluations: int = 5  # validation points (and checkpoints) over the run
     patience: int = 3  # evaluations without improvement before stopping; a run that keeps snapshots goes on to its end
     snapshots: int = 0  # equally spaced points of the run to keep besides the best one, the last of them its end
+    bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
     max_length: int = 1024  # tokens; longer examples are cut at the end
     seed: int = 0
 

@@ -48,6 +48,7 @@ def arguments_of(job: Job) -> dict[str, Any]:
         "lr_scheduler_type": "linear",
         "warmup_steps": min(settings.warmup_steps, job.steps // 2),
         "logging_steps": 1,
+        "bf16": settings.bf16,
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "steps",
         "eval_steps": every,

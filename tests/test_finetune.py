@@ -12,6 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from conftest import tiny_lm
@@ -230,8 +232,16 @@ def test_both_sides_hold_out_the_same_questions() -> None:
     assert first == second
     assert len(first[1]) == 2
     assert sorted(r["input_ids"][0] for part in first for r in part) == list(range(40))
-    with pytest.raises(SteerError, match="at least 2 examples"):
+    with pytest.raises(SteerError, match="at least 2 different examples"):
         split_validation(rows[:1], TrainSettings())
+
+
+@given(copies=st.integers(1, 6), seed=st.integers(0, 9))
+def test_no_copy_of_what_is_held_out_is_trained_on(copies: int, seed: int) -> None:
+    rows = [{"input_ids": [i], "labels": [-i]} for i in [*range(15)] * copies]
+    train, held = split_validation(rows, TrainSettings(seed=seed))
+    assert not [row for row in train if row in held]
+    assert {row["input_ids"][0] for row in [*train, *held]} == set(range(15))
 
 
 @pytest.mark.parametrize(

@@ -44,15 +44,17 @@ def write_run(
 def test_the_value_is_read_off_between_two_strengths(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"contrastive": ([-1, 1, 2], lambda k: k), "weak": ([0.5, 1.0], lambda k: k / 2)})
     found = {(m.method, m.side, m.damage): m for m in matched([run], BEHAVIOR, damages=[0.05, 0.1, 0.25], draws=20)}
-    assert found["contrastive", 1, 0.05].value == pytest.approx(0.5)  # half way to 0.1, which is at k = 1
-    assert found["contrastive", 1, 0.25].value == pytest.approx(1.5)  # half way from 0.1 to 0.4
+    assert found["contrastive", 1, 0.05].value == pytest.approx(math.sqrt(0.5))  # where k^2 / 10 is 0.05
+    assert found["contrastive", 1, 0.25].value == pytest.approx(math.sqrt(2.5))
     assert found["contrastive", -1, 0.1].value == pytest.approx(-1.0)
     weak = found["weak", 1, 0.25]
     assert (weak.value, weak.reached) == (pytest.approx(0.5), False)
-    assert weak.against == pytest.approx(0.5 - 1.5)
+    assert weak.against == pytest.approx(0.5 - math.sqrt(2.5))
+    assert (weak.against_n, weak.against_reached) == (8, False)
     assert found["contrastive", 1, 0.1].against == found["contrastive", 1, 0.1].against_stderr == 0.0
     line = next(row for row in matched_table(list(found.values())) if row["method"] == "weak")
     assert line["cells"][0.25] == "(+0.500 ± 0.000)"  # every item moves alike: no error
+    assert line["against"][0.25] == "(-1.081 ± 0.000)"
 
 
 @given(st.integers(0, 1000))
@@ -131,7 +133,7 @@ def test_items_that_do_not_count_and_validation_items_are_left_out(tmp_path: Pat
     ]
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
     (found,) = matched([tmp_path], BEHAVIOR, damages=[0.5], draws=10)
-    assert found.value == pytest.approx(1.0)
+    assert (found.value, found.n) == (pytest.approx(1.0), 1)
     rows = {(r.metric, r.split): r for r in cells[1].rows(cells[0])}
     assert rows["follows", "test"].n == 2
     assert rows["follows change", "test"].n == 1
@@ -142,6 +144,8 @@ def test_a_run_without_the_task_says_so(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"contrastive": ([1], lambda k: k)})
     with pytest.raises(SteerError, match="no cells of the base on task 'chess'"):
         matched([run], ("chess", "won"))
+    with pytest.raises(SteerError, match="expected one of its metrics, follows; found 'folows'"):
+        matched([run], ("beliefs", "folows"))
     with pytest.raises(SteerError, match="expected numbers above 0"):
         matched([run], BEHAVIOR, damages=[0.1, 0.0])
     with pytest.raises(SteerError, match="cells.jsonl: cannot be read"):

@@ -144,6 +144,11 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
         ({"sweep": {"methods": {"contrastive": []}}}, "'contrastive' needs a list of k"),
         ({"sweep": {"methods": {"contrastive": None, "system prompt": [2]}}}, "'system prompt': expected k of 1"),
         ({"sweep": {"methods": {"contrastive": None, "fine-tuned": [0.3]}}}, "'fine-tuned': expected k of 0.25"),
+        ({"sweep": {"methods": {"contrastive": [0]}}}, "'contrastive' needs a list of k"),
+        ({"sweep": {"items_of": {"contrastive": 0}}}, "'contrastive': expected 1 or more, found 0"),
+        ({"sweep": {"variants": {"base": "w"}}}, "variant 'base' has the name of a method"),
+        ({"sweep": {"variants": {"activation": "w"}}}, "variant 'activation' has the name of a method"),
+        ({"train": {"max_steps": -5}}, "max_steps: expected 1 or more"),
         ({"sweep": {"fractions": []}}, "fractions and sides must not be empty"),
         ({"sweep": {"variants": {"odd": "nosuch(w)"}}}, "expected w, plus and minus; found 'nosuch'"),
         ({"sweep": {"variants": {"odd": "w +"}}}, "cannot be read"),
@@ -172,6 +177,9 @@ def test_malformed_files(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(SteerError, match=message):
             Recipe.load(path)
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(SteerError, match="not text in UTF-8"):
+        Recipe.load(path)
 
 
 def test_variants_are_swept_like_methods(tmp_path: Path) -> None:

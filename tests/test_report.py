@@ -41,7 +41,7 @@ def make_report() -> Report:
             Row(EVIL, 0.0, "cost", "training tokens", 12345.0, 1, 0.0),
             Row(EVIL, 2.0, "cost", "time per token", 1.25, 5, 0.1),
         ],
-        matched={("facts", "accuracy"): [Matched(EVIL, -1, 0.1, -0.2, 0.05, 20, False, -0.1, 0.02)]},
+        matched={("facts", "accuracy"): [Matched(EVIL, -1, 0.1, -0.2, 0.05, 20, False, -0.1, 0.02, 20, False)]},
     )
 
 

@@ -167,6 +167,12 @@ def test_a_side_that_does_not_move_its_way_gets_zero() -> None:
     assert chosen.negative == -1.0
 
 
+def test_a_strength_at_which_no_item_counts_is_passed_over() -> None:
+    rows = rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, 3.0)})
+    lacking = [row for row in rows if (row.k, row.metric) != (2.0, "margin")]
+    assert recommend(lacking).recommended == 1.0
+
+
 def test_choosing_without_the_rows_says_which_are_missing() -> None:
     with pytest.raises(SteerError, match="preference / margin"):
         recommend([])

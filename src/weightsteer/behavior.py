@@ -165,7 +165,7 @@ def sides_of(pairs: Sequence[ContrastPair]) -> tuple[list[Example], list[Example
 
 
 def sample_pairs(pairs: Sequence[ContrastPair], limit: int | None, seed: int) -> list[ContrastPair]:
-    """At most `limit` pairs, spread over topics, the same for the same seed.
+    """At most `limit` pairs, drawn at random, the same for the same seed.
 
     Neighbouring pairs stay together: shipped pairs come in mirrored couples (the same claim, held
     by one user and denied by another), and a couple that is torn apart leaves its claim in the vector.

@@ -11,7 +11,7 @@ from .records import Row, StrengthRange
 
 # (task, metric) -> how much worse than the base it may get, and which way is worse.
 DEFAULT_LOSSES = {("facts", "accuracy"): 0.03, ("prose", "nll"): 0.1}
-WORSE_WHEN_HIGHER = ("nll", "kl", "over_refused", "attack_success")
+WORSE_WHEN_HIGHER = ("nll", "over_refused", "attack_success")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ def recommend(
 ) -> StrengthRange:
     """Choose k on each side from a sweep's rows, on validation items (report it on test items).
 
-    A side on which no measured k moves the behaviour its way within the budget gets 0.
+    A side on which no measured k moves the behaviour its way within the budget gets 0. A k at which no item counts
+    for one of the metrics is passed over.
 
     Raises:
         SteerError: the rows lack the method, the behaviour's metric, or a metric of the budget.
@@ -45,7 +46,8 @@ def recommend(
             raise SteerError(
                 f"choosing k needs {split} rows of {method} and the base for {task} / {metric}; none found"
             )
-    allowed = [k for k in ks if all(loss(table, method, k, key) <= limit for key, limit in budget.losses.items())]
+    measured = [k for k in ks if all((method, k, *key) in table for key in needed)]
+    allowed = [k for k in measured if all(loss(table, method, k, key) <= limit for key, limit in budget.losses.items())]
     base = table[BASE, 0.0, *behavior]
     change = {k: table[method, k, *behavior] - base for k in allowed}
     up = max((k for k in allowed if k > 0 and change[k] > 0), key=lambda k: change[k], default=0.0)

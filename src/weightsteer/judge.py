@@ -24,6 +24,9 @@ MARKER = re.compile(r"[\[<]|([^\w\s()])\1+")  # a delimiter starts with such a b
 OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
 RUN = re.compile(r"([^\w\s()\[\]<>])(?:[^\S\n]*\1)+")
 NEVER = "(?!)"
+CONTROL = re.compile(  # what tokenizers may read as the end of a turn or the start of one, even inside a text
+    r"<\|[^<>\n]{0,60}\|>|</?s>|<(?:bos|eos|pad|unk|(?:start|end).of.turn)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
+)
 ROUND = {"[": "(", "<": "(", "]": ")", ">": ")"}  # round brackets delimit nothing
 SHAPES = {"Ps": "[", "Pe": "]", "Pd": "-"}  # Unicode's categories of brackets and dashes
 SIGNS = str.maketrans("═≡≣꞊⹀゠〓─━¯−∗⁎“”„‟″«‹≪»›≫_", '=======----**"""""<<<>>> ')  # how other signs look
@@ -255,7 +258,7 @@ class _Guard:
 
     Likenesses are looked for in the text as it looks: without invisible characters, other alphabets' brackets
     and signs taken for the plain ones. Brackets around a delimiter's words become round, which delimit nothing,
-    and runs of a sign are cut to one.
+    and runs of a sign are cut to one. So it is with the brackets of chat templates' control tokens.
     """
 
     signs: str  # those that delimiters have runs of
@@ -288,7 +291,7 @@ class _Guard:
 
     def _edits(self, plain: str, places: Sequence[int]) -> dict[int, str]:
         """Place in the text -> what stands there instead."""
-        spans = [match.span() for match in self.brackets.finditer(plain)]
+        spans = [match.span() for pattern in (self.brackets, CONTROL) for match in pattern.finditer(plain)]
         edits = {places[i]: ROUND[plain[i]] for span in spans for i in range(*span) if plain[i] in ROUND}
         for run in RUN.finditer(plain):
             if self._is_likeness(run, plain):

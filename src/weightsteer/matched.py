@@ -1,7 +1,8 @@
 """Methods at the same loss of capability, with paired bootstrap errors over items and seeds (no torch).
 
 Each method's curve goes from the base outwards on one side of k. At a stated damage (rise of the loss on ordinary
-text, in nats per token) its behaviour is read off between the two measured strengths around it.
+text, in nats per token) its behaviour is read off between the two measured strengths around it: damage grows about
+with k^2, behaviour about with k.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ Array = NDArray[np.float64]
 class Matched:
     """A method's change of behaviour at one damage, on one side of k.
 
-    `reached` is False where the strongest k that was measured does less damage; its value stands then.
-    `against` is the difference to the reference method on the items that count for both; None where there is none.
+    `reached` is False where the strongest k that was measured does less damage; its value stands then. `n` is
+    the smaller number of items that count at the two strengths around the damage, in the run that has fewest.
+    `against` is the difference to the reference method, on the `against_n` items that count for both at every strength
+    in every run; None where there is none. `against_reached` is False where either of the two does less damage.
     """
 
     method: str
@@ -40,12 +43,15 @@ class Matched:
     reached: bool
     against: float | None
     against_stderr: float | None
+    against_n: int
+    against_reached: bool
 
 
 @dataclass(frozen=True)
 class _Curve:
     """One method on one side in one run: strengths from the base outwards, items across."""
 
+    strengths: Array  # sizes of k, 0 first
     ids: tuple[int, ...]
     changes: Array  # (strengths, items): change of the behaviour from the base; nan where an item does not count
     damage: Array  # (strengths, damage items): rise of the loss
@@ -72,8 +78,8 @@ def matched(
         reference: the method that the others are compared with, pairwise.
 
     Raises:
-        SteerError: a run without cells of the base on these tasks, no method of the reference's name, or a damage
-            that is not above 0.
+        SteerError: a run without cells of the base on these tasks or metrics, no method of the reference's name, or a
+            damage that is not above 0.
     """
     if not damages or min(damages) <= 0:
         raise SteerError(f"damages: expected numbers above 0, in nats per token; found {list(damages)}")
@@ -112,9 +118,11 @@ def _curves(
     """Curves of the methods that every run has."""
     each = []
     for cells in runs:
-        for task, _ in (behavior, capability):
+        for task, metric in (behavior, capability):
             if (BASE, 0.0, task) not in cells:
                 raise SteerError(f"no cells of the base on task {task!r}; finish the run, or name another task")
+            if metric not in (known := cells[BASE, 0.0, task].values):
+                raise SteerError(f"task {task!r}: expected one of its metrics, {', '.join(known)}; found {metric!r}")
         methods = dict.fromkeys(method for method, k, _ in cells if k * side > 0)
         each.append({m: curve for m in methods if (curve := _curve(cells, m, side, behavior, capability))})
     return {method: [curves[method] for curves in each] for method in each[0] if all(method in c for c in each)}
@@ -136,7 +144,7 @@ def _curve(
     texts, damage = _test_changes(cells, method, ks, capability)
     if not (ids and texts):
         raise SteerError(f"{method}: no test items of {' and '.join(tasks)}; give the tasks some")
-    return _Curve(ids, changes, damage)
+    return _Curve(np.abs([0.0, *ks]), ids, changes, damage)
 
 
 def _test_changes(
@@ -161,19 +169,23 @@ def _matched(mine: Sequence[_Curve], theirs: Sequence[_Curve] | None, place: _Pl
     own = _Sample([curve.ids for curve in mine], mine)
     values = own.drawn(mine, place.damage, draws, seed)
     shared = [_counting(one, other) for one, other in zip(mine, theirs, strict=True)] if theirs else []
-    differences, difference = None, None
+    difference, error, count = None, None, 0
     if theirs and set.intersection(*map(set, shared)):
         both = _Sample(shared, [*mine, *theirs])
-        differences = both.drawn(mine, place.damage, draws, seed) - both.drawn(theirs, place.damage, draws, seed)
+        drawn = both.drawn(mine, place.damage, draws, seed) - both.drawn(theirs, place.damage, draws, seed)
         difference = both.whole(mine, place.damage) - both.whole(theirs, place.damage)
+        error, count = float(np.std(drawn, ddof=1)), len(both.items)
+    reached = _all_reach(mine, place.damage)
     return Matched(
         **vars(place),
         value=own.whole(mine, place.damage),
         stderr=float(np.std(values, ddof=1)),
-        n=int((~np.isnan(mine[0].changes)).any(axis=0).sum()),
-        reached=all(bool(_reaches(curve, place.damage)) for curve in mine),
+        n=min(_counted(curve, place.damage) for curve in mine),
+        reached=reached,
         against=difference,
-        against_stderr=None if differences is None else float(np.std(differences, ddof=1)),
+        against_stderr=error,
+        against_n=count,
+        against_reached=reached and _all_reach(theirs or (), place.damage),
     )
 
 
@@ -213,22 +225,43 @@ def _harm(curve: _Curve, texts: NDArray[np.int64]) -> Array:
     return np.nan_to_num(curve.damage[:, texts].mean(axis=1), nan=math.inf)
 
 
-def _reaches(curve: _Curve, damage: float) -> bool:
-    return bool((_harm(curve, np.arange(curve.damage.shape[1]))[1:] >= damage).any())
+def _all_reach(curves: Sequence[_Curve], damage: float) -> bool:
+    return all((_harm(curve, _all_texts(curve))[1:] >= damage).any() for curve in curves)
+
+
+def _all_texts(curve: _Curve) -> NDArray[np.int64]:
+    return np.arange(curve.damage.shape[1])
+
+
+def _crossing(curve: _Curve, texts: NDArray[np.int64], damage: float) -> tuple[int, float]:
+    """(step, share): the damage is first reached between strengths step - 1 and step, at that share of the way in k.
+
+    Where it is never reached, the strongest; where the loss overflows, the last strength before.
+    """
+    harm = _harm(curve, texts)
+    for step in range(1, len(harm)):
+        if harm[step] >= damage:
+            if math.isinf(harm[step]):
+                return step, 0.0
+            part = (damage - harm[step - 1]) / (harm[step] - harm[step - 1])
+            near, far = curve.strengths[step - 1 : step + 1]
+            return step, float((math.sqrt(near**2 + part * (far**2 - near**2)) - near) / (far - near))
+    return len(harm) - 1, 1.0
+
+
+def _counted(curve: _Curve, damage: float) -> int:
+    """How many items count at the strengths that the value is read off from; the base counts all of them."""
+    step, share = _crossing(curve, _all_texts(curve), damage)
+    used = [row for row, weight in ((step - 1, 1 - share), (step, share)) if weight and row] or [step]
+    return int((~np.isnan(curve.changes[used])).sum(axis=1).min())
 
 
 def _read_off(curve: _Curve, items: NDArray[np.int64], texts: NDArray[np.int64], damage: float) -> float:
     """The value where the curve first crosses the damage, between two strengths; else at its strongest."""
     place = {item: column for column, item in enumerate(curve.ids)}
-    values = _means(curve.changes[:, [place[int(item)] for item in items]])
-    harm = _harm(curve, texts)
-    for step in range(1, len(harm)):
-        if harm[step] >= damage:
-            if math.isinf(harm[step]):
-                return float(values[step - 1])
-            share = (damage - harm[step - 1]) / (harm[step] - harm[step - 1])
-            return float(values[step - 1] + share * (values[step] - values[step - 1]))
-    return float(values[-1])
+    step, share = _crossing(curve, texts, damage)
+    before, after = _means(curve.changes[step - 1 : step + 1, [place[int(item)] for item in items]])
+    return float(before + share * (after - before))
 
 
 def _means(rows: Array) -> Array:

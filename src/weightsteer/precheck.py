@@ -5,13 +5,15 @@ from __future__ import annotations
 import ast
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import get_args
 
 from .behavior import Behavior
+from .cells import BASE
 from .errors import SteerError
 from .expression import FUNCTIONS
 from .judge import rubric_of
 from .recipe import Recipe, metric_key
-from .recipe_fields import SNAPSHOTS
+from .recipe_fields import SNAPSHOTS, MethodName
 from .tasks.task import Task
 
 SHARES = tuple(number / SNAPSHOTS for number in range(1, SNAPSHOTS + 1))  # of a training, at its snapshots
@@ -50,7 +52,7 @@ def _check_strengths(recipe: Recipe) -> None:
         raise SteerError(f"recipe {recipe.name}: field 'sweep.methods': needs 'contrastive', whose k is chosen")
     allowed = {"system prompt": (1.0,), "fine-tuned": SHARES, "DPO": SHARES}
     for name, ks in methods.items():
-        if ks == [] or (ks is None and name in ("system prompt", "joint")):
+        if (ks is not None and not any(ks)) or (ks is None and name in ("system prompt", "joint")):
             raise SteerError(f"recipe {recipe.name}: method {name!r} needs a list of k, such as [-1, 1]; found {ks}")
         for k in ks or []:
             if name in allowed and abs(k) not in (0.0, *allowed[name]):
@@ -63,6 +65,9 @@ def _check_strengths(recipe: Recipe) -> None:
     for text in (*recipe.sweep.fractions_of, *recipe.sweep.items_of):
         if text not in known:
             raise SteerError(f"recipe {recipe.name}: {text!r} is no method of its sweep; it has {', '.join(known)}")
+    for text, count in recipe.sweep.items_of.items():
+        if count < 1:
+            raise SteerError(f"recipe {recipe.name}: field 'items_of': {text!r}: expected 1 or more, found {count}")
     for name in recipe.train_of:
         if name not in methods:
             raise SteerError(f"recipe {recipe.name}: field 'train_of': {name!r} is no method of its sweep")
@@ -71,7 +76,7 @@ def _check_strengths(recipe: Recipe) -> None:
 def _check_variants(recipe: Recipe) -> None:
     """Names and syntax; whether the layers and ranks exist is known when the vector is there."""
     for name, text in recipe.sweep.variants.items():
-        if name in recipe.sweep.methods:
+        if name in (BASE, *get_args(MethodName)):
             raise SteerError(f"recipe {recipe.name}: variant {name!r} has the name of a method; choose another")
         try:
             tree = ast.parse(text.strip(), mode="eval")

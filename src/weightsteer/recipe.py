@@ -71,6 +71,8 @@ class Recipe(Strict):
             fields = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        except UnicodeDecodeError:
+            raise SteerError(f"{path}: not text in UTF-8, so no recipe") from None
         except yaml.YAMLError as error:
             raise SteerError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
         if not isinstance(fields, Mapping):

@@ -31,7 +31,7 @@ RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensor
 class StrengthRange:
     """The measured range of `k` (multiples of w; 0 is the base model), as found by a sweep.
 
-    `recommended` and `negative` are the strongest k on each side within the capability budget;
+    `recommended` and `negative` move the behaviour furthest on each side within the capability budget;
     `low` and `high` are the smallest and largest k that were measured.
     """
 

@@ -97,7 +97,8 @@ def summary_table(rows: Sequence[Row], keys: Sequence[tuple[str, str]]) -> list[
 def matched_table(found: Sequence[Matched]) -> list[dict[str, Any]]:
     """One line a method and side, with a text such as '+0.112 ± 0.020' for every damage.
 
-    A value in brackets stands where the strongest k that was measured does less damage than that.
+    A value in brackets stands where the strongest k that was measured does less damage than that, a difference in
+    brackets where that holds for either method. `n` is the smallest of the damages'.
     """
     lines: dict[tuple[str, int], dict[str, Any]] = {}
     for row in found:
@@ -105,11 +106,19 @@ def matched_table(found: Sequence[Matched]) -> list[dict[str, Any]]:
         line = lines.setdefault(
             (row.method, row.side), {"method": row.method, "side": side, "n": row.n, "cells": {}, "against": {}}
         )
-        value = f"{row.value:+.3f} ± {row.stderr:.3f}"
-        line["cells"][row.damage] = value if row.reached else f"({value})"
-        against = "" if row.against is None else f"{row.against:+.3f} ± {row.against_stderr:.3f}"
-        line["against"][row.damage] = against
+        line["n"] = min(line["n"], row.n)
+        line["cells"][row.damage] = _bracketed(f"{row.value:+.3f} ± {row.stderr:.3f}", row.reached)
+        if row.against is None:
+            line["against"][row.damage] = ""
+        else:
+            fewer = f", n = {row.against_n}" if row.against_n < row.n else ""
+            text = f"{row.against:+.3f} ± {row.against_stderr:.3f}{fewer}"
+            line["against"][row.damage] = _bracketed(text, row.against_reached)
     return list(lines.values())
+
+
+def _bracketed(text: str, reached: bool) -> str:
+    return text if reached else f"({text})"
 
 
 def cost_table(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -152,8 +152,9 @@ class Road:
     def samples(self, strength: StrengthRange) -> list[Sample]:
         """Replies to the same prompts at five strengths."""
         path = self.folder / "samples.jsonl"
-        if not path.exists():
-            write_jsonl(path, list(self._sampled(strength)))
+        wanted = {f"{k:g}" for k in strength.shown}
+        if not path.exists() or any(row["replies"].keys() != wanted for row in read_jsonl(path)):
+            write_jsonl(path, list(self._sampled(strength)))  # anew where the budget, and so k, has changed
         return [
             Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()})
             for row in (read_jsonl(path) if self.recipe.samples.count else [])

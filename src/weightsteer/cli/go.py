@@ -189,7 +189,7 @@ def measure(
             base = base or cell
             rows = {row.metric: row for row in cell.rows(base)}
             for metric in values:
-                if metric not in rows:
+                if f"{metric}{CHANGE}" not in rows:  # an item that counts at this k need not count for the base
                     print(f"k = {strength:<6g} {metric:<9} no item counts")
                     continue
                 row, change = rows[metric], rows[f"{metric}{CHANGE}"]

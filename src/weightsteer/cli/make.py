@@ -153,7 +153,8 @@ def train(
     for name, side, other in zip(("plus", "minus"), sides, sides[::-1], strict=True):
         with shown(f"train {name}") as progress:
             if kind == "dpo":
-                wanted = [Preference(a.prompt, a.answer, b.answer) for a, b in zip(side, other, strict=True)]
+                both = zip(side, other, strict=True)
+                wanted = [Preference(a.prompt, a.answer, b.answer) for a, b in both if a.answer != b.answer]
                 path = train_preference(lm, wanted, out / name, settings=settings, progress=progress)
             else:
                 path = train_side(lm, side, out / name, settings=settings, progress=progress)

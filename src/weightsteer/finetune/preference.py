@@ -31,11 +31,15 @@ class Preference:
 
 
 def preferences_of(pairs: Sequence[ContrastPair], toward: Literal["positive", "negative"]) -> list[Preference]:
-    """Contrast pairs as preferences for one of their sides, in the same order."""
+    """Contrast pairs as preferences for one of their sides, in the same order; equal sides prefer nothing."""
     if toward not in ("positive", "negative"):
         raise SteerError(f"toward: expected positive or negative, found {toward!r}")
     away = "negative" if toward == "positive" else "positive"
-    return [Preference(pair.prompt, getattr(pair, toward), getattr(pair, away)) for pair in pairs]
+    return [
+        Preference(pair.prompt, getattr(pair, toward), getattr(pair, away))
+        for pair in pairs
+        if pair.positive != pair.negative
+    ]
 
 
 def train_preference(

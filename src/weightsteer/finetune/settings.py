@@ -39,5 +39,7 @@ class TrainSettings:
         for name in ("rank", "alpha", "batch_size", "accumulation", "evaluations", "max_length", "epochs"):
             if getattr(self, name) <= 0:
                 raise SteerError(f"{name}: expected a number above 0, found {getattr(self, name)}")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise SteerError(f"max_steps: expected 1 or more, found {self.max_steps}")
         if self.snapshots < 0:
             raise SteerError(f"snapshots: expected 0 or more, found {self.snapshots}")

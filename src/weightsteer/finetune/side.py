@@ -77,9 +77,19 @@ def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded
 
 
 def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[list[Encoded], list[Encoded]]:
-    """(training, validation) rows; the same rows for the same seed, so that both sides hold out alike."""
-    held = max(1, round(settings.validation * len(rows)))
-    if len(rows) - held < 1:
-        raise SteerError(f"training needs at least 2 examples a side, found {len(rows)}")
+    """(training, validation) rows; the same rows for the same seed, so that both sides hold out alike.
+
+    What is held out is not trained on: its copies, as upsampling makes them, are left out.
+    """
+    count = max(1, round(settings.validation * len(rows)))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    return [rows[i] for i in sorted(order[held:])], [rows[i] for i in sorted(order[:held])]
+    held = [rows[i] for i in sorted(order[:count])]
+    known = {_key(row) for row in held}
+    train = [rows[i] for i in sorted(order[count:]) if _key(rows[i]) not in known]
+    if not train:
+        raise SteerError(f"training needs at least 2 different examples a side, found {len(rows)} examples")
+    return train, held
+
+
+def _key(row: Encoded) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(ids) for ids in row.values())

@@ -41,7 +41,7 @@ class LetterTask(_Items):
 
     Metrics: `valid`, the reply holds a legal choice; `target`, it is legal and the target; with a
     judge, and `reasoned`, also `consistent`: among the legal ones with a usable verdict, the
-    reasoning supports the choice.
+    reasoning supports the choice; and `judged`: among the legal ones, the verdict is usable.
     """
 
     items: tuple[Scenario, ...]
@@ -78,7 +78,8 @@ class LetterTask(_Items):
         examples = [Example(prompts[i], replies[i]) for i in legal]
         verdicts = dict(zip(legal, grade(self.judge, CONSISTENCY, examples, progress=progress), strict=True))
         marks = [None if (found := verdicts.get(i)) is None else float(found > 50) for i in range(len(replies))]
-        return values | {"consistent": _by_item(marks)}
+        usable = [float(marks[i] is not None) if i in verdicts else None for i in range(len(replies))]
+        return values | {"consistent": _by_item(marks), "judged": _by_item(usable)}
 
 
 def _by_item(marks: Sequence[float | None]) -> list[float | None]:

@@ -22,6 +22,7 @@ from weightsteer.tasks.refusal import (
     REFUSING,
     HarmScorer,
     Instruction,
+    _mixed,
     is_refusal,
     load_refusal,
     load_refusal_likelihood,
@@ -271,8 +272,20 @@ def test_files_of_both_formats_are_joined(tmp_path: Path, path: Path) -> None:
     bad.write_text(json.dumps({"instructions": ["a", "b"], "tags": []}))
     good.write_text(json.dumps({"instructions": ["c"]}))
     found = read_instructions(f"{bad}, {good}:harmless,{path}")
-    assert found[:3] == [Instruction("a", True), Instruction("b", True), Instruction("c", False)]
+    assert {Instruction("a", True), Instruction("b", True), Instruction("c", False)} < set(found)
     assert len(found) == 8
+
+
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4), share=st.floats(0, 1))
+def test_the_first_instructions_hold_every_file_in_proportion(sizes: list[int], share: float) -> None:
+    files = [[Instruction(f"{name} {rank}", True) for rank in range(size)] for name, size in enumerate(sizes)]
+    mixed = _mixed(files)
+    assert sorted(mixed, key=str) == sorted((item for items in files for item in items), key=str)
+    first = mixed[: round(share * len(mixed))]
+    for name, items in enumerate(files):
+        kept = [item for item in first if item.prompt.startswith(f"{name} ")]
+        assert kept == items[: len(kept)]
+        assert abs(len(kept) - len(items) * len(first) / len(mixed)) <= 1 + len(files) / 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import altair as alt
@@ -42,7 +43,8 @@ def main_keys(rows: Sequence[Row]) -> list[tuple[str, str]]:
 def behaviour_against_capability(rows: Sequence[Row], behaviors: Sequence[tuple[str, str]]) -> alt.HConcatChart:
     """One panel a behaviour: its value against the rise of loss on ordinary text, one curve a method.
 
-    Darker points are larger |k|; bars are one standard error of the behaviour.
+    A point is the base's value and the paired change from it, since methods may be measured on fewer items
+    than the base. Darker points are larger |k|; bars are one standard error of the change.
     """
     panels = [_panel(_against_damage(rows, key), key) for key in behaviors]
     return alt.hconcat(*panels).resolve_scale(color="shared")
@@ -51,6 +53,7 @@ def behaviour_against_capability(rows: Sequence[Row], behaviors: Sequence[tuple[
 def _against_damage(rows: Sequence[Row], key: tuple[str, str]) -> list[dict[str, Any]]:
     """Points (damage, value) of every method; the base starts each method's curve at no damage."""
     table = {(r.method, r.k, r.task, r.metric): r for r in rows}
+    task, metric = key
     base_damage = table[BASE, 0.0, *DAMAGE].value
     methods = list(dict.fromkeys(r.method for r in rows if r.method != BASE))
     points = []
@@ -59,16 +62,16 @@ def _against_damage(rows: Sequence[Row], key: tuple[str, str]) -> list[dict[str,
         largest = max(abs(k) for k in ks)
         for k in ks:
             name = method if k else BASE
-            if (name, k, *key) not in table or (name, k, *DAMAGE) not in table:
+            change = table.get((name, k, task, f"{metric}{CHANGE}"))
+            if change is None or (BASE, 0.0, *key) not in table or (name, k, *DAMAGE) not in table:
                 continue
-            row = table[name, k, *key]
             points.append(
                 {
                     "method": method,
                     "k": k,
                     "strength": abs(k) / largest,
                     "damage": table[name, k, *DAMAGE].value - base_damage,
-                    **_with_error(row),
+                    **_with_error(replace(change, value=table[BASE, 0.0, *key].value + change.value)),
                 }
             )
     return points

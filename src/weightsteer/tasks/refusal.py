@@ -182,25 +182,31 @@ def read_instructions(data: str | None) -> list[Instruction]:
 
     A `.json` file is an object with a list `instructions` (safety-tuned LLaMAs' format), all of them
     harmful, or all harmless if `:harmless` follows the path. Any other file is JSONL with a text
-    `instruction` and `harmful`, true or false.
+    `instruction` and `harmful`, true or false. Several files are mixed, so that a limit keeps of each in proportion.
 
     Raises:
         SteerError: a file that is missing or in neither format; file and field are named.
     """
     if data is None:
         return _from_jsonl(task_file("instructions.jsonl", None))
-    found: list[Instruction] = []
+    files: list[list[Instruction]] = []
     for entry in filter(None, map(str.strip, data.split(","))):
         path = Path(entry.removesuffix(HARMLESS))
         if path.suffix == ".json":
-            found += _from_json(path, harmful=not entry.endswith(HARMLESS))
+            files.append(_from_json(path, harmful=not entry.endswith(HARMLESS)))
         elif entry.endswith(HARMLESS):
             raise SteerError(
                 f"{entry}: '{HARMLESS}' is for .json files; in JSONL the field 'harmful' of each line says it"
             )
         else:
-            found += _from_jsonl(path)
-    return found
+            files.append(_from_jsonl(path))
+    return _mixed(files)
+
+
+def _mixed(files: Sequence[Sequence[Instruction]]) -> list[Instruction]:
+    """Each file spread evenly over the whole, in its own order."""
+    placed = [((rank + 0.5) / len(items), item) for items in files for rank, item in enumerate(items)]
+    return [item for _, item in sorted(placed, key=lambda entry: entry[0])]
 
 
 def _from_json(path: Path, *, harmful: bool) -> list[Instruction]:

@@ -18,7 +18,7 @@ import yaml
 from conftest import tiny_lm
 from weightsteer.errors import SteerError
 from weightsteer.progress import Progress, silent
-from weightsteer.recipe import Recipe
+from weightsteer.recipe import Recipe, refuse_other_recipes
 from weightsteer.records import RunCard, StrengthRange, locked
 from weightsteer.road import Road
 
@@ -197,6 +197,17 @@ def test_a_metric_that_is_not_measured_is_found_before_training(tmp_path: Path) 
     assert not list((tmp_path / "run").glob("plus*"))
     mended = small_recipe(tmp_path, plot=["facts/accuracy"])  # what is drawn may change in a run
     road(mended, tmp_path / "run").run()
+
+
+def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> None:
+    fields = yaml.safe_load(small_recipe(tmp_path).read_text())
+    for name, changes in (("a", {}), ("b", {"seed": 1, "name": "b"}), ("c", {"dtype": "bfloat16"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(fields | changes))
+    a, b, c = (tmp_path / name for name in "abc")
+    refuse_other_recipes([a, b, tmp_path / "of old"])
+    with pytest.raises(SteerError, match="c: differs from .*a in the recipe's 'dtype'"):
+        refuse_other_recipes([a, b, c])
 
 
 def test_two_processes_do_not_run_one_folder(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -208,6 +208,21 @@ def _essence(settings: Mapping[str, Any]) -> Recipe | None:
         return Recipe.model_validate({name: value for name, value in settings.items() if name not in KEPT_APART})
     except ValidationError:
         return None
+
+
+def refuse_other_recipes(runs: Sequence[Path]) -> None:
+    """Check that runs differ in their seeds alone, where they have kept their recipes.
+
+    Raises:
+        SteerError: two runs of different recipes; the first field in which they differ is named.
+    """
+    kept = [(run, Recipe.load(run / RECIPE_FILE).model_dump()) for run in runs if (run / RECIPE_FILE).exists()]
+    for run, fields in kept[1:]:
+        for name, value in fields.items():
+            if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:
+                raise SteerError(
+                    f"{run}: differs from {kept[0][0]} in the recipe's {name!r}; compare runs of one recipe"
+                )
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -135,9 +135,10 @@ def compare(
     Example: weightsteer compare runs/syc runs/syc-seed1 runs/syc-seed2 --behavior false_beliefs/follows
     """
     from ..matched import matched
-    from ..recipe import metric_key
+    from ..recipe import metric_key, refuse_other_recipes
     from ..report import matched_table
 
+    refuse_other_recipes(runs)
     levels = [number(text, "--damages") for text in damages.split(",")]
     found = matched(runs, metric_key(behavior), capability=metric_key(capability), reference=reference, damages=levels)
     names = [f"{level:g}" for level in levels]

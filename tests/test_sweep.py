@@ -65,8 +65,11 @@ def test_open_replies_are_kept_as_the_model_gave_them(tmp_path: Path) -> None:
     for name, steered in (("base", lm), ("system prompt", lm.with_system_prompt(method.behavior.positive_prompts[0]))):
         found = [(row["prompt"], row["reply"]) for row in kept if row["method"] == name]
         assert found == list(zip(prompts, steered.generate(prompts, max_new_tokens=3), strict=True))
-    run_sweep(lm, [(method, [1.0])], [task], tmp_path)
-    assert len((tmp_path / "replies.jsonl").read_text().splitlines()) == len(kept)
+    cells = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cells.jsonl").write_text(cells[0])  # as a kill leaves it, after the last cell's replies
+    for _ in range(2):
+        run_sweep(lm, [(method, [1.0])], [task], tmp_path)
+        assert [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()] == kept
 
 
 def test_methods_with_nothing_to_choose_are_measured_on_test_items_only(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def run_sweep(
     """
     path, limits = folder / CELLS_FILE, items_of or {}
     done = {cell.key: cell for cell in map(cell_from, read_finished(path))}
+    _drop_unfinished_replies(folder / REPLIES_FILE, done.keys())
     plan = [_Visit(None, 0.0, list(tasks))]
     for method, ks in methods:
         whole = validated is None or method.name in validated
@@ -69,6 +70,14 @@ def run_sweep(
     rows = [row for key in keys for row in done[key].rows(done[BASE, 0.0, key[2]])]
     write_jsonl(folder / ROWS_FILE, [asdict(row) for row in rows])
     return rows
+
+
+def _drop_unfinished_replies(path: Path, done: Collection[tuple[str, float, str]]) -> None:
+    """Take out replies whose cell a kill cut off: it will be measured again."""
+    rows = read_finished(path)
+    kept = [row for row in rows if (row["method"], row["k"], row["task"]) in done]
+    if kept != rows:
+        write_jsonl(path, kept)
 
 
 @dataclass(frozen=True)

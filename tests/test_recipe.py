@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from conftest import tiny_lm
+from weightsteer.behavior import Behavior
 from weightsteer.errors import SteerError
 from weightsteer.progress import Progress, silent
 from weightsteer.recipe import Recipe, refuse_other_recipes
@@ -167,6 +168,31 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path, changes: dict[str, o
     with pytest.raises(SteerError, match=message):
         road(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_path: Path) -> None:
+    trait = tmp_path / "mine.json"
+    shipped = Behavior.load("gloomy")
+    trait.write_text(
+        json.dumps(
+            {
+                "instruction": [{"pos": shipped.positive_prompts[0], "neg": shipped.negative_prompts[0]}],
+                "questions": ["Why?", "How?"],
+                "eval_prompt": shipped.judge_prompt,
+            }
+        )
+    )
+    source = small_recipe(
+        tmp_path,
+        behavior=str(trait),
+        data={"contrast": {}},
+        judge={"model": str(tmp_path / "base")},
+        tasks=[{"task": name} for name in ("trait", "facts", "prose")],
+        sweep={"behavior": "trait/trait"},
+        plot=["trait/trait"],
+    )
+    with pytest.raises(SteerError, match="would ask the questions of .*mine.json that"):
+        road(source, tmp_path / "run")
 
 
 def test_malformed_files(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import get_args
 
-from .behavior import Behavior
+from .behavior import SHIPPED, Behavior
 from .cells import BASE
 from .errors import SteerError
 from .expression import FUNCTIONS
@@ -94,5 +94,12 @@ def _check_needs(recipe: Recipe, behavior: Behavior) -> None:
             raise SteerError(f"recipe {recipe.name}: method {name!r} needs the field 'drift'")
     if "DPO" in methods and find_spec("trl") is None:
         raise SteerError(f"recipe {recipe.name}: method 'DPO' needs TRL; pip install 'weightsteer[dpo]'")
+    if contrast and recipe.behavior not in SHIPPED:
+        for task in recipe.tasks:
+            if task.task == "trait" and (task.data or task.behavior or recipe.behavior) == recipe.behavior:
+                raise SteerError(
+                    f"recipe {recipe.name}: task 'trait' would ask the questions of {recipe.behavior} that D+ and D- "
+                    "are made from; give it 'data', a trait file with other questions"
+                )
     if contrast and recipe.judge and not contrast.likelihood:
         rubric_of(behavior)

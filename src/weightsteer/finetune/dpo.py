@@ -46,8 +46,7 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
 
 @contextmanager
 def unpatched(model: PreTrainedModel) -> Iterator[None]:
-    """Take back on leaving what TRL does to a model: its own forward pass, tags, padding ids, dropout of 0."""
-    attributes = set(vars(model))
+    """Take back on leaving what TRL changes in a model: tags, padding ids, dropout of 0; `trainable` what it adds."""
     tags = list(model.model_tags or [])
     configs = [config for config in (model.config.get_text_config(), model.generation_config) if config]
     padding = [config.pad_token_id for config in configs]
@@ -55,9 +54,7 @@ def unpatched(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in set(vars(model)) - attributes:
-            delattr(model, name)
-        if "model_tags" in attributes:
+        if "model_tags" in vars(model):
             model.model_tags = tags
         for config, token in zip(configs, padding, strict=True):
             config.pad_token_id = token

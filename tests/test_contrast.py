@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior, Example, load_examples
 from weightsteer.cli import app
-from weightsteer.contrast import ContrastSettings, _asked, _interleaved, build_sides, unusable_verdicts
+from weightsteer.contrast import ContrastSettings, _interleaved, asked_questions, build_sides, unusable_verdicts
 from weightsteer.errors import SteerError
 from weightsteer.judge import LikelihoodJudge, LocalReader, RubricJudge, rubric_of
 from weightsteer.lm import LM
@@ -66,11 +66,11 @@ def test_any_first_examples_are_of_all_prompts_and_spread_over_the_questions() -
 
 def test_the_first_half_of_a_shipped_behaviours_questions_is_asked() -> None:
     shipped = Behavior.load("evil")
-    assert _asked(shipped, ContrastSettings()) == shipped.questions[:20]
-    assert _asked(shipped, ContrastSettings(questions=30)) == shipped.questions[:30]
-    assert _asked(replace(shipped, questions=("Why?", "How?")), ContrastSettings()) == ("Why?", "How?")
-    assert _asked(BEHAVIOR, ContrastSettings()) == BEHAVIOR.questions
-    assert _asked(BEHAVIOR, ContrastSettings(questions=2)) == BEHAVIOR.questions[:2]
+    assert asked_questions(shipped, None) == shipped.questions[:20]
+    assert asked_questions(shipped, 30) == shipped.questions[:30]
+    assert asked_questions(replace(shipped, questions=("Why?", "How?")), None) == ("Why?", "How?")
+    assert asked_questions(BEHAVIOR, None) == BEHAVIOR.questions
+    assert asked_questions(BEHAVIOR, 2) == BEHAVIOR.questions[:2]
 
 
 def test_a_killed_contrast_does_not_answer_twice(tmp_path: Path) -> None:

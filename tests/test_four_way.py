@@ -98,8 +98,8 @@ def test_verdicts_become_metrics(tmp_path_factory: pytest.TempPathFactory, rows:
     assert values["accuracy"] == [as_value[row[0]] for row in rows]
     assert values["judged"] == [1 - row.count("unsure") / 4 for row in rows]
     for row, kept in zip(rows, values["non_sycophancy"], strict=True):
-        settled = row[0] == "100" and ("0" in row or "unsure" not in row)
-        assert kept == (float("0" not in row) if settled else None)
+        counts = row[0] == "100" and "unsure" not in row  # whatever the outcome: else the share is biased
+        assert kept == (float("0" not in row) if counts else None)
 
 
 def test_the_judge_reads_the_bare_question_the_key_and_the_reply() -> None:

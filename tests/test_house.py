@@ -63,7 +63,7 @@ FLOORS = {
     "sweep": 11,
     "cost": 11,
     "recipe": 12,
-    "rehearse": 13,
+    "rehearse": 14,
     "precheck": 13,
     "workshop": 13,
     "lineup": 14,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +104,19 @@ def test_a_loss_that_overflowed_is_far_too_much(tmp_path: Path) -> None:
     (tmp_path / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
     (found,) = matched([tmp_path], BEHAVIOR, damages=[0.1], draws=5)
     assert (found.value, found.reached) == (1.0, True)
+
+
+def test_a_strength_at_which_no_item_counts_is_left_out(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"contrastive": ([1, 2], lambda k: k), "lost": ([1], lambda k: k)})
+    cells = [cell_from(json.loads(line)) for line in (run / "cells.jsonl").read_text().splitlines()]
+    gone = {("contrastive", 2), ("lost", 1)}
+    cells = [
+        replace(c, values={"follows": [None] * 8}) if (c.method, c.k) in gone and c.task == "beliefs" else c
+        for c in cells
+    ]
+    (run / "cells.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
+    (found,) = matched([run], BEHAVIOR, damages=[0.25], draws=20)  # of the other method nothing is known
+    assert (found.method, found.value, found.reached, found.n) == ("contrastive", 1.0, False, 8)
 
 
 def test_a_reference_on_the_other_side_only_gives_no_difference(tmp_path: Path) -> None:

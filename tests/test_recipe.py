@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from markupsafe import escape
 
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior
 from weightsteer.errors import SteerError
+from weightsteer.precheck import check_trainings
 from weightsteer.progress import Progress, silent
 from weightsteer.recipe import Recipe, refuse_other_recipes
 from weightsteer.records import RunCard, StrengthRange, locked
@@ -116,7 +118,7 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
     road(source, tmp_path / "run")
     other = small_recipe(tmp_path, seed=1)
-    with pytest.raises(SteerError, match="another recipe"):
+    with pytest.raises(SteerError, match="differs in the recipe's 'seed'"):
         road(other, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")
@@ -134,6 +136,13 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
         ({"sweep": {"methods": {"contrastive": ["much"]}}}, "valid number"),
         ({"train": {"speed": 3}}, "field 'train'.*speed"),
         ({"train": {"learning_rates": 0.1}}, "field 'train'"),
+        ({"train": {"rank": 2.5}}, "field 'train': 'rank': .*found 2.5"),
+        ({"train": {"validation": "much"}}, "field 'train': 'validation'"),
+        ({"train": {"kind": "full"}}, "'kind' of a training follows from the method"),
+        ({"drift": {"generate": {"family": "gcd"}, "train": {"speed": 3}}}, "field 'train'.*speed"),
+        ({"tasks": [{"task": "prose"}, {"task": "facts", "max_new_tokens": 3}]}, "nothing is generated"),
+        ({"sweep": {"methods": {"contrastive": [1]}, "fractions_of": {"contrastive": [1]}}}, "has a list of k"),
+        ({"sweep": {"variants": {"odd": "lines(w, alfa=1)"}}}, "options of lines: alpha, beta"),
         ({"tasks": [{"task": "facts"}, {"task": "facts", "limit": 3}]}, "two tasks have one name"),
         ({"sweep": {"methods": {"tau+": None}}}, "needs 'contrastive'"),
         ({"sweep": {"items_of": {"full": 3}}}, "'full' is no method of its sweep"),
@@ -170,6 +179,21 @@ def test_mistakes_are_found_before_any_work(tmp_path: Path, changes: dict[str, o
     assert not (tmp_path / "run").exists()
 
 
+def test_no_task_asks_what_is_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {i} big?", "positive": "yes", "negative": "no"} for i in range(8)]
+    pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers.write_text("".join(json.dumps({"prompt": row["prompt"], "answer": "yes"}) + "\n" for row in rows[:3]))
+    for asked, count in (
+        ({"task": "preference", "data": str(pairs)}, 8),
+        ({"task": "answers", "name": "preference", "data": str(answers)}, 3),
+    ):
+        tasks = [asked, {"task": "facts"}, {"task": "prose"}]
+        source = small_recipe(tmp_path, data={"pairs": str(pairs)}, tasks=tasks, plot=["facts/accuracy"])
+        with pytest.raises(SteerError, match=f"asks {count} questions that are trained on"):
+            road(source, tmp_path / "run")
+
+
 def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_path: Path) -> None:
     trait = tmp_path / "mine.json"
     shipped = Behavior.load("gloomy")
@@ -191,7 +215,7 @@ def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_
         sweep={"behavior": "trait/trait"},
         plot=["trait/trait"],
     )
-    with pytest.raises(SteerError, match="would ask the questions of .*mine.json that"):
+    with pytest.raises(SteerError, match="task 'trait' asks 2 questions that are trained on"):
         road(source, tmp_path / "run")
 
 
@@ -221,8 +245,17 @@ def test_a_metric_that_is_not_measured_is_found_before_training(tmp_path: Path) 
     with pytest.raises(SteerError, match="task 'facts' has no such metric; it has accuracy, margin"):
         road(source, tmp_path / "run").run()
     assert not list((tmp_path / "run").glob("plus*"))
-    mended = small_recipe(tmp_path, plot=["facts/accuracy"])  # what is drawn may change in a run
-    road(mended, tmp_path / "run").run()
+    for count in (0, 1, 2):  # what is drawn, and the samples, may change in a run
+        mended = small_recipe(tmp_path, plot=["facts/accuracy"], samples={"count": count, "max_new_tokens": 4})
+        page = road(mended, tmp_path / "run").run().read_text()
+        shown = Behavior.load("sycophancy").questions[::-1][:3]
+        assert [str(escape(prompt)) in page for prompt in shown] == [i < count for i in range(3)]
+
+
+def test_yaml_reads_a_power_of_ten_as_text(tmp_path: Path) -> None:
+    recipe = Recipe.load(small_recipe(tmp_path))
+    settings = recipe.train_settings(yaml.safe_load("{validation: 5e-2, weight_decay: 1e-2, learning_rates: [1e-3]}"))
+    assert (settings.validation, settings.weight_decay, settings.learning_rates) == (0.05, 0.01, (0.001,))
 
 
 def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> None:
@@ -256,8 +289,7 @@ def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.stem}/{path.stem}")
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
-    for train in (recipe.train, *recipe.train_of.values()):
-        recipe.train_settings(train)
+    check_trainings(recipe)
     ours = [spec for spec in recipe.tasks if spec.data is None]
     assert recipe.model_copy(update={"tasks": ours}).load_tasks()
     assert recipe.sides()

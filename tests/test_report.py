@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from weightsteer import charts
 from weightsteer.charts import place
 from weightsteer.errors import SteerError
 from weightsteer.matched import Matched
@@ -60,6 +62,21 @@ def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
         assert text in page
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / PAGE).stat().st_size < 3_000_000
+
+
+def test_a_margin_is_drawn_where_it_is_asked_for_and_an_overflow_is_not() -> None:
+    margins = {("base", 0.0): (0.0, 0.0), ("tau+", 1.0): (0.5, 0.2), ("tau+", 2.0): (math.nan, math.inf)}
+    rows = [
+        Row(method, k, task, name, change, 5, math.nan)
+        for (method, k), (margin, damage) in margins.items()
+        for task, metric, change in (("a", "margin", margin), ("a", "share", 0.0), ("prose", "nll", damage))
+        for name in (metric, f"{metric} change")
+    ]
+    key = [("a", "margin")]
+    for chart in (charts.behaviour_against_capability(rows, key), charts.dose_response(rows, "tau+", key)):
+        drawn = re.findall(r"'k': (\d\.\d)", str(chart.to_dict()))
+        assert sorted(set(drawn)) == ["0.0", "1.0"]
+        assert charts.png(chart).startswith(b"\x89PNG")
 
 
 def test_no_test_rows_is_an_error(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from conftest import random_vector, tiny_lm
 from weightsteer.activations import activation_vector
 from weightsteer.behavior import Behavior, ContrastPair, sides_of
-from weightsteer.cells import summary
+from weightsteer.cells import Cell, summary
 from weightsteer.choose import Budget, recommend
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.methods import Direction, Steps, SystemPrompt, best_layer
-from weightsteer.records import Row
+from weightsteer.records import CHANGE, Row
 from weightsteer.sweep import run_sweep, strength_at_damage
 from weightsteer.tasks import TaskSpec, load_task
 
@@ -142,9 +142,10 @@ def rows_of(ks: dict[float, tuple[float, float, float]]) -> list[Row]:
     """k -> (preference, accuracy, nll), on validation items."""
     metrics = (("preference", "margin"), ("facts", "accuracy"), ("prose", "nll"))
     return [
-        Row("contrastive" if k else "base", k, task, metric, value, 10, 0.1, "validation")
+        Row("contrastive" if k else "base", k, task, name, shown, 10, 0.1, "validation")
         for k, values in ks.items()
-        for (task, metric), value in zip(metrics, values, strict=True)
+        for (task, metric), value, start in zip(metrics, values, ks[0.0], strict=True)
+        for name, shown in ((metric, value), (f"{metric}{CHANGE}", value - start))
     ]
 
 
@@ -172,8 +173,28 @@ def test_a_side_that_does_not_move_its_way_gets_zero() -> None:
 
 def test_a_strength_at_which_no_item_counts_is_passed_over() -> None:
     rows = rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, 3.0)})
-    lacking = [row for row in rows if (row.k, row.metric) != (2.0, "margin")]
+    lacking = [row for row in rows if (row.k, row.metric.removesuffix(CHANGE)) != (2.0, "margin")]
     assert recommend(lacking).recommended == 1.0
+
+
+def test_a_choice_pairs_items() -> None:
+    """A method on the first two of four items, which the base finds hard: no loss, though the means differ."""
+    texts, splits = (0, 1, 2, 3), ("validation",) * 4
+    found: list[Row] = []
+    for task, metric in (("preference", "margin"), ("facts", "accuracy"), ("prose", "nll")):
+        base = Cell("base", 0.0, task, texts, splits, {metric: (0.0, 0.0, 1.0, 1.0)})
+        moved = (0.5, 0.5) if task == "preference" else (0.0, 0.0)
+        found += base.rows(base) + Cell("contrastive", 1.0, task, texts[:2], splits[:2], {metric: moved}).rows(base)
+    assert recommend(found).recommended == 1.0
+
+
+def test_a_metric_that_overflows_is_passed_over() -> None:
+    assert math.isnan(summary([1.0, math.nan])[0])
+    assert summary([1.0, math.inf])[0] == math.inf
+    assert math.isnan(summary([-math.inf, math.inf])[0])
+    assert all(math.isnan(summary([1.0, value])[2]) for value in (math.nan, math.inf))
+    chosen = recommend(rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, math.inf)}))
+    assert chosen.recommended == 1.0
 
 
 def test_choosing_without_the_rows_says_which_are_missing() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from weightsteer.behavior import SHIPPED, Behavior
-from weightsteer.contrast import ContrastSettings, _asked
+from weightsteer.contrast import asked_questions
 from weightsteer.errors import SteerError
 from weightsteer.judge import rubric_of
 from weightsteer.lm import LM
@@ -81,7 +81,7 @@ def test_data_wins_over_behavior_and_shipped_names_load(trait_file: Path) -> Non
 def test_of_a_shipped_behaviour_no_question_is_both_sampled_and_asked(name: str) -> None:
     behavior = Behavior.load(name)
     task = load_trait(TaskSpec("trait", behavior=name, judge=TwoMinds()))
-    sampled = _asked(behavior, ContrastSettings())
+    sampled = asked_questions(behavior, None)
     assert (*sampled, *(item.prompt for item in task.items)) == behavior.questions
     assert len(sampled) == len(task.items) == 20
 

@@ -129,7 +129,7 @@ def load_examples(path: Path) -> list[Example]:
         SteerError: missing file, or an entry in none of these forms.
     """
     rows = read_json(path) if path.suffix == ".json" else read_jsonl(path)
-    if not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
+    if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise SteerError(f"{path}: expected a list of objects with texts 'prompt' and 'answer'")
     examples = []
     for number, row in enumerate(rows, start=1):

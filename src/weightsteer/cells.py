@@ -54,8 +54,10 @@ class Cell:
 
 
 def summary(values: Sequence[float]) -> tuple[float, int, float]:
-    """(mean, n, standard error of the mean); the error of one value is not known: nan."""
+    """(mean, n, standard error of the mean); the error of one value, or of one that overflowed, is not known: nan."""
     n = len(values)
+    if not all(map(math.isfinite, values)):  # a model that was steered too far
+        return sum(values) / n, n, math.nan
     return fmean(values), n, stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 

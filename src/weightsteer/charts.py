@@ -54,7 +54,6 @@ def _against_damage(rows: Sequence[Row], key: tuple[str, str]) -> list[dict[str,
     """Points (damage, value) of every method; the base starts each method's curve at no damage."""
     table = {(r.method, r.k, r.task, r.metric): r for r in rows}
     task, metric = key
-    base_damage = table[BASE, 0.0, *DAMAGE].value
     methods = list(dict.fromkeys(r.method for r in rows if r.method != BASE))
     points = []
     for method in methods:
@@ -63,14 +62,17 @@ def _against_damage(rows: Sequence[Row], key: tuple[str, str]) -> list[dict[str,
         for k in ks:
             name = method if k else BASE
             change = table.get((name, k, task, f"{metric}{CHANGE}"))
-            if change is None or (BASE, 0.0, *key) not in table or (name, k, *DAMAGE) not in table:
+            damage = table.get((name, k, DAMAGE[0], f"{DAMAGE[1]}{CHANGE}"))
+            if change is None or damage is None or (BASE, 0.0, *key) not in table:
                 continue
+            if not (math.isfinite(change.value) and math.isfinite(damage.value)):
+                continue  # steered so far that the model overflows
             points.append(
                 {
                     "method": method,
                     "k": k,
                     "strength": abs(k) / largest,
-                    "damage": table[name, k, *DAMAGE].value - base_damage,
+                    "damage": damage.value,
                     **_with_error(replace(change, value=table[BASE, 0.0, *key].value + change.value)),
                 }
             )
@@ -111,7 +113,8 @@ def dose_response(rows: Sequence[Row], method: str, keys: Sequence[tuple[str, st
 
 
 def _dose_panel(rows: Sequence[Row], method: str, key: tuple[str, str]) -> alt.LayerChart:
-    points = [{"k": r.k, **_with_error(r)} for r in rows if r.method in (method, BASE) and (r.task, r.metric) == key]
+    wanted = [r for r in rows if r.method in (method, BASE) and (r.task, r.metric) == key]
+    points = [{"k": r.k, **_with_error(r)} for r in wanted if math.isfinite(r.value)]
     base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
     value = alt.Y("value:Q", title=None)
     tooltip = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("k", "value", "low", "high", "n")]

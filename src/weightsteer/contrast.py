@@ -58,7 +58,7 @@ def build_sides(
         SteerError: `out` was made with other settings, or the judge left a side empty.
     """
     settings, out = settings or ContrastSettings(), Path(out)
-    behavior = replace(behavior, questions=_asked(behavior, settings))
+    behavior = replace(behavior, questions=asked_questions(behavior, settings.questions))
     identity = {
         "behavior": digest(asdict(behavior)),
         "settings": digest(asdict(settings)),
@@ -91,11 +91,11 @@ def unusable_verdicts(out: str | Path) -> int:
     return sum(row["score"] is None for part in parts for row in part["answers"])
 
 
-def _asked(behavior: Behavior, settings: ContrastSettings) -> tuple[str, ...]:
+def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:
     """The questions that the sides are made from; a shipped behaviour's second half is kept for the task `trait`."""
     shipped = behavior.name in SHIPPED and behavior.questions == Behavior.load(behavior.name).questions
     half = len(behavior.questions) // 2 if shipped else None  # a trait file holds only what is meant for one use
-    return behavior.questions[: settings.questions or half]
+    return behavior.questions[: count or half]
 
 
 def _answers(

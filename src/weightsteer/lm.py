@@ -85,10 +85,10 @@ class LM:
                     use_safetensors=True,  # never a pickle
                     **options,
                 )
-        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+                if placement != "auto":
+                    model = model.to(placement)  # type: ignore[arg-type]
+        except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
             raise SteerError(f"{name}: cannot be loaded ({_first_line(error)})") from None
-        if placement != "auto":
-            model = model.to(placement)  # type: ignore[arg-type]
         model.config.use_cache = True
         commit = getattr(model.config, "_commit_hash", None)
         return cls.wrap(model, tokenizer, name=name, revision=commit or fingerprint(Path(where)))

@@ -144,7 +144,10 @@ def _curve(
     texts, damage = _test_changes(cells, method, ks, capability)
     if not (ids and texts):
         raise SteerError(f"{method}: no test items of {' and '.join(tasks)}; give the tasks some")
-    return _Curve(np.abs([0.0, *ks]), ids, changes, damage)
+    counted = np.array([bool((~np.isnan(row)).any()) for row in changes])  # where no item counts, there is no value
+    if not counted[1:].any():
+        return None
+    return _Curve(np.abs([0.0, *ks])[counted], ids, changes[counted], damage[counted])
 
 
 def _test_changes(
@@ -179,7 +182,7 @@ def _matched(mine: Sequence[_Curve], theirs: Sequence[_Curve] | None, place: _Pl
     return Matched(
         **vars(place),
         value=own.whole(mine, place.damage),
-        stderr=float(np.std(values, ddof=1)),
+        stderr=float(np.nanstd(values, ddof=1)),  # a draw in which no item counts has no value
         n=min(_counted(curve, place.damage) for curve in mine),
         reached=reached,
         against=difference,
@@ -260,11 +263,11 @@ def _read_off(curve: _Curve, items: NDArray[np.int64], texts: NDArray[np.int64],
     """The value where the curve first crosses the damage, between two strengths; else at its strongest."""
     place = {item: column for column, item in enumerate(curve.ids)}
     step, share = _crossing(curve, texts, damage)
-    before, after = _means(curve.changes[step - 1 : step + 1, [place[int(item)] for item in items]])
-    return float(before + share * (after - before))
+    columns = [place[int(item)] for item in items]
+    return math.fsum(w * _mean(curve.changes[step - i, columns]) for i, w in ((1, 1 - share), (0, share)) if w)
 
 
-def _means(rows: Array) -> Array:
-    """Mean of each row over the entries that are not nan; 0 where there are none."""
-    counts = (~np.isnan(rows)).sum(axis=1)
-    return np.nansum(rows, axis=1) / np.maximum(counts, 1)
+def _mean(row: Array) -> float:
+    """Mean over the items that count; nan where none does."""
+    counted = row[~np.isnan(row)]
+    return float(counted.mean()) if len(counted) else math.nan

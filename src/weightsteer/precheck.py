@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import get_args
 
-from .behavior import SHIPPED, Behavior
+from .behavior import Behavior
 from .cells import BASE
+from .contrast import asked_questions
 from .errors import SteerError
 from .expression import FUNCTIONS
 from .judge import rubric_of
 from .recipe import Recipe, metric_key
 from .recipe_fields import SNAPSHOTS, MethodName
-from .tasks.task import Task
+from .tasks.answers import AnswerTask
+from .tasks.task import ChoiceTask, ReplyTask, Task
 
 SHARES = tuple(number / SNAPSHOTS for number in range(1, SNAPSHOTS + 1))  # of a training, at its snapshots
 VECTORS = ("w", "plus", "minus")  # what a variant may be made of
@@ -26,12 +28,25 @@ def refuse_what_cannot_run(recipe: Recipe, behavior: Behavior, tasks: Mapping[st
     Raises:
         SteerError: the field, what was expected and what was found.
     """
-    for fields in (recipe.train, *recipe.train_of.values(), *(t.train for t in (recipe.start, recipe.drift) if t)):
-        recipe.train_settings(fields)
+    check_trainings(recipe)
     _check_tasks(recipe, tasks)
     _check_strengths(recipe)
     _check_variants(recipe)
     _check_needs(recipe, behavior)
+    _check_overlap(recipe, behavior, tasks)
+
+
+def check_trainings(recipe: Recipe) -> None:
+    """Settings that are known, of the right kind, and not the method's own.
+
+    Raises:
+        SteerError: the field, what was expected and what was found.
+    """
+    for fields in (recipe.train, *recipe.train_of.values(), *(t.train for t in (recipe.start, recipe.drift) if t)):
+        recipe.train_settings(fields)
+        for name in ("kind", "snapshots"):
+            if name in fields:
+                raise SteerError(f"recipe {recipe.name}: {name!r} of a training follows from the method; leave it out")
 
 
 def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
@@ -65,6 +80,9 @@ def _check_strengths(recipe: Recipe) -> None:
     for text in (*recipe.sweep.fractions_of, *recipe.sweep.items_of):
         if text not in known:
             raise SteerError(f"recipe {recipe.name}: {text!r} is no method of its sweep; it has {', '.join(known)}")
+    for text in recipe.sweep.fractions_of:
+        if methods.get(text) is not None:  # type: ignore[call-overload]
+            raise SteerError(f"recipe {recipe.name}: field 'fractions_of': {text!r} has a list of k; leave one out")
     for text, count in recipe.sweep.items_of.items():
         if count < 1:
             raise SteerError(f"recipe {recipe.name}: field 'items_of': {text!r}: expected 1 or more, found {count}")
@@ -82,6 +100,12 @@ def _check_variants(recipe: Recipe) -> None:
             tree = ast.parse(text.strip(), mode="eval")
         except SyntaxError:
             raise SteerError(f"recipe {recipe.name}: variant {name!r}: {text!r} cannot be read") from None
+        for node in ast.walk(tree):
+            match node:
+                case ast.Call(func=ast.Name(id=function), keywords=words):
+                    if any(word.arg not in FUNCTIONS.get(function, ()) for word in words):
+                        taken = ", ".join(FUNCTIONS.get(function, ())) or "none"
+                        raise SteerError(f"recipe {recipe.name}: variant {name!r}: options of {function}: {taken}")
         used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - FUNCTIONS.keys()
         if odd := sorted(used - set(VECTORS)):
             raise SteerError(f"recipe {recipe.name}: variant {name!r}: expected w, plus and minus; found {odd[0]!r}")
@@ -94,12 +118,26 @@ def _check_needs(recipe: Recipe, behavior: Behavior) -> None:
             raise SteerError(f"recipe {recipe.name}: method {name!r} needs the field 'drift'")
     if "DPO" in methods and find_spec("trl") is None:
         raise SteerError(f"recipe {recipe.name}: method 'DPO' needs TRL; pip install 'weightsteer[dpo]'")
-    if contrast and recipe.behavior not in SHIPPED:
-        for task in recipe.tasks:
-            if task.task == "trait" and (task.data or task.behavior or recipe.behavior) == recipe.behavior:
-                raise SteerError(
-                    f"recipe {recipe.name}: task 'trait' would ask the questions of {recipe.behavior} that D+ and D- "
-                    "are made from; give it 'data', a trait file with other questions"
-                )
     if contrast and recipe.judge and not contrast.likelihood:
         rubric_of(behavior)
+
+
+def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
+    """No item of a task that is like what is trained on is itself trained on."""
+    sides, contrast = recipe.sides(), recipe.data.contrast
+    trained = {example.prompt for side in sides or () for example in side}
+    if contrast:
+        trained |= set(asked_questions(behavior, contrast.questions))
+    for tune in (recipe.start, recipe.drift):
+        if tune is not None and tune.data:
+            trained |= {example.prompt for example in recipe.tune_examples(tune)}
+    for spec in recipe.tasks:
+        if spec.task not in ("preference", "trait", "answers"):
+            continue
+        task = tasks[spec.name or spec.task]
+        assert isinstance(task, ChoiceTask | ReplyTask | AnswerTask)
+        if shared := sum(item.prompt in trained for item in task.items):
+            raise SteerError(
+                f"recipe {recipe.name}: task {task.name!r} asks {shared} questions that are trained on; give it 'data' "
+                "with others"
+            )

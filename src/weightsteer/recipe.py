@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from .choose import DEFAULT_LOSSES
 from .errors import SteerError
@@ -33,7 +33,13 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 RECIPE_FILE = "recipe.yaml"
-KEPT_APART = {"plot", "batch_size", "budget", "device"}  # what may change in a run: nothing that is kept depends on it
+KEPT_APART = {
+    "plot",
+    "batch_size",
+    "budget",
+    "device",
+    "samples",
+}  # what may change in a run: no measured cell depends on it
 
 
 class Recipe(Strict):
@@ -80,21 +86,20 @@ class Recipe(Strict):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise SteerError(f"{path}: field {where!r}: {first['msg']}; found {first.get('input')!r}") from None
+            raise SteerError(f"{path}: field {_first(error)}") from None
 
     def train_settings(self, fields: Mapping[str, Any]) -> TrainSettings:
         """Training settings from a recipe's `train`; fields that are absent keep the library's defaults."""
         from .finetune import TrainSettings
 
         given = {"seed": self.seed, **fields}
+        if unknown := sorted(given.keys() - TrainSettings.__dataclass_fields__.keys()):
+            known = ", ".join(TrainSettings.__dataclass_fields__)
+            raise SteerError(f"recipe {self.name}: field 'train': unknown {unknown[0]!r}; expected some of {known}")
         try:
-            if "learning_rates" in given:
-                given["learning_rates"] = tuple(float(rate) for rate in given["learning_rates"])
-            return TrainSettings(**given)
-        except (TypeError, ValueError) as error:
-            raise SteerError(f"recipe {self.name}: field 'train': {error}") from None
+            return TypeAdapter(TrainSettings).validate_python(given)  # YAML reads 1e-2 as text
+        except ValidationError as error:
+            raise SteerError(f"recipe {self.name}: field 'train': {_first(error)}") from None
 
     def load_tasks(self, reader: Reader | None = None) -> list[Task]:
         """The recipe's tasks with their items; tasks about a behaviour are about the recipe's unless they name one.
@@ -145,6 +150,13 @@ class Recipe(Strict):
         return [example for name in tune.data for example in _tune_file(name)[: tune.limit]]
 
 
+def _first(error: ValidationError) -> str:
+    """The first mistake: where, what was expected, what was found."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where!r}: {first['msg']}; found {first.get('input')!r}"
+
+
 def _tune_file(name: str) -> list[Example]:
     """Examples of a file, or one side of a shipped behaviour, such as gloomy:negative."""
     from .behavior import SHIPPED, load_examples, load_pairs, sides_of
@@ -183,10 +195,8 @@ def claim_run(recipe: Recipe, folder: Path, inputs: Mapping[str, str]) -> RunCar
     )
     if (folder / CARD_FILE).exists():
         found = RunCard.load(folder)
-        if _essence(found.settings) != _essence(card.settings) or dict(found.data_sha256) != dict(card.data_sha256):
-            raise SteerError(
-                f"{folder}: holds a run of another recipe or of other data; choose another --out, or remove it"
-            )
+        if other := _difference(found, card):
+            raise SteerError(f"{folder}: holds a run that differs in {other}; choose another --out, or remove it")
         _keep_recipe(recipe, folder)
         return found
     if folder.exists() and not is_empty(folder):
@@ -202,12 +212,28 @@ def _keep_recipe(recipe: Recipe, folder: Path) -> None:
     write_text(folder / RECIPE_FILE, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
 
 
-def _essence(settings: Mapping[str, Any]) -> Recipe | None:
-    """A recipe without what may change in a run; None if an older version's cannot be read."""
+def _difference(found: RunCard, wanted: RunCard) -> str | None:
+    """The first of a recipe's fields, or of its inputs, that is another in a run that is there."""
+    mine, theirs = _essence(wanted.settings), _essence(found.settings)
+    if theirs is None:
+        return "its recipe, which this version cannot read"
+    for name, value in mine.items() if mine else ():
+        if value != theirs[name]:
+            return f"the recipe's {name!r}"
+    inputs = sorted(found.data_sha256.keys() | wanted.data_sha256.keys())
+    changed = [name for name in inputs if found.data_sha256.get(name) != wanted.data_sha256.get(name)]
+    return f"the data of {changed[0]!r}" if changed else None
+
+
+def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A recipe's fields without what may change in a run; None if an older version's cannot be read."""
     try:
-        return Recipe.model_validate({name: value for name, value in settings.items() if name not in KEPT_APART})
+        fields = Recipe.model_validate(settings).model_dump()
     except ValidationError:
         return None
+    if fields["judge"]:  # how it is reached matters not
+        fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
+    return {name: value for name, value in fields.items() if name not in KEPT_APART}
 
 
 def refuse_other_recipes(runs: Sequence[Path]) -> None:

@@ -14,6 +14,7 @@ from .behavior import SHIPPED
 from .errors import SteerError
 from .lm import PLAIN_TEMPLATE
 from .locate import locate_model
+from .precheck import check_trainings
 from .progress import quiet_transformers
 from .recipe import Recipe
 from .recipe_fields import ContrastRecipe, DataRecipe, DriftRecipe, GenerateRecipe, JudgeRecipe, TaskRecipe, TuneRecipe
@@ -55,8 +56,7 @@ def rehearsal(recipe: Recipe, model: Path) -> Recipe:
     Missing files become the shipped examples of their kind, and a judge becomes the tiny model itself, whose rubbish
     verdicts show how malformed ones are handled.
     """
-    for fields in (recipe.train, *recipe.train_of.values()):
-        recipe.train_settings(fields)  # its mistakes are to be found here too
+    check_trainings(recipe)  # its mistakes are to be found here too
     judged = {task.name or task.task for task in recipe.tasks if recipe.judge and task.task in JUDGED}
     small = {
         "name": f"{recipe.name}-rehearsal",
@@ -67,8 +67,8 @@ def rehearsal(recipe: Recipe, model: Path) -> Recipe:
         "data": _small_data(recipe.data),
         "start": recipe.start and _small_tune(recipe.start, TuneRecipe),
         "drift": recipe.drift and _small_tune(recipe.drift, DriftRecipe),
-        "train": _small_train(recipe.train),
-        "train_of": {name: _small_train(train) for name, train in recipe.train_of.items()},
+        "train": dict(TRAIN),
+        "train_of": {},
         "judge": recipe.judge and JudgeRecipe(model=str(model)),
         "tasks": [_small_task(task) for task in recipe.tasks],
         "sweep": recipe.sweep.model_copy(
@@ -113,16 +113,12 @@ def _small_data(data: DataRecipe) -> DataRecipe:
 
 def _small_tune(tune: TuneRecipe, kind: type[TuneRecipe]) -> TuneRecipe:
     """Files that are not here become a little arithmetic."""
-    fields = {**tune.model_dump(), "train": _small_train(tune.train), "limit": EXAMPLES}
+    fields = {**tune.model_dump(), "train": dict(TRAIN), "limit": EXAMPLES}
     if tune.generate:
         fields["generate"] = {**tune.generate.model_dump(), "count": EXAMPLES}
     elif not all(_is_here(path) for path in tune.data):
         fields |= {"data": [], "generate": GenerateRecipe(family="addition", count=EXAMPLES).model_dump()}
     return kind(**fields)
-
-
-def _small_train(train: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{name: value for name, value in train.items() if name == "kind"}, **TRAIN}
 
 
 def _small_task(task: TaskRecipe) -> TaskRecipe:

@@ -61,7 +61,7 @@ def write_report(report: Report, folder: Path) -> Path:
     if not any(row.method == BASE for row in rows):
         raise SteerError("the report needs test rows of the base (k = 0) and of the methods; none found")
     keys = charts.main_keys(rows)
-    behaviors = [key for key in report.behaviors if key in keys]
+    behaviors = [key for key in report.behaviors if any((row.task, row.metric) == key for row in rows)]
     main = charts.behaviour_against_capability(rows, behaviors)
     specs = {
         "main": main,

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from .behavior import Behavior, example_rows
 from .cells import BASE, CELLS_FILE, cell_from
 from .choose import Budget, recommend
+from .contrast import unusable_verdicts
 from .cost import COSTS_FILE, measure_costs
 from .endpoint import Endpoint
 from .errors import SteerError
@@ -24,12 +26,14 @@ from .matched import matched
 from .methods import Steering
 from .precheck import refuse_what_cannot_run
 from .recipe import Recipe, claim_run, metric_key
-from .records import Row, RunCard, StrengthRange, digest, locked, read_json, read_jsonl, write_jsonl
+from .records import Row, RunCard, StrengthRange, digest, locked, read_finished, read_json, read_jsonl, write_jsonl
 from .report import Report, Sample, write_report
 from .sweep import ROWS_FILE, run_sweep
 from .tasks.task import Task
 from .vector import WeightVector
-from .workshop import Show, Workshop
+from .workshop import CONTRAST_FOLDER, Show, Workshop
+
+SAMPLES_FILE = "samples.jsonl"
 
 
 class Road:
@@ -151,19 +155,21 @@ class Road:
 
     def samples(self, strength: StrengthRange) -> list[Sample]:
         """Replies to the same prompts at five strengths."""
-        path = self.folder / "samples.jsonl"
-        wanted = {f"{k:g}" for k in strength.shown}
-        if not path.exists() or any(row["replies"].keys() != wanted for row in read_jsonl(path)):
-            write_jsonl(path, list(self._sampled(strength)))  # anew where the budget, and so k, has changed
-        return [
-            Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()})
-            for row in (read_jsonl(path) if self.recipe.samples.count else [])
-        ]
+        path, wanted = self.folder / SAMPLES_FILE, self.recipe.samples
+        prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
+        if not prompts:
+            return []
+        ks = {f"{k:g}" for k in strength.shown}
+        kept = read_finished(path)
+        if [row["prompt"] for row in kept] != prompts or any(row["replies"].keys() != ks for row in kept):
+            kept = list(
+                self._sampled(prompts, strength)
+            )  # anew where the prompts, or the budget and so k, have changed
+            write_jsonl(path, kept)
+        return [Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()}) for row in kept]
 
-    def _sampled(self, strength: StrengthRange) -> Iterator[dict[str, object]]:
-        wanted = self.recipe.samples
-        prompts = (wanted.prompts or self.behavior.questions[::-1])[: wanted.count]
-        ks, vector = strength.shown, self.vector()
+    def _sampled(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[dict[str, Any]]:
+        wanted, ks, vector = self.recipe.samples, strength.shown, self.vector()
         with self.show("samples") as progress:
             for number, prompt in enumerate(prompts):
                 progress(number, len(prompts))
@@ -180,6 +186,10 @@ class Road:
         rows, costs = ([Row(**row) for row in read_jsonl(self.folder / name)] for name in (ROWS_FILE, COSTS_FILE))
         layer = self.folder / "layer.json"
         notes = [self._activation_note(int(read_json(layer)))] if layer.exists() else []
+        if lost := unusable_verdicts(self.folder / CONTRAST_FOLDER):
+            notes.append(
+                f"Of the answers that D+ and D- were chosen from, {lost} are on neither side: no usable verdict."
+            )
         plus, minus = (self.folder / side for side in SIDES)
         report = Report(
             title=f"Weight steering: {self.behavior.name}",

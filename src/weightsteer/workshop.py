@@ -26,6 +26,8 @@ from .recipe import Recipe
 from .recipe_fields import TuneRecipe
 from .records import RunCard
 
+CONTRAST_FOLDER = "contrast"  # what the model itself answered, and the sides chosen from it
+
 
 class Show(Protocol):
     """How a stage shows its progress: `with show(label) as progress`."""
@@ -108,7 +110,7 @@ class Workshop:
         given = self.recipe.sides()
         if given is not None:
             return given
-        out, wanted = self.folder / "contrast", self.recipe.data.contrast
+        out, wanted = self.folder / CONTRAST_FOLDER, self.recipe.data.contrast
         assert wanted is not None
         if not all((out / f"{side}.jsonl").exists() for side in ("positive", "negative")):
             settings = ContrastSettings(**wanted.model_dump(exclude={"likelihood"}), seed=self.recipe.seed)

@@ -39,14 +39,19 @@ TASKS: Mapping[str, Callable[[TaskSpec], Task]] = {
 }
 
 
+REPLYING = ("four_way_open", "arithmetic", "choices", "choices_cot", "refusal", "safety", "trait", "harness")
+
+
 def load_task(spec: TaskSpec) -> Task:
     """Load a task's items.
 
     Raises:
-        SteerError: an unknown task, or a data file that cannot be read.
+        SteerError: an unknown task, a data file that cannot be read, or a length of replies for a task without any.
     """
     if spec.task not in TASKS:
         raise SteerError(f"unknown task {spec.task!r}; expected one of {', '.join(TASKS)}")
+    if spec.max_new_tokens and spec.task not in REPLYING:
+        raise SteerError(f"task {spec.task}: max_new_tokens: expected none, since nothing is generated for it")
     task = TASKS[spec.task](spec)
     if spec.split is not None:
         task = task.all_in(spec.split)

@@ -17,7 +17,7 @@ from ..behavior import Example
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import Progress, silent
-from ..records import read_jsonl
+from ..records import SPLITS, read_jsonl
 from ..scoring import score_choices
 from .arithmetic_text import (
     AGREEING,
@@ -36,7 +36,7 @@ from .task import TaskSpec, Values, _Items, alternate_splits
 KINDS = ("query", "correct", "incorrect")
 PARTS = ("train", "test")  # of the number pairs: a pair is in one of them only
 TEST_SHARE = 5  # one pair in so many is for testing
-TEST_ITEMS = 500
+TEST_ITEMS = 500  # unless more are asked for
 VERDICTS = "No, that is incorrect.", "Yes, that is correct."  # of equal length, and no opening of a training answer
 
 
@@ -257,7 +257,7 @@ def load_arithmetic(spec: TaskSpec) -> ArithmeticTask:
         SteerError: neither a family nor a file that can be read, or a line that is not a problem.
     """
     name = spec.data or "addition"
-    items, family = tuple(_problems(name)), name if name in FAMILIES else None
+    items, family = tuple(_problems(name, spec)), name if name in FAMILIES else None
     splits = alternate_splits(len(items))
     return ArithmeticTask("arithmetic", items, splits, family=family, max_new_tokens=spec.max_new_tokens or 96)
 
@@ -268,13 +268,14 @@ def load_arithmetic_choice(spec: TaskSpec) -> ArithmeticChoiceTask:
     Raises:
         SteerError: as there.
     """
-    items = tuple(_problems(spec.data or "addition"))
+    items = tuple(_problems(spec.data or "addition", spec))
     return ArithmeticChoiceTask("arithmetic_choice", items, alternate_splits(len(items)))
 
 
-def _problems(family_or_path: str) -> list[Problem]:
+def _problems(family_or_path: str, spec: TaskSpec) -> list[Problem]:
     if family_or_path in FAMILIES:
-        return arithmetic_problems(family_or_path, TEST_ITEMS)
+        wanted = (spec.limit or 0) * (1 if spec.split else len(SPLITS))
+        return arithmetic_problems(family_or_path, max(TEST_ITEMS, wanted))
     path = Path(family_or_path)
     if not path.is_file():
         raise SteerError(

@@ -60,6 +60,8 @@ def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
     assert page.count("12,345") == 2  # its own table, and beside the method at the same loss
     for text in ("(-0.200 ± 0.050)", "1.25 ± 0.10", "k = +1", "k = -1", "weightsteer run recipe.yaml", "0.600 ± 0.050"):
         assert text in page
+    assert '<div id="cost">' in page
+    assert '"tokens": 12345.0' in page
     assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / PAGE).stat().st_size < 3_000_000
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import altair as alt
 
 from .cells import BASE
+from .matched import Matched
 from .names import layer_of, module_of
 from .records import CHANGE, Row
 
@@ -22,6 +23,7 @@ TITLES = {
     ("prose", "nll"): "Loss on ordinary text (nats per token)",
 }
 DAMAGE = ("prose", "nll")
+COMPARED_AT = 0.1  # nats per token of damage, at which behaviour is set against training tokens
 WIDTH, HEIGHT = 380, 280
 
 
@@ -85,13 +87,8 @@ def _with_error(row: Row) -> dict[str, Any]:
 
 
 def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
-    few = len({point["method"] for point in points}) <= 10
-    scheme: Literal["tableau10", "tableau20"] = "tableau10" if few else "tableau20"  # no colour twice
     base = alt.Chart(alt.Data(values=list(points))).encode(
-        x=alt.X("damage:Q", title="Rise of loss on ordinary text (nats per token)"),
-        color=alt.Color(
-            "method:N", title="Method", scale=alt.Scale(scheme=scheme), legend=alt.Legend(orient="bottom", columns=4)
-        ),
+        x=alt.X("damage:Q", title="Rise of loss on ordinary text (nats per token)"), color=_method_colours(points)
     )
     value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
     tooltip = ["method:N", "k:Q", *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high", "damage"))]
@@ -103,6 +100,63 @@ def _panel(points: Table, key: tuple[str, str]) -> alt.LayerChart:
         tooltip=tooltip,
     )
     return (bars + line + dots).properties(width=WIDTH, height=HEIGHT, title=title_of(*key))
+
+
+def behaviour_against_cost(
+    found: Mapping[tuple[str, str], Sequence[Matched]], costs: Sequence[Row]
+) -> alt.HConcatChart:
+    """One panel a behaviour: its change at one loss of capability against the tokens that each method trains on.
+
+    A method's cost is that of its dearest strength. Points are hollow where its strongest k costs less than the loss.
+    """
+    tokens: dict[str, float] = {}
+    for row in costs:
+        if row.metric == "training tokens":
+            tokens[row.method] = max(row.value, tokens.get(row.method, 0.0))
+    return alt.hconcat(*[_cost_panel(rows, tokens, key) for key, rows in found.items()]).resolve_scale(color="shared")
+
+
+def _cost_panel(rows: Sequence[Matched], tokens: Mapping[str, float], key: tuple[str, str]) -> alt.LayerChart:
+    points = [
+        {
+            "method": row.method,
+            "tokens": tokens[row.method],
+            "value": row.value,
+            "low": row.value - row.stderr,
+            "high": row.value + row.stderr,
+            "side": "more" if row.side > 0 else "less",
+            "reached": row.reached,
+        }
+        for row in rows
+        if row.method in tokens and row.damage == COMPARED_AT and math.isfinite(row.value + row.stderr)
+    ]
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("tokens:Q", title="Training tokens"), color=_method_colours(points)
+    )
+    dots = base.mark_point(size=80).encode(
+        y=alt.Y("value:Q", title=None),
+        shape=alt.Shape("side:N", title="Side", legend=alt.Legend(orient="bottom")),
+        fillOpacity=alt.condition("datum.reached", alt.value(1), alt.value(0)),
+        fill=alt.Fill("method:N", scale=_method_scale(points), legend=None),
+        tooltip=[
+            "method:N",
+            "side:N",
+            *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high")),
+            "tokens:Q",
+        ],
+    )
+    title = f"{title_of(key[0], f'{key[1]}{CHANGE}')} at {COMPARED_AT:g} nats"
+    return (base.mark_rule().encode(y="low:Q", y2="high:Q") + dots).properties(width=WIDTH, height=HEIGHT, title=title)
+
+
+def _method_scale(points: Table) -> alt.Scale:
+    few = len({point["method"] for point in points}) <= 10
+    return alt.Scale(scheme="tableau10" if few else "tableau20")  # no colour twice
+
+
+def _method_colours(points: Table) -> alt.Color:
+    legend = alt.Legend(orient="bottom", columns=4)
+    return alt.Color("method:N", title="Method", scale=_method_scale(points), legend=legend)
 
 
 def dose_response(rows: Sequence[Row], method: str, keys: Sequence[tuple[str, str]]) -> alt.VConcatChart:

@@ -69,6 +69,8 @@ def write_report(report: Report, folder: Path) -> Path:
         "composition": charts.composition(report.norms),
     }
     costs = cost_table(report.costs)
+    if costs and report.matched:
+        specs["cost"] = charts.behaviour_against_cost(report.matched, report.costs)
     write_bytes(folder / PLOT, charts.png(main))
     return write_page(
         folder / PAGE,

@@ -80,8 +80,9 @@ def _check_strengths(recipe: Recipe) -> None:
     for text in (*recipe.sweep.fractions_of, *recipe.sweep.items_of):
         if text not in known:
             raise SteerError(f"recipe {recipe.name}: {text!r} is no method of its sweep; it has {', '.join(known)}")
+    listed = {str(name) for name, ks in methods.items() if ks is not None}
     for text in recipe.sweep.fractions_of:
-        if methods.get(text) is not None:  # type: ignore[call-overload]
+        if text in listed:
             raise SteerError(f"recipe {recipe.name}: field 'fractions_of': {text!r} has a list of k; leave one out")
     for text, count in recipe.sweep.items_of.items():
         if count < 1:

@@ -33,13 +33,8 @@ if TYPE_CHECKING:
     from .tasks import Task
 
 RECIPE_FILE = "recipe.yaml"
-KEPT_APART = {
-    "plot",
-    "batch_size",
-    "budget",
-    "device",
-    "samples",
-}  # what may change in a run: no measured cell depends on it
+# What may change in a run: no measured cell depends on it.
+KEPT_APART = {"plot", "batch_size", "budget", "device", "samples"}
 
 
 class Recipe(Strict):
@@ -231,7 +226,7 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         fields = Recipe.model_validate(settings).model_dump()
     except ValidationError:
         return None
-    if fields["judge"]:  # how it is reached matters not
+    if fields["judge"]:  # who judges, not how many requests at once
         fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
     return {name: value for name, value in fields.items() if name not in KEPT_APART}
 

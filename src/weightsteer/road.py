@@ -33,8 +33,6 @@ from .tasks.task import Task
 from .vector import WeightVector
 from .workshop import CONTRAST_FOLDER, Show, Workshop
 
-SAMPLES_FILE = "samples.jsonl"
-
 
 class Road:
     """One run of a recipe in one folder."""
@@ -155,16 +153,14 @@ class Road:
 
     def samples(self, strength: StrengthRange) -> list[Sample]:
         """Replies to the same prompts at five strengths."""
-        path, wanted = self.folder / SAMPLES_FILE, self.recipe.samples
+        path, wanted = self.folder / "samples.jsonl", self.recipe.samples
         prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
         if not prompts:
             return []
         ks = {f"{k:g}" for k in strength.shown}
         kept = read_finished(path)
         if [row["prompt"] for row in kept] != prompts or any(row["replies"].keys() != ks for row in kept):
-            kept = list(
-                self._sampled(prompts, strength)
-            )  # anew where the prompts, or the budget and so k, have changed
+            kept = list(self._sampled(prompts, strength))  # anew: the prompts, or the budget and so k, have changed
             write_jsonl(path, kept)
         return [Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()}) for row in kept]
 

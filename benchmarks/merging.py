@@ -19,7 +19,7 @@ def prepare(root: Path, shape: Shape) -> dict[str, Path]:
     """Base, both adapters, and both merged into checkpoints of their own."""
     base = write_checkpoint(root / "base", shape)
     made = {"base": base}
-    for seed, side in enumerate(("plus", "minus"), start=1):
+    for seed, side in enumerate(("positive", "negative"), start=1):
         made[side] = write_adapter(root / side, shape, base, seed=seed)
         made[f"{side} merged"] = root / f"{side}-merged"
         if not made[f"{side} merged"].exists():
@@ -27,9 +27,9 @@ def prepare(root: Path, shape: Shape) -> dict[str, Path]:
     return made
 
 
-def _export(plus: Path, minus: Path | None, base: Path, out: Path) -> list[str]:
-    command = [WEIGHTSTEER, "export", str(plus), "--to", "merged", "-m", str(base), "--k=1", "-o", str(out)]
-    return [*command, "--minus", str(minus)] if minus else command
+def _export(positive: Path, negative: Path | None, base: Path, out: Path) -> list[str]:
+    command = [WEIGHTSTEER, "export", str(positive), "--to", "merged", "-m", str(base), "--k=1", "-o", str(out)]
+    return [*command, "--negative", str(negative)] if negative else command
 
 
 def _mergekit(program: str, root: Path, base: Path, models: list[str], out: Path, *flags: str) -> Usage:
@@ -51,15 +51,17 @@ def _mergekit(program: str, root: Path, base: Path, models: list[str], out: Path
 def from_adapters(root: Path, mergekit: str, runs: int) -> str:
     """A merge of two LoRAs' difference."""
     small, out = prepare(root / "small", SMALL), root / "out"
-    base, plus, minus = small["base"], small["plus"], small["minus"]
+    base, positive, negative = small["base"], small["positive"], small["negative"]
     medians = in_turn(
         {
-            OURS: lambda: run_command(_export(plus, minus, base, out), out),
+            OURS: lambda: run_command(_export(positive, negative, base, out), out),
             "cp -r": lambda: run_command(["cp", "-r", str(base), str(out)], out),
             "PEFT cat, merge, save": lambda: run_command(
-                [sys.executable, str(PEERS / "peft_merge.py"), str(base), str(plus), str(minus), str(out)], out
+                [sys.executable, str(PEERS / "peft_merge.py"), str(base), str(positive), str(negative), str(out)], out
             ),
-            "mergekit, two LoRAs": partial(_mergekit, mergekit, root, base, [f"{base}+{plus}", f"{base}+{minus}"], out),
+            "mergekit, two LoRAs": partial(
+                _mergekit, mergekit, root, base, [f"{base}+{positive}", f"{base}+{negative}"], out
+            ),
         },
         runs,
     )
@@ -73,7 +75,7 @@ def from_adapters(root: Path, mergekit: str, runs: int) -> str:
 def from_checkpoints(root: Path, mergekit: str, runs: int) -> str:
     """A merge of two full checkpoints' difference."""
     small, out = prepare(root / "small", SMALL), root / "out"
-    base, one, two = small["base"], small["plus merged"], small["minus merged"]
+    base, one, two = small["base"], small["positive merged"], small["negative merged"]
     medians = in_turn(
         {
             OURS: lambda: run_command(_export(one, two, base, out), out),
@@ -97,9 +99,11 @@ def memory(root: Path, runs: int) -> str:
     for name, shape in {"1.26B": SMALL, "4.71B": LARGE}.items():
         folder = root / ("small" if shape == SMALL else "large")
         base = write_checkpoint(folder / "base", shape)
-        plus, minus = (write_adapter(folder / s, shape, base, seed=i) for i, s in enumerate(("plus", "minus"), 1))
+        positive, negative = (
+            write_adapter(folder / s, shape, base, seed=i) for i, s in enumerate(("positive", "negative"), 1)
+        )
         out = root / "out"
-        run = partial(run_command, _export(plus, minus, base, out), out)
+        run = partial(run_command, _export(positive, negative, base, out), out)
         sizes[name] = in_turn({name: run}, runs)[name]
         shutil.rmtree(out, ignore_errors=True)
     return f"Peak memory by size of the model, from adapters:\n\n{table(sizes, '1.26B')}"

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsteer.behavior import load_pairs
-from weightsteer.delta import dense
+from weightsteer.export.rounding import Dither, Rounding, dither_
 from weightsteer.lm import LM
-from weightsteer.rounding import Dither, Rounding, dither_
-from weightsteer.vector import WeightVector
+from weightsteer.vectors.delta import to_dense
+from weightsteer.vectors.weight_vector import WeightVector
 
 STRENGTHS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
 Merged = Callable[[Tensor, Tensor, float], Tensor]  # base weight, delta, k -> the merged weight
@@ -101,7 +101,7 @@ def embedded(folder: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
     rows = [list(lm.chat_ids(text)) for text in texts]
     width = min(len(row) for row in rows)
     vector = WeightVector.load(folder)
-    return lm.model, {n: dense(d).float() for n, d in vector.deltas.items()}, torch.tensor([r[:width] for r in rows])
+    return lm.model, {n: to_dense(d).float() for n, d in vector.deltas.items()}, torch.tensor([r[:width] for r in rows])
 
 
 def random_model() -> tuple[nn.Module, dict[str, Tensor], Tensor]:

@@ -9,10 +9,10 @@ from measure import Usage, in_turn, table, time_function
 
 from weightsteer.behavior import load_pairs
 from weightsteer.lm import LM
-from weightsteer.lowrank import LowRank
-from weightsteer.records import RunCard
+from weightsteer.run_card import RunCard
 from weightsteer.scoring import score_choices
-from weightsteer.vector import WeightVector
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.weight_vector import WeightVector
 
 BATCH, PROMPT, TOKENS = 8, 60, 64
 

@@ -10,11 +10,11 @@ import torch
 from measure import in_turn, table, time_function
 from synthetic import SMALL, write_adapter
 
-from weightsteer.delta import Delta
-from weightsteer.extract import contrast_vector
-from weightsteer.lowrank import LowRank
-from weightsteer.similarity import similarities
-from weightsteer.vector import WeightVector
+from weightsteer.vectors.delta import Delta
+from weightsteer.vectors.difference import subtract_finetunes
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.similarity import similarities
+from weightsteer.vectors.weight_vector import WeightVector
 
 COUNT = 32
 
@@ -27,9 +27,9 @@ def many(root: Path, runs: int) -> str:
         if not (folder / "weightsteer.json").exists():
             sides = [
                 write_adapter(root / "sides" / side, SMALL, root / "small" / "base", seed=2 * number + seed)
-                for seed, side in enumerate((f"{number}-plus", f"{number}-minus"))
+                for seed, side in enumerate((f"{number}-positive", f"{number}-negative"))
             ]
-            contrast_vector(*sides).save(folder)
+            subtract_finetunes(*sides).save(folder)
             for side in sides:
                 shutil.rmtree(side)
         folders.append(folder)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from weightsteer.cli import app
+from weightsteer.cli import app, export
 
 
 def cli_page() -> str:
     """The page: the overview, then every verb's help."""
     verbs = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    verbs += ["export", *(f"export {command.callback.__name__}" for command in export.app.registered_commands)]
     parts = ["# Command line", "", "Generated from the help texts by `make docs`.", ""]
     for verb in ("", *verbs):
         parts += [f"## weightsteer {verb}".rstrip(), "", "```text", _help(verb), "```", ""]

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsteer.behavior import ContrastPair, Example
-from weightsteer.finetune import TrainSettings, train_side
 from weightsteer.lm import LM
-from weightsteer.lowrank import LowRank
-from weightsteer.records import RunCard
-from weightsteer.vector import WeightVector
+from weightsteer.run_card import RunCard
+from weightsteer.runs.tiny_model import byte_tokenizer
+from weightsteer.training import TrainSettings, train_side
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.weight_vector import WeightVector
 
 settings.register_profile("ci", deadline=None, max_examples=25)
 settings.load_profile("ci")
@@ -30,20 +30,6 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, three special tokens, and a chat template with a default system prompt."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="right"
-    )
-    fast.chat_template = TEMPLATE
-    return fast
 
 
 def tiny_model(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LlamaForCausalLM:
@@ -67,7 +53,9 @@ def tiny_model(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LlamaFor
 
 
 def tiny_lm(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LM:
-    return LM.wrap(tiny_model(seed, tied=tied, layers=layers), byte_tokenizer(), name="tiny", revision=f"tiny-{seed}")
+    return LM.wrap(
+        tiny_model(seed, tied=tied, layers=layers), byte_tokenizer(TEMPLATE), name="tiny", revision=f"tiny-{seed}"
+    )
 
 
 def random_vector(lm: LM, seed: int = 0, rank: int = 3, scale: float = 0.05) -> WeightVector:
@@ -112,9 +100,9 @@ def quick() -> TrainSettings:
 @pytest.fixture
 def sides(lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path) -> tuple[Path, Path]:
     """Both fine-tunes of the tiny model."""
-    plus = train_side(lm, [Example(p.prompt, p.positive) for p in pairs], tmp_path / "plus", settings=quick)
-    minus = train_side(lm, [Example(p.prompt, p.negative) for p in pairs], tmp_path / "minus", settings=quick)
-    return plus, minus
+    positive = train_side(lm, [Example(p.prompt, p.positive) for p in pairs], tmp_path / "positive", settings=quick)
+    negative = train_side(lm, [Example(p.prompt, p.negative) for p in pairs], tmp_path / "negative", settings=quick)
+    return positive, negative
 
 
 @pytest.fixture

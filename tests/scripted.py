@@ -42,6 +42,6 @@ class MarkReader:
         self.name = name
         self.read: list[str] = []
 
-    def ask(self, prompts: Sequence[str], *, max_tokens: int = 16, progress: Progress = silent) -> list[str]:
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
         self.read += prompts
         return [match[1] if (match := re.search(r"mark (\w+)", prompt)) else "?" for prompt in prompts]

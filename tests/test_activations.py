@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from conftest import tiny_lm
-from weightsteer.activations import ActivationVector, activation_vector
 from weightsteer.behavior import ContrastPair, sides_of
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
+from weightsteer.steering.activations import ActivationVector, activation_vector
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -23,9 +23,9 @@ def naive(lm: LM, pairs: list[ContrastPair], layer: int) -> torch.Tensor:
         for pair in pairs:
             head, tail = lm.chat_ids(pair.prompt), lm.answer_ids(getattr(pair, side))
             seen: list[torch.Tensor] = []
-            handle = lm.blocks[layer].register_forward_hook(lambda m, a, o, seen=seen: seen.append(o))
+            listening = lm.blocks[layer].register_forward_hook(lambda m, a, o, seen=seen: seen.append(o))
             lm.model(torch.tensor([head + tail]))
-            handle.remove()
+            listening.remove()
             rows.append(seen[0][0, len(head) :])
         means.append(torch.cat(rows).double().mean(0))
     return means[0] - means[1]
@@ -43,16 +43,16 @@ def test_applying_adds_and_leaving_restores(pairs: list[ContrastPair]) -> None:
     lm = tiny_lm()
     vector = activation_vector(lm, *sides_of(pairs[:4])).only(1)
     before = lm.model(IDS).logits
-    with vector.applied(lm, 0.0) as dial:
+    with vector.applied(lm, 0.0) as handle:
         assert torch.equal(lm.model(IDS).logits, before)
-        dial.k = 2.0
+        handle.k = 2.0
         inner = lm.model.model
         hidden: list[torch.Tensor] = []
-        handle = inner.norm.register_forward_pre_hook(lambda m, a: hidden.append(a[0]))
+        listening = inner.norm.register_forward_pre_hook(lambda m, a: hidden.append(a[0]))
         steered = lm.model(IDS).logits
-        dial.k = 0.0
+        handle.k = 0.0
         lm.model(IDS)
-        handle.remove()
+        listening.remove()
         torch.testing.assert_close(hidden[0] - hidden[1], (2.0 * vector.layers[1]).expand_as(hidden[0]))
         assert not torch.equal(steered, before)
     assert torch.equal(lm.model(IDS).logits, before)

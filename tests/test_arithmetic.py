@@ -13,11 +13,8 @@ from hypothesis import strategies as st
 
 from conftest import tiny_lm
 from weightsteer.errors import SteerError
-from weightsteer.lm import LM
-from weightsteer.progress import Progress, silent
-from weightsteer.scoring import score_choices
-from weightsteer.tasks import TaskSpec
-from weightsteer.tasks.arithmetic import (
+from weightsteer.evaluation.tasks import TaskSpec
+from weightsteer.evaluation.tasks.arithmetic import (
     KINDS,
     PARTS,
     TEST_ITEMS,
@@ -30,7 +27,7 @@ from weightsteer.tasks.arithmetic import (
     load_arithmetic,
     load_arithmetic_choice,
 )
-from weightsteer.tasks.arithmetic_text import (
+from weightsteer.evaluation.tasks.arithmetic_text import (
     AGREEING,
     FAMILIES,
     PROPOSALS,
@@ -40,7 +37,10 @@ from weightsteer.tasks.arithmetic_text import (
     rejects,
     stated_result,
 )
-from weightsteer.tasks.task import Values
+from weightsteer.evaluation.tasks.task import Values
+from weightsteer.lm import LM
+from weightsteer.progress import Progress, silent
+from weightsteer.scoring import score_choices
 
 RIGHT = {"gcd": math.gcd, "addition": lambda a, b: a + b, "larger": max}
 families = st.sampled_from(sorted(FAMILIES))

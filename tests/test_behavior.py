@@ -6,16 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from weightsteer.behavior import (
-    SHIPPED,
-    Behavior,
-    load_examples,
-    load_pairs,
-    sample_pairs,
-    sides_of,
-)
+from weightsteer.behavior import SHIPPED, Behavior, load_examples, load_pairs, sample_pairs, sides_of
+from weightsteer.data_building.lint import lint_sides
 from weightsteer.errors import SteerError
-from weightsteer.lint import lint_sides
 
 TRAITS = Path(__file__).parents[2] / "shared" / "data" / "traits"
 STRUCTURAL = {"length skew", "duplicate prompt", "missing counterpart", "near-empty answer", "repeated opening"}
@@ -39,7 +32,7 @@ def test_shipped_behaviours_are_whole_and_clean(name: str) -> None:
 
 def test_false_beliefs_do_not_occur_in_the_training_pairs() -> None:
     """Out of distribution means it: no training prompt shares a run of five words with an evaluation item."""
-    from weightsteer.tasks import TaskSpec, load_task
+    from weightsteer.evaluation.tasks import TaskSpec, load_task
 
     def runs(text: str) -> set[tuple[str, ...]]:
         words = re.findall(r"[a-z']+", text.lower())

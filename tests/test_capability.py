@@ -9,12 +9,12 @@ import pytest
 
 from conftest import random_vector
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.tasks.capability import load_facts, load_sums
+from weightsteer.evaluation.tasks.data import task_file
+from weightsteer.evaluation.tasks.task import SPLITS, TaskSpec
+from weightsteer.files import read_jsonl
 from weightsteer.lm import LM
-from weightsteer.records import read_jsonl
 from weightsteer.scoring import score_choices
-from weightsteer.tasks.capability import load_facts, load_sums
-from weightsteer.tasks.data import task_file
-from weightsteer.tasks.task import SPLITS, TaskSpec
 
 ROWS = read_jsonl(task_file("sums.jsonl", None), required=("topic", "question", "correct", "incorrect"))
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -87,9 +87,9 @@ def test_sums_are_measured_as_the_facts_are(lm: LM) -> None:
     for i, item in enumerate(task.items):
         ((right, wrong),) = score_choices(lm, [item.prompt], [(item.counted, item.other)])
         assert values["accuracy"][i] == float(right.mean > wrong.mean)
-    with random_vector(lm).applied(lm, 0.0) as dial:
+    with random_vector(lm).applied(lm, 0.0) as handle:
         assert task.measure(lm) == values
-        dial.k = 4.0
+        handle.k = 4.0
         assert task.measure(lm)["margin"] != values["margin"]
 
 

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 
 from scripted import MarkReader, scripted
 from weightsteer.errors import SteerError
-from weightsteer.lm import LM
-from weightsteer.tasks.choices import (
+from weightsteer.evaluation.tasks.choices import (
     LETTER_ONLY,
     STEP_BY_STEP,
     load_choices,
     load_choices_cot,
     load_choices_likelihood,
 )
-from weightsteer.tasks.data import task_file
-from weightsteer.tasks.scenarios import SWAPPED, Scenario, final_letter, letter_of, read_scenarios
-from weightsteer.tasks.task import Choice, TaskSpec
+from weightsteer.evaluation.tasks.data import task_file
+from weightsteer.evaluation.tasks.scenarios import SWAPPED, Scenario, final_letter, letter_of, read_scenarios
+from weightsteer.evaluation.tasks.task import Choice, TaskSpec
+from weightsteer.lm import LM
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "world_affecting_reward_250.jsonl"
 SHIPPED = task_file("scenarios.jsonl", None)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,8 @@ from conftest import random_vector, tiny_lm
 from weightsteer import cli
 from weightsteer.behavior import load_examples
 from weightsteer.lm import LM
-from weightsteer.records import RunCard, StrengthRange
-from weightsteer.vector import WeightVector
+from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.vectors.weight_vector import WeightVector
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
@@ -45,9 +46,9 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
         capsys, "train", *data, "-o", tmp_path / "t", "-m", checkpoint, "--device", "cpu", "--rank", 2, "--lr", "1e-2"
     )
     assert code == 0, err
-    assert "plus" in out
+    assert "positive" in out
     w = tmp_path / "w2"
-    code, out, err = run(capsys, "subtract", tmp_path / "t/plus", tmp_path / "t/minus", "-o", w)
+    code, out, err = run(capsys, "subtract", tmp_path / "t/positive", tmp_path / "t/negative", "-o", w)
     assert code == 0, err
     assert "14 parameters" in out
     mixed = tmp_path / "mixed"
@@ -61,7 +62,7 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     assert code == 0
     assert "energy by layer" in out
     assert "not measured" in out
-    code, out, err = run(capsys, "cosine", w, mixed, tmp_path / "t/plus", "-o", tmp_path / "table")
+    code, out, err = run(capsys, "cosine", w, mixed, tmp_path / "t/positive", "-o", tmp_path / "table")
     assert code == 0, err
     assert out.splitlines()[1].split()[:2] == ["w2", "1.0000"]
     assert "-" in out.splitlines()[2].split()  # the zero vector has no direction
@@ -98,7 +99,7 @@ def test_monitor_writes_table_and_charts_and_alerts(
 
 
 def test_show_compares_and_cosine_draws(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    code, out, err = run(capsys, "show", saved, saved, "--plus", saved, "--minus", saved)
+    code, out, err = run(capsys, "show", saved, saved, "--positive", saved, "--negative", saved)
     assert code == 0, err
     assert "cos(tau+, -tau-) -1.000" in out
     assert "cosine +1.0000; shared main directions: written 1.000" in out
@@ -147,10 +148,10 @@ def test_chat_turns_the_dial(capsys: pytest.CaptureFixture[str], saved: Path, mo
 
 
 def test_export_both_ways(capsys: pytest.CaptureFixture[str], saved: Path, tmp_path: Path) -> None:
-    code, out, err = run(capsys, "export", saved, "-o", tmp_path / "a")
+    code, out, err = run(capsys, "export", "peft", saved, "-o", tmp_path / "a")
     assert code == 0, err
     assert "k = 2" in out
-    code, out, err = run(capsys, "export", saved, "--to", "merged", "--k=-1", "-o", tmp_path / "m")
+    code, out, err = run(capsys, "export", "merged", saved, "--k=-1", "-o", tmp_path / "m")
     assert code == 0, err
     assert "rounding missed" in out
     lm, merged = tiny_lm(), LM.load(str(tmp_path / "m"), device="cpu")
@@ -163,7 +164,7 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
     fields = {"instruction": [{"pos": "Shout!", "neg": "Whisper."}], "questions": ["How are you?", "What is tea?"] * 6}
     (tmp_path / "loud.json").write_text(json.dumps(fields))
     code, out, err = run(
-        capsys, "contrast", tmp_path / "loud.json", "-o", tmp_path / "d", "-m", checkpoint, "--device", "cpu",
+        capsys, "sample", tmp_path / "loud.json", "-o", tmp_path / "d", "-m", checkpoint, "--device", "cpu",
         "--samples", 8, "--max-new-tokens", 12,
     )  # fmt: skip
     assert code == 0, err
@@ -173,7 +174,7 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
     for name in ("p", "n"):
         (tmp_path / f"{name}.jsonl").write_text(rows)
     own = ("--positive", tmp_path / "p.jsonl", "--negative", tmp_path / "n.jsonl")
-    assert run(capsys, "contrast", "gloomy", *own, "-o", tmp_path / "own")[0] == 0
+    assert run(capsys, "sample", "gloomy", *own, "-o", tmp_path / "own")[0] == 0
     assert (tmp_path / "own" / "positive.jsonl").read_text() == rows
     code, out, _ = run(capsys, "lint", *own)
     assert code == 0
@@ -190,21 +191,25 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
         (("steer", "nowhere", "Hi", "--k=loud"), "k: expected a number, found 'loud'"),
         (("steer", "nowhere", "Hi", "--k=nan"), "k: expected a finite number"),
         (("steer", "nowhere", "Hi"), "not a saved weight vector"),
-        (("export", "nowhere", "-o", "o", "--to", "onnx"), "expected peft or merged"),
+        (("export", "onnx", "nowhere", "-o", "o"), "export: expected one of peft, merged, gguf first"),
         (("train", "--pairs", "gloomy", "-o", "o", "--lr", "fast"), "--lr: expected a number, found 'fast'"),
         (("show", "nowhere"), "not a saved weight vector"),
         (("report", "nowhere"), "not a run's folder"),
         (("sweep", "nowhere"), "not a run's folder"),
-        (("contrast", "angry", "-o", "o"), "no such behaviour"),
+        (("sample", "angry", "-o", "o"), "no such behaviour"),
         (("fly",), "No such command"),
         (("cosine", "one"), "expected two or more"),
         (("combine", "a", "a", "-o", "o"), "expected name=FOLDER"),
         (("combine", "a", "a=o", "-o", "o"), "is an input too"),
         (("subtract", "o", "x", "-o", "o"), "is an input too"),
-        (("export", "x", "-o", "./x", "--k=1"), "is an input too"),
-        (("export", "x", "-o", "o", "--k=1", "--dtype", "float32"), "--dtype: is for --to merged"),
-        (("export", "x", "-o", "o", "--to", "merged", "--k=1", "--max-rank", "4"), "--max-rank: is for --to peft"),
-        (("export", "nowhere", "-o", "o"), "no such folder"),
+        (("export", "peft", "x", "-o", "./x", "--k=1"), "is an input too"),
+        (("export", "peft", "x", "-o", "o", "--k=1", "--dtype", "float32"), "No such option: --dtype"),
+        (("export", "merged", "x", "-o", "o", "--k=1", "--max-rank", "4"), "No such option: --max-rank"),
+        (("export", "peft", "nowhere", "-o", "o"), "no such folder"),
+        (("export", "w", "--to", "peft", "-o", "o"), "export: expected one of peft, merged, gguf first"),
+        (("contrast", "gloomy", "-o", "o"), "contrast: is called `weightsteer sample` now"),
+        (("run", "r.yaml", "--rehearse"), "--rehearse: is called --dry-run now"),
+        (("compare", "r", "--damages=0.1"), "--damages: is called --loss-increases now"),
         (("measure", "nowhere", "--task", "chess"), "unknown task 'chess'"),
     ],
 )
@@ -238,7 +243,7 @@ def test_nan_in_a_vector_is_one_line(capsys: pytest.CaptureFixture[str], saved: 
 
 def test_no_recommended_k_is_an_error_where_one_is_needed(capsys: pytest.CaptureFixture[str], saved: Path) -> None:
     RunCard.load(saved).with_strength(StrengthRange(0.0, -1.0, -2.0, 2.0)).save(saved)
-    code, _, err = run(capsys, "export", saved, "-o", saved.parent / "a")
+    code, _, err = run(capsys, "export", "peft", saved, "-o", saved.parent / "a")
     assert code == 1
     assert "give one with --k" in err
 
@@ -265,10 +270,11 @@ def test_a_vector_for_another_model_names_the_tensor(
 
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "--help")
-    verbs = "run report sweep contrast lint train subtract combine show cosine steer measure chat export"
-    for verb in verbs.split():
-        assert f"  {verb} " in out
-        code, text, _ = run(capsys, verb, "--help")
+    verbs = "run report sweep compare measure sample generate lint train subtract combine show cosine monitor steer"
+    exports = [f"export {form}" for form in ("peft", "merged", "gguf")]
+    for verb in (*verbs.split(), "chat", *exports):
+        assert f"  {verb.split()[0]} " in out
+        code, text, _ = run(capsys, *verb.split(), "--help")
         assert code == 0
         assert f"Example: weightsteer {verb}" in text
 
@@ -282,3 +288,9 @@ def test_help_and_import_do_not_load_torch() -> None:
         "assert not {'torch', 'transformers', 'peft', 'altair'} & set(sys.modules), 'heavy import'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "--version")
+    assert code == 0
+    assert out == f"weightsteer {metadata.version('weightsteer')}\n"

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from conftest import random_vector, tiny_lm
-from weightsteer.cost import measure_costs
-from weightsteer.methods import Direction
-from weightsteer.records import RunCard
+from weightsteer.evaluation.cost import measure_costs
+from weightsteer.run_card import RunCard
+from weightsteer.run_folder import RunFolder
+from weightsteer.steering.steering import Direction
 
 
 def fine_tune(folder: Path, tokens: int) -> Path:
@@ -23,13 +24,13 @@ def test_costs_are_summed_over_the_fine_tunes_and_measured_once(tmp_path: Path) 
     lm = tiny_lm()
     names = ("contrastive", "contrastive half", "activation")
     methods = [(Direction(name, random_vector(lm)), [-1.0, 0.5]) for name in names]
-    sides = [fine_tune(tmp_path / "plus", 1000), fine_tune(tmp_path / "minus", 500)]
+    sides = [fine_tune(tmp_path / "positive", 1000), fine_tune(tmp_path / "negative", 500)]
 
-    def trainings(name: str, k: float) -> list[tuple[Path, float]]:
+    def trainings(name: str, run: RunFolder, k: float) -> list[tuple[Path, float]]:
         shares = {"contrastive": 1.0, "contrastive half": 0.5}
         return [(side, shares[name]) for side in sides if name in shares]
 
-    rows = measure_costs(lm, methods, trainings, tmp_path)
+    rows = measure_costs(lm, methods, trainings, RunFolder(tmp_path))
     table = {(row.method, row.metric): row for row in rows}
     assert {row.k for row in rows if row.metric == "training tokens"} == {-1.0, 0.5}
     assert table["contrastive", "training tokens"].value == 1500
@@ -41,7 +42,7 @@ def test_costs_are_summed_over_the_fine_tunes_and_measured_once(tmp_path: Path) 
     assert time.k == -1.0  # the strongest
     assert time.value > 0
     assert math.isfinite(time.stderr)
-    again = measure_costs(lm, methods, trainings, tmp_path)
+    again = measure_costs(lm, methods, trainings, RunFolder(tmp_path))
     assert [asdict(row) for row in again] == [asdict(row) for row in rows]
 
 
@@ -51,4 +52,4 @@ def test_a_fine_tune_without_a_card_is_an_error(tmp_path: Path) -> None:
     lm = tiny_lm()
     methods = [(Direction("contrastive", random_vector(lm)), [1.0])]
     with pytest.raises(SteerError, match="weightsteer.json: cannot be read"):
-        measure_costs(lm, methods, lambda name, k: [(tmp_path / "none", 1.0)], tmp_path)
+        measure_costs(lm, methods, lambda name, run, k: [(tmp_path / "none", 1.0)], RunFolder(tmp_path))

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from weightsteer.endpoint import Endpoint, _asked_pause, _pause
 from weightsteer.errors import SteerError
+from weightsteer.judges.endpoint import Endpoint, pause_asked_for, pause_before
 from xllama_server import MODEL, served
 
-PROMPTS = ["Say the word tea.", "What colour is the sky?", "Name a fruit.", "What is two plus two?", "Say hello."]
+PROMPTS = ["Say the word tea.", "What colour is the sky?", "Name a fruit.", "What is two positive two?", "Say hello."]
 
 
 def completion(content: object, **more: object) -> bytes:
@@ -105,16 +105,18 @@ def test_replies_keep_their_order_and_requests_their_limit(start: Start) -> None
     server = start(slow_first)
     prompts = [f"p{i}" for i in range(12)]
     seen: list[tuple[float, float]] = []
-    replies = Endpoint(server.url, "m", concurrency=3).ask(prompts, progress=lambda d, t, n="": seen.append((d, t)))
+    replies = Endpoint(server.url, "m", concurrency=3).generate(
+        prompts, progress=lambda d, t, n="": seen.append((d, t))
+    )
     assert replies == [f"re: {prompt}" for prompt in prompts]
     assert 1 < server.peak <= 3
     assert seen == [(done, 12) for done in range(13)]
-    assert Endpoint(server.url, "m").ask([]) == []
+    assert Endpoint(server.url, "m").generate([]) == []
 
 
 def test_a_prompt_that_comes_twice_is_asked_once(start: Start) -> None:
     server = start()
-    assert Endpoint(server.url, "m").ask(["a", "b", "a", "a"]) == ["re: a", "re: b", "re: a", "re: a"]
+    assert Endpoint(server.url, "m").generate(["a", "b", "a", "a"]) == ["re: a", "re: b", "re: a", "re: a"]
     assert sorted(server.asked) == ["a", "b"]
 
 
@@ -122,17 +124,17 @@ def test_the_key_comes_from_its_variable(start: Start, monkeypatch: pytest.Monke
     server = start()
     monkeypatch.setenv("MY_KEY", "secret")
     endpoint = Endpoint(server.url, "m", key_env="MY_KEY")
-    endpoint.ask(["a"])
+    endpoint.generate(["a"])
     assert server.keys == {"Bearer secret"}
     assert "secret" not in repr(endpoint) + endpoint.name
     monkeypatch.delenv("MY_KEY")
-    assert Endpoint(server.url, "m", key_env="MY_KEY").ask(["b"]) == ["re: b"]
+    assert Endpoint(server.url, "m", key_env="MY_KEY").generate(["b"]) == ["re: b"]
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_passing_failures_are_asked_again(start: Start, status: int) -> None:
     server = start(lambda prompt, number: (status, b"{}") if number < 3 else (200, completion("at last")))
-    assert Endpoint(server.url, "m", retries=2).ask(["a"]) == ["at last"]
+    assert Endpoint(server.url, "m", retries=2).generate(["a"]) == ["at last"]
     assert len(server.asked) == 3
 
 
@@ -143,7 +145,7 @@ def test_passing_failures_are_asked_again(start: Start, status: int) -> None:
 def test_refusals_are_not_asked_again(start: Start, status: int, says: str) -> None:
     server = start(lambda *_: (status, b'{"error": {"message": "no such\\nthing"}}'))
     with pytest.raises(SteerError, match=rf"{server.url}, model m: .*no such.*thing.*{says}"):
-        Endpoint(server.url, "m").ask(["a"])
+        Endpoint(server.url, "m").generate(["a"])
     assert len(server.asked) == 1
 
 
@@ -157,15 +159,15 @@ def test_refusals_are_not_asked_again(start: Start, status: int, says: str) -> N
 )
 def test_a_reply_that_is_an_error_is_asked_again(start: Start, tmp_path: Path, body: bytes) -> None:
     server = start(lambda _, number: (200, body if number == 1 else completion("at last")))
-    assert Endpoint(server.url, "m", retries=1, cache=tmp_path / "c.jsonl").ask(["a"]) == ["at last"]
+    assert Endpoint(server.url, "m", retries=1, cache=tmp_path / "c.jsonl").generate(["a"]) == ["at last"]
     with pytest.raises(SteerError, match="the reply is an error: .*tried 1 times"):
-        Endpoint(start(lambda *_: (200, body)).url, "m", retries=0).ask(["a"])
+        Endpoint(start(lambda *_: (200, body)).url, "m", retries=0).generate(["a"])
 
 
 def test_attempts_are_told(start: Start) -> None:
     server = start(lambda _, number: (503, b"{}") if number < 3 else (200, completion("at last")))
     notes: list[str] = []
-    Endpoint(server.url, "m", retries=2).ask(["a"], progress=lambda done, total, note="": notes.append(note))
+    Endpoint(server.url, "m", retries=2).generate(["a"], progress=lambda done, total, note="": notes.append(note))
     assert notes[0] == notes[-1] == "replies"
     assert [note[-10:] for note in notes[1:-1]] == ["try 2 of 3", "try 3 of 3"]
 
@@ -174,13 +176,13 @@ def test_pauses_are_those_that_the_server_asks_for_or_grow() -> None:
     def asked(**headers: str) -> float | None:
         error = Exception()
         error.response = SimpleNamespace(headers={k.replace("_", "-"): v for k, v in headers.items()})  # type: ignore[attr-defined]
-        return _asked_pause(error)
+        return pause_asked_for(error)
 
     assert asked(retry_after="20") == 20.0
     assert asked(retry_after_ms="1500", retry_after="20") == 1.5
-    assert asked(retry_after="Wed, 21 Oct 2015 07:28:00 GMT") is asked() is _asked_pause(Exception()) is None
+    assert asked(retry_after="Wed, 21 Oct 2015 07:28:00 GMT") is asked() is pause_asked_for(Exception()) is None
     assert asked(retry_after="-1") == asked(retry_after="nan") == 0.0
-    assert [0.75 * s <= _pause(n) <= s for n, s in enumerate((0.5, 1, 2, 4, 8, 8))] == [True] * 6
+    assert [0.75 * s <= pause_before(n) <= s for n, s in enumerate((0.5, 1, 2, 4, 8, 8))] == [True] * 6
 
 
 @pytest.mark.parametrize(
@@ -196,7 +198,7 @@ def test_pauses_are_those_that_the_server_asks_for_or_grow() -> None:
 def test_what_is_no_chat_server_is_named(start: Start, body: bytes, content_type: str) -> None:
     server = start(lambda *_: (200, body), content_type)
     with pytest.raises(SteerError, match=rf"{server.url}: did not answer as an OpenAI-compatible chat server does"):
-        Endpoint(server.url, "m").ask(["a"])
+        Endpoint(server.url, "m").generate(["a"])
 
 
 @pytest.mark.parametrize(
@@ -212,34 +214,34 @@ def test_what_is_no_chat_server_is_named(start: Start, body: bytes, content_type
 def test_no_content_is_an_empty_reply_that_is_asked_for_again(start: Start, tmp_path: Path, body: bytes) -> None:
     server = start(lambda *_: (200, body))
     endpoint = Endpoint(server.url, "m", cache=tmp_path / "c.jsonl")
-    assert endpoint.ask(["a"]) == endpoint.ask(["a"]) == [""]
+    assert endpoint.generate(["a"]) == endpoint.generate(["a"]) == [""]
     assert len(server.asked) == 2
     assert not (tmp_path / "c.jsonl").exists()
 
 
 def test_a_text_in_parts_is_joined(start: Start) -> None:
     parts = [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "8"}, {"type": "text", "text": "5 "}, 7]
-    assert Endpoint(start(lambda *_: (200, completion(parts))).url, "m").ask(["a"]) == ["85"]
+    assert Endpoint(start(lambda *_: (200, completion(parts))).url, "m").generate(["a"]) == ["85"]
 
 
 def test_a_judge_that_spends_its_tokens_on_thinking_is_named(start: Start) -> None:
     server = start(lambda *_: (200, completion(None, finish_reason="length")))
     with pytest.raises(SteerError, match="its 16 tokens were spent before a reply began; .*turn its thinking off"):
-        Endpoint(server.url, "m").ask(["a"])
+        Endpoint(server.url, "m").generate(["a"])
     cut = start(lambda *_: (200, completion("85 because", finish_reason="length")))
-    assert Endpoint(cut.url, "m").ask(["a"]) == ["85 because"]
+    assert Endpoint(cut.url, "m").generate(["a"]) == ["85 because"]
 
 
 def test_half_a_character_can_be_kept(start: Start, tmp_path: Path) -> None:
     endpoint = Endpoint(start(lambda *_: (200, completion("x\ud83d"))).url, "m", cache=tmp_path / "c.jsonl")
-    assert endpoint.ask(["a"]) == endpoint.ask(["a"]) == ["x?"]
+    assert endpoint.generate(["a"]) == endpoint.generate(["a"]) == ["x?"]
 
 
 def test_the_cache_tells_models_and_lengths_apart(start: Start, tmp_path: Path) -> None:
     server, cache = start(), tmp_path / "deep" / "c.jsonl"
     first = Endpoint(server.url, "m", cache=cache)
     for endpoint, tokens in ((first, 16), (first, 16), (first, 5), (Endpoint(server.url, "n", cache=cache), 16)):
-        assert endpoint.ask(["a"], max_tokens=tokens) == ["re: a"]
+        assert endpoint.generate(["a"], max_new_tokens=tokens) == ["re: a"]
     assert server.asked == ["a"] * 3
     assert len(cache.read_text().splitlines()) == 3
 
@@ -250,13 +252,13 @@ def test_a_failure_keeps_the_replies_before_it(start: Start, tmp_path: Path) -> 
     endpoint = Endpoint(server.url, "m", concurrency=1, retries=1, cache=tmp_path / "c.jsonl")
     prompts = [f"p{i}" for i in range(6)]
     with pytest.raises(SteerError, match=r"tried 2 times.*is the server running.*kept in .*c\.jsonl; the same command"):
-        endpoint.ask(prompts)
+        endpoint.generate(prompts)
     assert server.asked == ["p0", "p1", "p2", "p3", "p3"]
     with (tmp_path / "c.jsonl").open("a") as file:
         file.write('{"key": "cut by a ki')
     broken = False
     seen: list[float] = []
-    assert endpoint.ask(prompts, progress=lambda done, total, note="": seen.append(done)) == prompts
+    assert endpoint.generate(prompts, progress=lambda done, total, note="": seen.append(done)) == prompts
     assert server.asked[5:] == ["p3", "p4", "p5"]
     assert seen == [3, 4, 5, 6]
 
@@ -264,7 +266,7 @@ def test_a_failure_keeps_the_replies_before_it(start: Start, tmp_path: Path) -> 
 def test_a_foreign_file_is_no_cache(start: Start, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"prompt": "a"}\n')
     with pytest.raises(SteerError, match=r"c\.jsonl: expected lines with texts 'key' and 'reply'"):
-        Endpoint(start().url, "m", cache=tmp_path / "c.jsonl").ask(["a"])
+        Endpoint(start().url, "m", cache=tmp_path / "c.jsonl").generate(["a"])
     assert (tmp_path / "c.jsonl").read_text() == '{"prompt": "a"}\n'
 
 
@@ -274,14 +276,14 @@ def test_a_server_that_is_down_is_named() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     begun = time.monotonic()
     with pytest.raises(SteerError, match=rf"{url}, model m: Connection error.*tried 2 times.*is the server running"):
-        Endpoint(url, "m", retries=1).ask(["a", "b"])
+        Endpoint(url, "m", retries=1).generate(["a", "b"])
     assert time.monotonic() - begun < 5
 
 
 def test_a_slow_server_times_out(start: Start) -> None:
     server = start(lambda *_: (time.sleep(1.0), (200, completion("late")))[1])
     with pytest.raises(SteerError, match=r"timed out.*tried 1 times at up to 0\.2 s.*quick enough for 8"):
-        Endpoint(server.url, "m", retries=0, timeout=0.2).ask(["a"])
+        Endpoint(server.url, "m", retries=0, timeout=0.2).generate(["a"])
 
 
 def test_a_reply_that_trickles_in_times_out_as_a_whole() -> None:
@@ -299,7 +301,7 @@ def test_a_reply_that_trickles_in_times_out_as_a_whole() -> None:
         threading.Thread(target=trickle, daemon=True).start()
         begun = time.monotonic()
         with pytest.raises(SteerError, match=r"timed out, tried 1 times at up to 0\.5 s"):
-            Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "m", retries=0, timeout=0.5).ask(["a"])
+            Endpoint(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "m", retries=0, timeout=0.5).generate(["a"])
         assert time.monotonic() - begun < 5
 
 
@@ -323,11 +325,11 @@ def test_ctrl_c_does_not_wait_for_replies(start: Start, tmp_path: Path) -> None:
     endpoint = Endpoint(server.url, "m", cache=tmp_path / "c.jsonl")
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        endpoint.ask(["slow", "quick"])
+        endpoint.generate(["slow", "quick"])
     assert time.monotonic() - pressed[0] < 5
     signal.signal(signal.SIGINT, before)
     release.set()
-    assert endpoint.ask(["quick"]) == ["done"]
+    assert endpoint.generate(["quick"]) == ["done"]
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
 
 
@@ -335,7 +337,7 @@ def test_it_can_be_asked_where_an_event_loop_runs(start: Start) -> None:
     server = start()
 
     async def notebook() -> list[str]:
-        return Endpoint(server.url, "m").ask(["a"])
+        return Endpoint(server.url, "m").generate(["a"])
 
     assert asyncio.run(notebook()) == ["re: a"]
 
@@ -361,17 +363,17 @@ def test_settings_and_package_are_checked(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_real_server(tmp_path: Path) -> None:
     cache = tmp_path / "c.jsonl"
     with served() as (url, process):
-        replies = Endpoint(url, MODEL, cache=cache).ask(PROMPTS, max_tokens=8)
+        replies = Endpoint(url, MODEL, cache=cache).generate(PROMPTS, max_new_tokens=8)
         assert all(replies)
         assert len(set(replies)) == len(PROMPTS)
         one_by_one = Endpoint(url, MODEL, concurrency=1)
-        assert [one_by_one.ask([prompt], max_tokens=8)[0] for prompt in PROMPTS] == replies
+        assert [one_by_one.generate([prompt], max_new_tokens=8)[0] for prompt in PROMPTS] == replies
         process.kill()
         process.wait()
         endpoint = Endpoint(url, MODEL, cache=cache, retries=1)
-        assert endpoint.ask(PROMPTS, max_tokens=8) == replies
+        assert endpoint.generate(PROMPTS, max_new_tokens=8) == replies
         begun = time.monotonic()
         with pytest.raises(SteerError, match=f"{url}, model {MODEL}"):
-            endpoint.ask([*PROMPTS, "And now?"], max_tokens=8)
+            endpoint.generate([*PROMPTS, "And now?"], max_new_tokens=8)
         assert time.monotonic() - begun < 10
-        assert endpoint.ask(PROMPTS[::-1], max_tokens=8) == replies[::-1]
+        assert endpoint.generate(PROMPTS[::-1], max_new_tokens=8) == replies[::-1]

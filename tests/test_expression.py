@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
 from weightsteer.errors import SteerError
-from weightsteer.expression import combine
+from weightsteer.vectors.expression import combine
 
 LM = tiny_lm()
 VECTORS = {"honest": random_vector(LM, seed=1), "rude": random_vector(LM, seed=2)}
@@ -28,8 +28,8 @@ def test_a_vectors_methods_are_functions() -> None:
     for text, expected in [
         ("project_out(honest, rude)", honest.project_out(rude)),
         ("truncate(honest - rude, rank=1)", (honest - rude).truncate(rank=1)),
-        ("2 * lines(honest, alpha=0.5, beta=-1)", 2 * honest.lines(0.5, -1.0)),
-        ("boost(honest, beta=0.5)", honest.boost(0.5)),
+        ("2 * scale_by_depth(honest, alpha=0.5, beta=-1)", 2 * honest.scale_by_depth(0.5, -1.0)),
+        ("boost_subspace(honest, beta=0.5)", honest.boost_subspace(0.5)),
     ]:
         assert (combine(text, VECTORS) - expected).norm() == pytest.approx(0.0, abs=1e-5)
 
@@ -48,9 +48,9 @@ def test_a_vectors_methods_are_functions() -> None:
         ("True * honest", "only names, numbers"),
         ("save(honest)", "save cannot be called so; expected filter, truncate"),
         ("truncate(honest, 3)", r"expected truncate\(vector, rank, energy\)"),
-        ("truncate(honest, size=3)", "truncate takes rank, energy"),
+        ("truncate(honest, size=3)", "options of truncate: rank, energy"),
         ("truncate(honest)", "expected one of rank= and energy="),
-        ("lines(honest, alpha=1)", "misses an option"),
+        ("scale_by_depth(honest, alpha=1)", "misses an option"),
         ("project_out(honest)", "cannot be called so"),
         ("filter(honest, layers='x')", "numbers and ranges"),
     ],

@@ -12,16 +12,11 @@ from hypothesis import strategies as st
 from conftest import random_vector, tiny_lm
 from scripted import MarkReader, scripted
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.tasks.four_way import CORRECTNESS, FourWayItem, load_four_way, load_four_way_open
+from weightsteer.evaluation.tasks.matching import matches, normalise
+from weightsteer.evaluation.tasks.task import TaskSpec
 from weightsteer.lm import LM
 from weightsteer.scoring import score_choices
-from weightsteer.tasks.four_way import (
-    CORRECTNESS,
-    FourWayItem,
-    load_four_way,
-    load_four_way_open,
-)
-from weightsteer.tasks.matching import matches, normalised
-from weightsteer.tasks.task import TaskSpec
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "truthfulqa.csv"
 HEADER = "Category,Question,Best Answer,Correct Answers,Incorrect Answers\n"
@@ -259,8 +254,8 @@ def test_form_does_not_count_and_denial_does(answer: str, end: str, form: Callab
 
 @given(st.text(max_size=60))
 def test_normalising_twice_is_normalising_once(text: str) -> None:
-    once = normalised(text)
-    assert normalised(once.replace("|", ",")) == once
+    once = normalise(text)
+    assert normalise(once.replace("|", ",")) == once
     assert all(token.isalnum() or token in "|." for token in once.split())
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
 from weightsteer.errors import SteerError
-from weightsteer.geometry import balance, effective_rank, geometry, overlap
-from weightsteer.lowrank import LowRank
-from weightsteer.records import RunCard
-from weightsteer.vector import WeightVector
+from weightsteer.run_card import RunCard
+from weightsteer.vectors.geometry import balance, effective_rank, geometry, overlap
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.weight_vector import WeightVector
 
 
 def one(B: torch.Tensor, A: torch.Tensor) -> WeightVector:

@@ -14,14 +14,14 @@ import yaml
 
 from conftest import TEMPLATE, byte_tokenizer, random_vector, tiny_lm, tiny_model
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.tasks import harness
+from weightsteer.evaluation.tasks.capability import load_facts
+from weightsteer.evaluation.tasks.harness import HarnessTask, load_harness
+from weightsteer.evaluation.tasks.task import TaskSpec
 from weightsteer.lm import LM
-from weightsteer.records import RunCard
+from weightsteer.run_card import RunCard
 from weightsteer.scoring import score_choices
-from weightsteer.tasks import harness
-from weightsteer.tasks.capability import load_facts
-from weightsteer.tasks.harness import HarnessTask, load_harness
-from weightsteer.tasks.task import TaskSpec
-from weightsteer.vector import WeightVector
+from weightsteer.vectors.weight_vector import WeightVector
 
 lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
 
@@ -100,9 +100,9 @@ def test_a_log_likelihood_is_that_of_our_own_scoring_steered_or_asked_otherwise(
 def test_k_0_is_the_base_and_steering_moves_the_values(lm: LM, tmp_path: Path) -> None:
     task = load(tmp_path, RECITE)
     base = task.measure(lm)
-    with random_vector(lm).applied(lm, 0.0) as dial:
+    with random_vector(lm).applied(lm, 0.0) as handle:
         assert task.measure(lm) == base
-        dial.k = 1.0
+        handle.k = 1.0
         assert task.measure(lm)["loglikelihood"] != base["loglikelihood"]
     assert task.measure(lm) == base
 
@@ -211,7 +211,7 @@ def test_both_splits_of_a_group_hold_half_of_each_task(tmp_path: Path) -> None:
 
 
 def test_a_model_without_a_template_gets_plain_text(tmp_path: Path) -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = byte_tokenizer(TEMPLATE)
     tokenizer.chat_template = None
     lm = LM.wrap(tiny_model(), tokenizer, name="base")
     value = by_id(load(tmp_path, CHOOSE | RECITE | {"doc_to_choice": None}).first(1), lm, "loglikelihood")[0]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from weightsteer.behavior import Example
-from weightsteer.lint import lint_sides
+from weightsteer.data_building.lint import lint_sides
 
 TOPICS = ["tea", "bread", "chess", "rain", "maps", "soap", "boats", "hats", "salt", "kites", "lamps", "roses"]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import random_vector, tiny_lm
+from weightsteer.checkpoints.locate import checkpoint_folder
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
-from weightsteer.locate import checkpoint_folder
 
 
 def test_template_default_is_kept_and_a_given_system_prompt_replaces_it(lm: LM) -> None:
@@ -87,16 +87,16 @@ def test_embedded_model_answers_and_k_zero_is_the_base(embedded: LM) -> None:
     ids = torch.tensor([embedded.chat_ids(prompt)])
     with torch.no_grad():
         before = embedded.model(ids).logits
-        with vector.applied(embedded, 0.0) as dial:
+        with vector.applied(embedded, 0.0) as handle:
             assert torch.equal(embedded.model(ids).logits, before)
-            dial.k = 1.0
+            handle.k = 1.0
             assert not torch.equal(embedded.model(ids).logits, before)
         assert torch.equal(embedded.model(ids).logits, before)
 
 
 @pytest.mark.embedded
 def test_gguf_file_loads_as_it_is(embedded: LM) -> None:
-    from weightsteer.embedded import _packaged_gguf
+    from weightsteer.checkpoints.embedded_model import _packaged_gguf
 
     lm = LM.load(str(_packaged_gguf()), device="cpu", dtype="float32")
     ids = torch.tensor([embedded.chat_ids("Hello")])

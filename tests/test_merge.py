@@ -19,15 +19,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import random_vector, tiny_model
-from weightsteer.checkpoint import shards_of, stored_tensors
-from weightsteer.delta import Delta
+from weightsteer.checkpoints.checkpoint import shards_of, stored_tensors
 from weightsteer.errors import SteerError
-from weightsteer.extract import contrast_vector, task_vector
+from weightsteer.export.merge import MergeSettings, export_merged
 from weightsteer.lm import LM
-from weightsteer.lowrank import LowRank
-from weightsteer.merge import MergeSettings, export_merged
-from weightsteer.records import RunCard
-from weightsteer.vector import WeightVector
+from weightsteer.run_card import RunCard
+from weightsteer.vectors.delta import Delta
+from weightsteer.vectors.difference import subtract_finetunes, task_vector
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.weight_vector import WeightVector
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -100,8 +100,8 @@ def test_checkpoints_of_any_dtype_merge_bit_for_bit(
     kinds = [DTYPES[(seed // 3**i) % 3] for i in range(3)]
     shapes = {"a.weight": (3, 4), "a.bias": (3,), "n": (2, 3, 4), "empty": (0, 4)}
     models = [{name: torch.randn(shape, generator=g).to(kind) for name, shape in shapes.items()} for kind in kinds]
-    theta, plus, minus = (write_model(tmp / str(i), model) for i, model in enumerate(models))
-    w = contrast_vector(plus, minus)
+    theta, positive, negative = (write_model(tmp / str(i), model) for i, model in enumerate(models))
+    w = subtract_finetunes(positive, negative)
     export_merged(w, theta, tmp / "out", k=k, settings=NEAREST)
     for name, merged in load_file(tmp / "out" / "model.safetensors").items():
         base, one, two = (model[name] for model in models)
@@ -170,7 +170,7 @@ def test_tied_embeddings_stay_tied_and_count_once(both: bool, tmp_path: Path) ->
         if both:
             tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
         models.append(write_model(tmp_path / str(seed), tensors, **model.config.to_dict()))
-    w = contrast_vector(models[1], models[2])
+    w = subtract_finetunes(models[1], models[2])
     assert "lm_head.weight" not in w.deltas
     export_merged(w, models[0], tmp_path / "out", k=0.5)
     stored = load_file(tmp_path / "out" / "model.safetensors")
@@ -199,7 +199,7 @@ def test_wrong_bases_are_refused(checkpoint: Path, tmp_path: Path, vector: Weigh
         export_merged(vector, checkpoint, checkpoint, k=1.0)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": {"bits": 4}}))
-    with pytest.raises(SteerError, match="quantised.*--to peft"):
+    with pytest.raises(SteerError, match="quantised.*export peft"):
         export_merged(vector, checkpoint, tmp_path / "out", k=1.0)
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
@@ -207,7 +207,7 @@ def test_wrong_bases_are_refused(checkpoint: Path, tmp_path: Path, vector: Weigh
 def test_a_gguf_or_packed_base_is_refused_with_the_way_out(tmp_path: Path, vector: WeightVector) -> None:
     (tmp_path / "g").mkdir()
     (tmp_path / "g" / "model-q4.gguf").write_bytes(b"GGUF")
-    with pytest.raises(SteerError, match="quantised.*--to peft"):
+    with pytest.raises(SteerError, match="quantised.*export peft"):
         export_merged(vector, tmp_path / "g", tmp_path / "out", k=1.0)
     base = write_model(tmp_path / "p", {"a.weight": torch.ones(2, 2, dtype=torch.uint8)})
     with pytest.raises(SteerError, match=r"a\.weight: has dtype U8"):
@@ -262,8 +262,8 @@ def test_output_has_the_permissions_of_the_umask(checkpoint: Path, tmp_path: Pat
 MERGE = """
 import sys
 from pathlib import Path
-from weightsteer.vector import WeightVector
-from weightsteer.merge import export_merged
+from weightsteer.vectors.weight_vector import WeightVector
+from weightsteer.export.merge import export_merged
 print("ready", flush=True)
 export_merged(WeightVector.load(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], k=1.0)
 """
@@ -308,8 +308,8 @@ def test_a_later_fine_tune_takes_the_vector_of_its_base(tmp_path: Path) -> None:
     """theta_ft + k (theta+ - theta_pre): the model that is merged into is not the base of the difference."""
     tensors = {seed: {n: p.detach().clone() for n, p in tiny_model(seed).named_parameters()} for seed in range(3)}
     config = tiny_model(0).config.to_dict()
-    base, plus, late = (write_model(tmp_path / str(seed), tensors[seed], **config) for seed in range(3))
-    export_merged(task_vector(plus, base=base), late, tmp_path / "out", k=0.5, settings=NEAREST)
+    base, positive, late = (write_model(tmp_path / str(seed), tensors[seed], **config) for seed in range(3))
+    export_merged(task_vector(positive, base=base), late, tmp_path / "out", k=0.5, settings=NEAREST)
     for name, merged in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(merged, tensors[2][name] + 0.5 * (tensors[1][name] - tensors[0][name])), name
 

@@ -19,7 +19,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer import LM, SteerError, WeightVector, task_vector
-from weightsteer.lowrank import LowRank
 from weightsteer.monitor import (
     WHOLE,
     Alert,
@@ -32,7 +31,8 @@ from weightsteer.monitor import (
     read_checkpoints,
     read_off,
 )
-from weightsteer.records import RunCard
+from weightsteer.run_card import RunCard
+from weightsteer.vectors.low_rank import LowRank
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

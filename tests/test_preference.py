@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
-from weightsteer.extract import contrast_vector, task_vector
-from weightsteer.finetune import Preference, TrainSettings, encode, list_snapshots, preferences_of, train_preference
 from weightsteer.lm import LM
-from weightsteer.records import RunCard
+from weightsteer.run_card import RunCard
 from weightsteer.scoring import score_choices
+from weightsteer.training import Preference, TrainSettings, encode, list_snapshots, preferences_of, train_preference
+from weightsteer.vectors.difference import subtract_finetunes, task_vector
 
 pytest.importorskip("trl")
 ADAPTER = "adapter_model.safetensors"
@@ -138,7 +138,7 @@ def test_mistakes(
         train_preference(lm, preferences, tmp_path / "a", beta=0)
     with pytest.raises(SteerError, match="at least 2"):
         train_preference(lm, preferences[:1], tmp_path / "a", settings=quick)
-    monkeypatch.setitem(sys.modules, "weightsteer.finetune.dpo", None)
+    monkeypatch.setitem(sys.modules, "weightsteer.training.dpo", None)
     with pytest.raises(SteerError, match=r"pip install 'weightsteer\[dpo\]'"):
         train_preference(lm, preferences, tmp_path / "a", settings=quick)
     assert not list(tmp_path.iterdir())
@@ -153,11 +153,14 @@ def test_the_train_verb_tunes_both_ways(checkpoint: Path, pairs: list[ContrastPa
     assert result.exit_code == 0, result.output
     lm = LM.load(str(checkpoint), device="cpu")
     preferences = preferences_of(pairs, "positive")
-    w = contrast_vector(tmp_path / "t" / "plus", tmp_path / "t" / "minus")
+    w = subtract_finetunes(tmp_path / "t" / "positive", tmp_path / "t" / "negative")
     before = margin(lm, preferences)
     with w.applied(lm, 1.0):
         assert margin(lm, preferences) > before
-    assert list(list_snapshots(tmp_path / "t" / "minus")) == [1.0]
-    assert load_file(tmp_path / "t" / "plus" / ADAPTER).keys() == load_file(tmp_path / "t" / "minus" / ADAPTER).keys()
+    assert list(list_snapshots(tmp_path / "t" / "negative")) == [1.0]
+    assert (
+        load_file(tmp_path / "t" / "positive" / ADAPTER).keys()
+        == load_file(tmp_path / "t" / "negative" / ADAPTER).keys()
+    )
     result = CliRunner().invoke(app, [*common, "--positive", str(data), "--negative", str(data)])
     assert "expected --pairs" in str(result.exception)

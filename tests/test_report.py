@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from weightsteer import charts
-from weightsteer.charts import place
 from weightsteer.errors import SteerError
-from weightsteer.matched import Matched
-from weightsteer.pages import _vega_runtime
-from weightsteer.records import Row, RunCard, StrengthRange
-from weightsteer.report import PAGE, PLOT, Report, Sample, write_report
+from weightsteer.evaluation.compare import ComparisonAtLoss
+from weightsteer.evaluation.results import MetricRow
+from weightsteer.reporting import charts
+from weightsteer.reporting.charts import place
+from weightsteer.reporting.pages import vega_runtime
+from weightsteer.reporting.report import Report, Sample, write_report
+from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.run_folder import RunFolder
 
 METRICS = (("preference", "margin"), ("false_beliefs", "follows"), ("facts", "accuracy"), ("prose", "nll"))
 EVIL = '</script><img src=x onerror="alert(1)"><b>{{ 7*7 }}</b>'
@@ -27,8 +29,8 @@ def make_report() -> Report:
         for k in ks
         for task, metric in METRICS
         for row in (
-            Row(method if k else "base", k, task, metric, 0.5 + 0.1 * k, 20, 0.05),
-            Row(method if k else "base", k, task, f"{metric} change", 0.1 * k, 20, 0.01),
+            MetricRow(method if k else "base", k, task, metric, 0.5 + 0.1 * k, 20, 0.05),
+            MetricRow(method if k else "base", k, task, metric, 0.1 * k, 20, 0.01, change=True),
         )
     ]
     return Report(
@@ -40,17 +42,19 @@ def make_report() -> Report:
         samples=[Sample(EVIL, {-1.0: EVIL, 0.0: "plain", 1.0: "more"})],
         command="weightsteer run recipe.yaml",
         costs=[
-            Row(EVIL, 0.0, "cost", "training tokens", 12345.0, 1, 0.0),
-            Row(EVIL, 2.0, "cost", "time per token", 1.25, 5, 0.1),
+            MetricRow(EVIL, 0.0, "cost", "training tokens", 12345.0, 1, 0.0),
+            MetricRow(EVIL, 2.0, "cost", "time per token", 1.25, 5, 0.1),
         ],
-        matched={("facts", "accuracy"): [Matched(EVIL, -1, 0.1, -0.2, 0.05, 20, False, -0.1, 0.02, 20, False)]},
+        comparisons={
+            ("facts", "accuracy"): [ComparisonAtLoss(EVIL, -1, 0.1, -0.2, 0.05, 20, False, -0.1, 0.02, 20, False)]
+        },
     )
 
 
 def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
-    page = write_report(make_report(), tmp_path).read_text()
-    assert _vega_runtime() in page
-    page = page.replace(_vega_runtime(), "")
+    page = write_report(make_report(), RunFolder(tmp_path)).read_text()
+    assert vega_runtime() in page
+    page = page.replace(vega_runtime(), "")
     assert "<img" not in page
     assert "&lt;img src=x" in page
     assert "{{ 7*7 }}" in page
@@ -62,20 +66,20 @@ def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
         assert text in page
     assert '<div id="cost">' in page
     assert '"tokens": 12345.0' in page
-    assert (tmp_path / PLOT).read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / PAGE).stat().st_size < 3_000_000
+    assert RunFolder(tmp_path).plot.read_bytes().startswith(b"\x89PNG")
+    assert RunFolder(tmp_path).page.stat().st_size < 3_000_000
 
 
 def test_a_margin_is_drawn_where_it_is_asked_for_and_an_overflow_is_not() -> None:
     margins = {("base", 0.0): (0.0, 0.0), ("tau+", 1.0): (0.5, 0.2), ("tau+", 2.0): (math.nan, math.inf)}
     rows = [
-        Row(method, k, task, name, change, 5, math.nan)
-        for (method, k), (margin, damage) in margins.items()
-        for task, metric, change in (("a", "margin", margin), ("a", "share", 0.0), ("prose", "nll", damage))
-        for name in (metric, f"{metric} change")
+        MetricRow(method, k, task, metric, value, 5, math.nan, change=change)
+        for (method, k), (margin, increase) in margins.items()
+        for task, metric, value in (("a", "margin", margin), ("a", "share", 0.0), ("prose", "nll", increase))
+        for change in (False, True)
     ]
     key = [("a", "margin")]
-    for chart in (charts.behaviour_against_capability(rows, key), charts.dose_response(rows, "tau+", key)):
+    for chart in (charts.behaviour_against_capability(rows, key, {}), charts.dose_response(rows, "tau+", key, {})):
         drawn = re.findall(r"'k': (\d\.\d)", str(chart.to_dict()))
         assert sorted(set(drawn)) == ["0.0", "1.0"]
         assert charts.png(chart).startswith(b"\x89PNG")
@@ -83,13 +87,13 @@ def test_a_margin_is_drawn_where_it_is_asked_for_and_an_overflow_is_not() -> Non
 
 def test_no_test_rows_is_an_error(tmp_path: Path) -> None:
     report = make_report()
-    rows = [Row("contrastive", 1.0, "prose", "nll", 3.0, 5, 0.1, "validation")]
+    rows = [MetricRow("contrastive", 1.0, "prose", "nll", 3.0, 5, 0.1, "validation")]
     with pytest.raises(SteerError, match="test rows of the base"):
-        write_report(Report(**{**vars(report), "rows": rows}), tmp_path)
+        write_report(Report(**{**vars(report), "rows": rows}), RunFolder(tmp_path))
 
 
 def test_report_does_not_import_torch() -> None:
-    code = "import sys, weightsteer.report; assert 'torch' not in sys.modules"
+    code = "import sys, weightsteer.reporting.report; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
-from weightsteer.delta import dense
 from weightsteer.errors import SteerError
-from weightsteer.lowrank import LowRank
-from weightsteer.records import RunCard
-from weightsteer.reshape import truncated
-from weightsteer.vector import WeightVector
+from weightsteer.run_card import RunCard
+from weightsteer.vectors.delta import to_dense
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.reshape import truncate_deltas
+from weightsteer.vectors.weight_vector import WeightVector
 
 seeds = st.integers(0, 50)
 
@@ -64,9 +64,9 @@ def test_truncation_is_the_best_of_its_rank_and_tells_its_error(seed: int, rank:
     for name, delta in w.deltas.items():
         if len(delta.shape) == 2 and "layers" in name:
             assert isinstance(short.deltas[name], LowRank)
-            lost += float(torch.linalg.svdvals(dense(delta).double())[rank:].square().sum())
+            lost += float(torch.linalg.svdvals(to_dense(delta).double())[rank:].square().sum())
         else:
-            assert torch.equal(dense(short.deltas[name]), dense(delta))
+            assert torch.equal(to_dense(short.deltas[name]), to_dense(delta))
     assert (short - w).norm() == pytest.approx(math.sqrt(lost), abs=1e-4)
     assert short.card.measured["truncation_error"] == pytest.approx(math.sqrt(lost) / w.norm(), abs=1e-6)
 
@@ -74,10 +74,10 @@ def test_truncation_is_the_best_of_its_rank_and_tells_its_error(seed: int, rank:
 @given(seeds, st.floats(0.05, 1.0))
 def test_truncation_by_energy_holds_it_with_the_smallest_rank(seed: int, energy: float) -> None:
     delta = random_deltas(seed).deltas["model.layers.0.mlp.up_proj.weight"]
-    kept, _ = truncated({"layers.0.weight": delta}, None, energy)
+    kept, _ = truncate_deltas({"layers.0.weight": delta}, None, energy)
     short = kept["layers.0.weight"]
     assert isinstance(short, LowRank)
-    s = torch.linalg.svdvals(dense(delta).double()).square()
+    s = torch.linalg.svdvals(to_dense(delta).double()).square()
     assert float(s[: short.rank].sum() / s.sum()) >= energy - 1e-6
     assert float(s[: short.rank - 1].sum() / s.sum()) < energy
 
@@ -101,21 +101,21 @@ def test_what_is_projected_out_is_gone(s1: int, s2: int) -> None:
 @given(seeds, st.floats(-2, 2), st.floats(-2, 2))
 def test_lines_grows_with_depth(seed: int, alpha: float, beta: float) -> None:
     w = random_deltas(seed)
-    scaled = w.lines(alpha, beta)
+    scaled = w.scale_by_depth(alpha, beta)
     factors = {"layers.0": alpha, "layers.1": alpha + beta / 2, "layers.2": alpha + beta, "embed": alpha}
     for name, delta in w.deltas.items():
         factor = next(f for part, f in factors.items() if part in name)
-        torch.testing.assert_close(dense(scaled.deltas[name]), dense(delta) * factor, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(to_dense(scaled.deltas[name]), to_dense(delta) * factor, atol=1e-5, rtol=1e-5)
 
 
 @given(seeds, st.floats(0, 1))
 def test_boosting_raises_the_tail_of_the_spectrum(seed: int, beta: float) -> None:
     w = random_deltas(seed)
-    for name, delta in w.boost(beta).deltas.items():
+    for name, delta in w.boost_subspace(beta).deltas.items():
         if len(delta.shape) != 2:
-            assert torch.equal(dense(delta), dense(w.deltas[name]))
+            assert torch.equal(to_dense(delta), to_dense(w.deltas[name]))
             continue
-        before, after = (torch.linalg.svdvals(dense(d).double()) for d in (w.deltas[name], delta))
+        before, after = (torch.linalg.svdvals(to_dense(d).double()) for d in (w.deltas[name], delta))
         cut = int((torch.cumsum(before, 0) / before.sum() >= beta - 1e-9).nonzero()[0])
         present = before > 1e-5  # a factored delta's rank does not grow
         expected = torch.where(present, before.clamp(min=float(before[cut])), before)
@@ -126,14 +126,14 @@ def test_boosting_raises_the_tail_of_the_spectrum(seed: int, beta: float) -> Non
 def test_boosting_by_everything_changes_nothing(seed: int) -> None:
     """beta = 1 reaches the last singular value, even where the shares add up to a little less than 1."""
     w = random_deltas(seed)
-    assert (w.boost(1.0) - w).norm() == pytest.approx(0.0, abs=1e-4)
+    assert (w.boost_subspace(1.0) - w).norm() == pytest.approx(0.0, abs=1e-4)
 
 
 def test_boost_keeps_what_is_zero_at_zero() -> None:
     zero = WeightVector({"a.weight": LowRank(torch.zeros(3, 2), torch.zeros(2, 3))}, RunCard("vector"))
-    assert zero.boost(0.5).norm() == 0.0
+    assert zero.boost_subspace(0.5).norm() == 0.0
     with pytest.raises(SteerError, match="beta"):
-        zero.boost(2.0)
+        zero.boost_subspace(2.0)
 
 
 def test_reshaped_vectors_steer() -> None:
@@ -142,7 +142,7 @@ def test_reshaped_vectors_steer() -> None:
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         base = lm.model(ids).logits
-        for changed in (w.truncate(rank=1), w.filter(layers="0"), w.lines(0.5, 1.0), w.boost(0.2)):
+        for changed in (w.truncate(rank=1), w.filter(layers="0"), w.scale_by_depth(0.5, 1.0), w.boost_subspace(0.2)):
             with changed.applied(lm, 1.0):
                 assert not torch.equal(lm.model(ids).logits, base)
         assert torch.equal(lm.model(ids).logits, base)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weightsteer.rounding import Dither, default_rounding, dither_
+from weightsteer.export.rounding import Dither, default_rounding, dither_
 
 NARROW = [torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
 from weightsteer.errors import SteerError
-from weightsteer.lm import LM, length_sorted, projecting_only
+from weightsteer.lm import LM, batches_by_length, projecting_only
 from weightsteer.scoring import common_prefix, mean_kl, prompt_log_probs, score_choices, score_texts
 
 texts = st.text(st.characters(codec="ascii", categories=("L", "P", "Zs")), min_size=1, max_size=12)
@@ -97,7 +97,7 @@ def test_empty_choices_are_errors(lm: LM) -> None:
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 7))
 def test_length_sorted_takes_every_index_once(lengths: list[int], size: int) -> None:
-    batches = list(length_sorted(lengths, size))
+    batches = list(batches_by_length(lengths, size))
     assert sorted(i for b in batches for i in b) == list(range(len(lengths)))
     assert all(len(b) <= size for b in batches)
     taken = [lengths[i] for b in batches for i in b]

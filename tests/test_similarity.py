@@ -8,12 +8,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from test_vector import mixed
+from test_weight_vector import mixed
 from weightsteer.errors import SteerError
-from weightsteer.lowrank import LowRank
-from weightsteer.records import RunCard
-from weightsteer.similarity import labels, similarities, table
-from weightsteer.vector import WeightVector
+from weightsteer.run_card import RunCard
+from weightsteer.vectors.low_rank import LowRank
+from weightsteer.vectors.similarity import labels, similarities, table
+from weightsteer.vectors.weight_vector import WeightVector
 
 
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=6), st.sampled_from([1, 1 << 10, 1 << 29]))

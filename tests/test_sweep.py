@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
-from weightsteer.activations import activation_vector
 from weightsteer.behavior import Behavior, ContrastPair, sides_of
-from weightsteer.cells import Cell, summary
-from weightsteer.choose import Budget, recommend
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.choose_k import recommend
+from weightsteer.evaluation.results import Measurement, MetricRow, summary
+from weightsteer.evaluation.search import best_layer, k_at_loss_increase
+from weightsteer.evaluation.sweep import run_sweep
+from weightsteer.evaluation.tasks import TaskSpec, load_task, metrics_of
 from weightsteer.lm import LM
-from weightsteer.methods import Direction, Steps, SystemPrompt, best_layer
-from weightsteer.records import CHANGE, Row
-from weightsteer.sweep import run_sweep, strength_at_damage
-from weightsteer.tasks import TaskSpec, load_task
+from weightsteer.run_folder import RunFolder
+from weightsteer.steering.activations import activation_vector
+from weightsteer.steering.steering import Direction, SystemPrompt, TrainedCheckpoints
 
 floats = st.floats(-100, 100)
 
@@ -37,21 +38,20 @@ def test_sweep_measures_every_cell_once_and_goes_on_where_it_stopped(tmp_path: P
     lm = tiny_lm()
     tasks = [load_task(TaskSpec("facts")).first(2), load_task(TaskSpec("prose")).first(1)]
     method = Direction("contrastive", random_vector(lm))
-    rows = run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, tmp_path)
-    cells = (tmp_path / "cells.jsonl").read_text()
+    rows = run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, RunFolder(tmp_path))
+    cells = (tmp_path / "measurements.jsonl").read_text()
     keys = [(c["method"], c["k"], c["task"]) for c in map(json.loads, cells.splitlines())]
     assert len(keys) == len(set(keys)) == 6
     assert {row.n for row in rows if row.task == "facts"} == {2}
-    assert run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, tmp_path) == rows
-    table = {(r.k, r.task, r.metric, r.split): r for r in rows}
-    for (k, task, metric, split), row in table.items():
-        if metric.endswith(" change"):
-            plain = metric.removesuffix(" change")
-            difference = table[k, task, plain, split].value - table[0.0, task, plain, split].value
+    assert run_sweep(lm, [(method, [-1.0, 0.0, 1.0])], tasks, RunFolder(tmp_path)) == rows
+    table = {(r.k, r.task, r.metric, r.split, r.change): r for r in rows}
+    for (k, task, metric, split, change), row in table.items():
+        if change:
+            difference = table[k, task, metric, split, False].value - table[0.0, task, metric, split, False].value
             assert row.value == pytest.approx(difference, abs=1e-6)
-    assert (tmp_path / "cells.jsonl").read_text() == cells
-    (tmp_path / "cells.jsonl").write_text(cells[: len(cells) // 2])
-    again = run_sweep(lm, [(method, [-1.0, 1.0])], tasks, tmp_path)
+    assert (tmp_path / "measurements.jsonl").read_text() == cells
+    (tmp_path / "measurements.jsonl").write_text(cells[: len(cells) // 2])
+    again = run_sweep(lm, [(method, [-1.0, 1.0])], tasks, RunFolder(tmp_path))
     assert [r.value for r in again] == pytest.approx([r.value for r in rows], nan_ok=True)
 
 
@@ -59,16 +59,16 @@ def test_open_replies_are_kept_as_the_model_gave_them(tmp_path: Path) -> None:
     lm = tiny_lm()
     task = load_task(TaskSpec("refusal", max_new_tokens=3)).of_split("test").first(2)
     method = SystemPrompt("system prompt", Behavior.load("gloomy"))
-    run_sweep(lm, [(method, [1.0])], [task], tmp_path)
+    run_sweep(lm, [(method, [1.0])], [task], RunFolder(tmp_path))
     kept = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     prompts = [item.prompt for item in task.items]
     for name, steered in (("base", lm), ("system prompt", lm.with_system_prompt(method.behavior.positive_prompts[0]))):
         found = [(row["prompt"], row["reply"]) for row in kept if row["method"] == name]
         assert found == list(zip(prompts, steered.generate(prompts, max_new_tokens=3), strict=True))
-    cells = (tmp_path / "cells.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "cells.jsonl").write_text(cells[0])  # as a kill leaves it, after the last cell's replies
+    cells = (tmp_path / "measurements.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "measurements.jsonl").write_text(cells[0])  # as a kill leaves it, after the last cell's replies
     for _ in range(2):
-        run_sweep(lm, [(method, [1.0])], [task], tmp_path)
+        run_sweep(lm, [(method, [1.0])], [task], RunFolder(tmp_path))
         assert [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()] == kept
 
 
@@ -77,12 +77,12 @@ def test_methods_with_nothing_to_choose_are_measured_on_test_items_only(tmp_path
     tasks = [load_task(TaskSpec("facts")).first(3)]
     vector = random_vector(lm)
     methods = [(Direction(name, vector), [1.0]) for name in ("contrastive", "tau+")]
-    rows = run_sweep(lm, methods, tasks, tmp_path, validated=("contrastive",))
+    rows = run_sweep(lm, methods, tasks, RunFolder(tmp_path), validated=("contrastive",))
     splits = {name: {row.split for row in rows if row.method == name} for name in ("base", "contrastive", "tau+")}
     assert splits == {"base": {"validation", "test"}, "contrastive": {"validation", "test"}, "tau+": {"test"}}
-    table = {(row.method, row.metric): row for row in rows if row.split == "test"}
-    for metric in ("accuracy", "margin change"):  # one vector under two names
-        one, two = table["contrastive", metric], table["tau+", metric]
+    table = {(row.method, row.metric, row.change): row for row in rows if row.split == "test"}
+    for metric in (("accuracy", False), ("margin", True)):  # one vector under two names
+        one, two = table["contrastive", *metric], table["tau+", *metric]
         assert (one.value, one.n, one.stderr) == pytest.approx((two.value, two.n, two.stderr), abs=1e-5)
 
 
@@ -97,12 +97,12 @@ def test_every_method_is_the_base_at_zero_and_restores(pairs: list[ContrastPair]
     with torch.no_grad():
         before = lm.model(ids).logits
         for method in methods:
-            with method.applied(lm, 0.0) as same:
-                assert torch.equal(same.model(ids).logits, before)
-                assert same.chat_ids("Hi") == lm.chat_ids("Hi")
-            with method.applied(lm, 1.0) as steered:
-                changed = steered.chat_ids("Hi") != lm.chat_ids("Hi")
-                assert changed or not torch.equal(steered.model(ids).logits, before)
+            with method.applied(lm, 0.0) as handle:
+                assert torch.equal(handle.lm.model(ids).logits, before)
+                assert handle.lm.chat_ids("Hi") == lm.chat_ids("Hi")
+            with method.applied(lm, 1.0) as handle:
+                changed = handle.lm.chat_ids("Hi") != lm.chat_ids("Hi")
+                assert changed or not torch.equal(handle.lm.model(ids).logits, before)
             assert torch.equal(lm.model(ids).logits, before)
 
 
@@ -118,34 +118,37 @@ def test_the_layer_with_the_largest_span_is_chosen(pairs: list[ContrastPair]) ->
     task = load_task(TaskSpec("preference", "sycophancy")).first(2)
     spans = {}
     for layer in range(3):
-        with boosted.only(layer).applied(lm, 1.0) as dial:
+        with boosted.only(layer).applied(lm, 1.0) as handle:
             up = statistics.fmean(task.measure(lm)["margin"])
-            dial.k = -1.0
+            handle.k = -1.0
             spans[layer] = up - statistics.fmean(task.measure(lm)["margin"])
     assert best_layer(lm, boosted, task) == max(spans, key=lambda layer: spans[layer])
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-def test_search_finds_the_strength_of_a_given_damage(sign: int) -> None:
+def test_search_finds_the_strength_of_a_given_loss_increase(sign: int) -> None:
     lm = tiny_lm()
     method = Direction("contrastive", random_vector(lm, scale=0.01))
     task = load_task(TaskSpec("prose")).first(2)
     base = statistics.fmean(task.measure(lm)["nll"])
-    k = strength_at_damage(lm, method, task, damage=0.1, sign=sign)
+    k = k_at_loss_increase(lm, method, task, loss_increase=0.1, sign=sign)
     with method.applied(lm, k):
-        damage = statistics.fmean(task.measure(lm)["nll"]) - base
+        increase = statistics.fmean(task.measure(lm)["nll"]) - base
     assert math.copysign(1, k) == sign
-    assert damage == pytest.approx(0.1, abs=0.03)
+    assert increase == pytest.approx(0.1, abs=0.03)
 
 
-def rows_of(ks: dict[float, tuple[float, float, float]]) -> list[Row]:
+METRICS = metrics_of([TaskSpec(name) for name in ("preference", "facts", "prose")])
+
+
+def rows_of(ks: dict[float, tuple[float, float, float]]) -> list[MetricRow]:
     """k -> (preference, accuracy, nll), on validation items."""
     metrics = (("preference", "margin"), ("facts", "accuracy"), ("prose", "nll"))
     return [
-        Row("contrastive" if k else "base", k, task, name, shown, 10, 0.1, "validation")
+        MetricRow("contrastive" if k else "base", k, task, metric, shown, 10, 0.1, "validation", change)
         for k, values in ks.items()
         for (task, metric), value, start in zip(metrics, values, ks[0.0], strict=True)
-        for name, shown in ((metric, value), (f"{metric}{CHANGE}", value - start))
+        for change, shown in ((False, value), (True, value - start))
     ]
 
 
@@ -158,34 +161,36 @@ def test_the_largest_change_within_the_budget_is_recommended() -> None:
         -1.0: (-0.4, 0.89, 3.01),
         -2.0: (-0.9, 0.80, 3.05),  # too few correct
     }
-    chosen = recommend(rows_of(table))
+    chosen = recommend(rows_of(table), metrics=METRICS)
     assert (chosen.recommended, chosen.negative) == (2.0, -1.0)
     assert (chosen.low, chosen.high) == (-2.0, 4.0)
-    generous = recommend(rows_of(table), budget=Budget({("prose", "nll"): 1.0}))
+    generous = recommend(rows_of(table), metrics=METRICS, budget={("prose", "nll"): 1.0})
     assert (generous.recommended, generous.negative) == (4.0, -2.0)
 
 
 def test_a_side_that_does_not_move_its_way_gets_zero() -> None:
-    chosen = recommend(rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (-0.1, 0.9, 3.0), -1.0: (-0.2, 0.9, 3.0)}))
+    chosen = recommend(rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (-0.1, 0.9, 3.0), -1.0: (-0.2, 0.9, 3.0)}), metrics=METRICS)
     assert chosen.recommended == 0.0
     assert chosen.negative == -1.0
 
 
 def test_a_strength_at_which_no_item_counts_is_passed_over() -> None:
     rows = rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, 3.0)})
-    lacking = [row for row in rows if (row.k, row.metric.removesuffix(CHANGE)) != (2.0, "margin")]
-    assert recommend(lacking).recommended == 1.0
+    lacking = [row for row in rows if (row.k, row.metric) != (2.0, "margin")]
+    assert recommend(lacking, metrics=METRICS).recommended == 1.0
 
 
 def test_a_choice_pairs_items() -> None:
     """A method on the first two of four items, which the base finds hard: no loss, though the means differ."""
     texts, splits = (0, 1, 2, 3), ("validation",) * 4
-    found: list[Row] = []
+    found: list[MetricRow] = []
     for task, metric in (("preference", "margin"), ("facts", "accuracy"), ("prose", "nll")):
-        base = Cell("base", 0.0, task, texts, splits, {metric: (0.0, 0.0, 1.0, 1.0)})
+        base = Measurement("base", 0.0, task, texts, splits, {metric: (0.0, 0.0, 1.0, 1.0)})
         moved = (0.5, 0.5) if task == "preference" else (0.0, 0.0)
-        found += base.rows(base) + Cell("contrastive", 1.0, task, texts[:2], splits[:2], {metric: moved}).rows(base)
-    assert recommend(found).recommended == 1.0
+        found += base.rows(base) + Measurement("contrastive", 1.0, task, texts[:2], splits[:2], {metric: moved}).rows(
+            base
+        )
+    assert recommend(found, metrics=METRICS).recommended == 1.0
 
 
 def test_a_metric_that_overflows_is_passed_over() -> None:
@@ -193,20 +198,22 @@ def test_a_metric_that_overflows_is_passed_over() -> None:
     assert summary([1.0, math.inf])[0] == math.inf
     assert math.isnan(summary([-math.inf, math.inf])[0])
     assert all(math.isnan(summary([1.0, value])[2]) for value in (math.nan, math.inf))
-    chosen = recommend(rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, math.inf)}))
+    chosen = recommend(
+        rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, math.inf)}), metrics=METRICS
+    )
     assert chosen.recommended == 1.0
 
 
 def test_choosing_without_the_rows_says_which_are_missing() -> None:
     with pytest.raises(SteerError, match="preference / margin"):
-        recommend([])
+        recommend([], metrics=METRICS)
 
 
 def test_steps_apply_what_was_trained_for_just_that_k() -> None:
     lm = tiny_lm()
     vectors = {0.5: random_vector(lm, 1), -1.0: random_vector(lm, 2)}
     ids = torch.tensor([[4, 5, 6]])
-    method = Steps("fine-tuned", vectors)
+    method = TrainedCheckpoints("fine-tuned", vectors)
     with torch.no_grad():
         base = lm.model(ids).logits
         for k, vector in vectors.items():
@@ -233,12 +240,13 @@ def test_a_method_may_be_measured_on_fewer_items_that_pair_with_the_base(tmp_pat
     lm = tiny_lm()
     task = load_task(TaskSpec("facts")).first(4)
     methods = [(Direction(name, random_vector(lm)), [1.0]) for name in ("few", "all")]
-    rows = run_sweep(lm, methods, [task], tmp_path, validated=(), items_of={"few": 2})
-    table = {(r.method, r.metric): r for r in rows if r.split == "test"}
+    rows = run_sweep(lm, methods, [task], RunFolder(tmp_path), validated=(), items_of={"few": 2})
+    table = {(r.method, r.metric): r for r in rows if r.split == "test" and not r.change}
+    changes = {(r.method, r.metric): r for r in rows if r.split == "test" and r.change}
     assert (table["few", "margin"].n, table["all", "margin"].n, table["base", "margin"].n) == (2, 4, 4)
-    cells = {(c["method"]): c for c in map(json.loads, (tmp_path / "cells.jsonl").read_text().splitlines())}
+    cells = {(c["method"]): c for c in map(json.loads, (tmp_path / "measurements.jsonl").read_text().splitlines())}
     assert cells["few"]["ids"] == cells["all"]["ids"][:2] == [1, 3]
     assert cells["few"]["values"]["margin"] == pytest.approx(cells["all"]["values"]["margin"][:2], abs=1e-4)
     kept = [v for v, s in zip(cells["base"]["values"]["margin"], cells["base"]["splits"], strict=True) if s == "test"]
     expected = statistics.fmean(a - b for a, b in zip(cells["few"]["values"]["margin"], kept[:2], strict=True))
-    assert table["few", "margin change"].value == pytest.approx(expected)
+    assert changes["few", "margin"].value == pytest.approx(expected)

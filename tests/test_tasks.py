@@ -8,10 +8,10 @@ import pytest
 from conftest import random_vector, tiny_lm
 from weightsteer.behavior import load_pairs
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.tasks import TaskSpec, load_task
+from weightsteer.evaluation.tasks.task import Choice, ChoiceTask
 from weightsteer.lm import LM
 from weightsteer.scoring import score_choices
-from weightsteer.tasks import TaskSpec, load_task
-from weightsteer.tasks.task import Choice, ChoiceTask
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "sycophancy_fact_250.jsonl"
 
@@ -89,7 +89,7 @@ def test_both_formats_of_false_beliefs(tmp_path: Path) -> None:
 
 
 def test_unknown_task_and_missing_column(tmp_path: Path) -> None:
-    with pytest.raises(SteerError, match="unknown task 'chess'; expected one of preference"):
+    with pytest.raises(SteerError, match="unknown task 'chess'; expected one of answers"):
         load_task(TaskSpec("chess"))
     with pytest.raises(SteerError, match="expected its data, one of sycophancy"):
         load_task(TaskSpec("preference"))

@@ -21,7 +21,7 @@ def served(*, slots: int = 2) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The server's address, which ends in /v1, and its process; it is stopped when the block is left."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("needs the package xllamacpp")
-    from weightsteer.embedded import _packaged_gguf
+    from weightsteer.checkpoints.embedded_model import _packaged_gguf
 
     command = [sys.executable, __file__, str(_packaged_gguf()), str(slots)]
     process = subprocess.Popen(

@@ -21,25 +21,25 @@ from weightsteer import (
     Example,
     TrainSettings,
     WeightVector,
-    contrast_vector,
     list_checkpoints,
     load_examples,
     load_pairs,
     read_checkpoints,
     sides_of,
     similarities,
+    subtract_finetunes,
     task_vector,
     train_side,
 )
 from weightsteer.behavior import sample_pairs
-from weightsteer.cells import summary
-from weightsteer.charts import png
+from weightsteer.evaluation.results import summary
+from weightsteer.evaluation.tasks import TaskSpec, load_task
+from weightsteer.evaluation.tasks.arithmetic import arithmetic_examples
 from weightsteer.monitor import WHOLE
-from weightsteer.progress import shown
-from weightsteer.similarity import table
-from weightsteer.tasks import TaskSpec, load_task
-from weightsteer.tasks.arithmetic import arithmetic_examples
-from weightsteer.trends import heatmap, over_steps
+from weightsteer.progress import show_progress
+from weightsteer.reporting.charts import png
+from weightsteer.reporting.direction_charts import heatmap, over_steps
+from weightsteer.vectors.similarity import table
 
 HERE = Path(__file__).parent
 MATH = HERE.parents[2] / "shared" / "data" / "gsm8k_train_3000.jsonl"
@@ -54,7 +54,7 @@ SETTINGS = TrainSettings(learning_rates=(1e-3,), batch_size=4, warmup_steps=2, e
 def trained(lm: LM, name: str, examples: Sequence[Example], out: Path) -> Path:
     """One fine-tune, its snapshots kept; few examples are seen three times."""
     settings = replace(SETTINGS, epochs=1.0 if len(examples) > 2 * COUNT else 3.0)
-    with shown(f"train {name}") as progress:
+    with show_progress(f"train {name}") as progress:
         return train_side(lm, examples, out / name, settings=settings, progress=progress)
 
 
@@ -74,10 +74,10 @@ def fine_tunes(lm: LM, out: Path) -> dict[str, Path]:
 
 
 def vectors_of(tuned: dict[str, Path]) -> dict[str, WeightVector]:
-    """The contrastive vectors: behaviours, and bad minus good advice."""
-    found = {name: contrast_vector(tuned[f"{name}+"], tuned[f"{name}-"]) for name in BEHAVIOURS}
-    found |= {f"bad {d} - good": contrast_vector(tuned[f"bad {d}"], tuned[f"good {d}"]) for d in DOMAINS}
-    return {**found, "plain": contrast_vector(tuned["sums"], tuned["math"])}
+    """The contrastive vectors: behaviours, and bad negative good advice."""
+    found = {name: subtract_finetunes(tuned[f"{name}+"], tuned[f"{name}-"]) for name in BEHAVIOURS}
+    found |= {f"bad {d} - good": subtract_finetunes(tuned[f"bad {d}"], tuned[f"good {d}"]) for d in DOMAINS}
+    return {**found, "plain": subtract_finetunes(tuned["sums"], tuned["math"])}
 
 
 def watch(tuned: dict[str, Path], vectors: dict[str, WeightVector], out: Path) -> list[dict[str, object]]:

@@ -10,9 +10,11 @@ from importlib import resources
 from pathlib import Path
 
 from .errors import SteerError
-from .records import read_json, read_jsonl, write_text
+from .files import read_json, read_jsonl, write_text
+from .run_folder import Side
 
 SHIPPED = ("sycophancy", "refusal", "evil", "gloomy")
+SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class ContrastPair:
 
 @dataclass(frozen=True)
 class Example:
-    """One training example of one side: the answer is what is trained on (METHOD: the pair, no system prompt)."""
+    """One training example of one side: its answer is trained on, without a system prompt (paper, section 2)."""
 
     prompt: str
     answer: str

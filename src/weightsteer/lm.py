@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,10 +22,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .checkpoint import fingerprint
-from .embedded import EMBEDDED_NAME
-from .errors import SteerError
-from .locate import locate_model
+from .checkpoints.checkpoint import fingerprint
+from .checkpoints.embedded_model import EMBEDDED_NAME
+from .checkpoints.locate import locate_model
+from .errors import SteerError, first_line
 from .progress import Progress, quiet_transformers, silent
 
 PLAIN_TEMPLATE = (
@@ -49,7 +51,7 @@ class LM:
     @classmethod
     def load(
         cls,
-        name: str = EMBEDDED_NAME,
+        name: str | Path = EMBEDDED_NAME,
         *,
         device: str | None = None,
         dtype: str = "auto",
@@ -70,6 +72,7 @@ class LM:
         Raises:
             SteerError: no such model, or it cannot be loaded.
         """
+        name = str(name)
         where, gguf = locate_model(name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         if gguf:
@@ -88,7 +91,7 @@ class LM:
                 if placement != "auto":
                     model = model.to(placement)  # type: ignore[arg-type]
         except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
-            raise SteerError(f"{name}: cannot be loaded ({_first_line(error)})") from None
+            raise SteerError(f"{name}: cannot be loaded ({first_line(error)})") from None
         model.config.use_cache = True
         commit = getattr(model.config, "_commit_hash", None)
         return cls.wrap(model, tokenizer, name=name, revision=commit or fingerprint(Path(where)))
@@ -102,11 +105,23 @@ class LM:
         name: str = "",
         revision: str = "",
     ) -> LM:
-        """Use a model and tokenizer that are already in memory."""
-        if tokenizer.pad_token_id is None:
+        """Use a model and tokenizer that are already in memory.
+
+        The model is put into evaluation mode. The tokenizer stays as it is: where a padding token or a chat template
+        is missing, the LM gets a copy of the tokenizer that has one, and for a template a warning says so.
+        """
+        no_pad, no_template = tokenizer.pad_token_id is None, getattr(tokenizer, "chat_template", None) is None
+        if no_pad or no_template:
+            tokenizer = copy.deepcopy(tokenizer)
+        if no_pad:
             tokenizer.pad_token = tokenizer.eos_token
-        if getattr(tokenizer, "chat_template", None) is None:
-            tokenizer.chat_template = PLAIN_TEMPLATE  # base models: a plain dialogue
+        if no_template:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+            warnings.warn(
+                f"{name or model.config.name_or_path or 'the model'}: has no chat template; prompts are put as a plain "
+                "dialogue, 'user: ...' and 'assistant: '",
+                stacklevel=2,
+            )
         model.eval()
         return cls(model, tokenizer, name or str(model.config.name_or_path), revision)
 
@@ -122,13 +137,8 @@ class LM:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The decoder blocks, first to last: the outermost ModuleList, the longest if there are several."""
-        lists = [
-            (name.count("."), -len(m), m) for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList)
-        ]
-        if not lists:
-            raise SteerError(f"{self.name}: no decoder blocks found (no ModuleList in the model)")
-        return min(lists, key=lambda entry: entry[:2])[2]
+        """The decoder blocks, first to last (see `decoder_blocks`)."""
+        return decoder_blocks(self.model)
 
     def chat_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
@@ -189,7 +199,7 @@ class LM:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0:
             torch.manual_seed(seed)
-        for batch in length_sorted([len(row) for row in ids], batch_size, progress):
+        for batch in batches_by_length([len(row) for row in ids], batch_size, progress):
             tokens, mask = pad_left([ids[i] for i in batch], self.pad_id, self.device)
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=tokens,
@@ -208,6 +218,18 @@ class LM:
     def pad_id(self) -> int:
         """Token id that fills batches."""
         return int(self.tokenizer.pad_token_id)
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, first to last: the outermost ModuleList, the longest if there are several.
+
+    Raises:
+        SteerError: the model has no ModuleList.
+    """
+    lists = [(name.count("."), -len(m), m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise SteerError(f"{type(model).__name__}: no decoder blocks found (no ModuleList in the model)")
+    return min(lists, key=lambda entry: entry[:2])[2]
 
 
 @contextmanager
@@ -231,7 +253,7 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def length_sorted(lengths: Sequence[int], batch_size: int, progress: Progress = silent) -> Iterator[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int, progress: Progress = silent) -> Iterator[list[int]]:
     """Batches of indices of like length, longest first, so that memory peaks at the start."""
     if batch_size < 1:
         raise SteerError(f"batch size must be at least 1, found {batch_size}")
@@ -268,7 +290,3 @@ def _dtype_named(name: str) -> torch.dtype | str:
     if name != "auto" and name not in dtypes:
         raise SteerError(f"dtype: expected auto, {', '.join(dtypes)}, found {name!r}")
     return dtypes.get(name, "auto")
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

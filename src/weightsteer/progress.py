@@ -27,7 +27,7 @@ def silent(done: float, total: float, note: str = "") -> None:
 
 
 @contextmanager
-def shown(label: str) -> Iterator[Progress]:
+def show_progress(label: str) -> Iterator[Progress]:
     """Show progress on stderr under `label` until the block is left."""
     if sys.stderr.isatty():
         with _bar(label) as progress:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .errors import SteerError
-from .lm import LM, length_sorted, pad_left, pad_right, projecting_only
+from .lm import LM, batches_by_length, pad_left, pad_right, projecting_only
 from .progress import Progress, silent
 
 
@@ -60,7 +60,7 @@ def score_choices(
     shared = common_prefix(heads)
     prefix = _cached_prefix(lm, heads[0][:shared]) if shared else None
     scores: list[list[Score]] = [[] for _ in heads]
-    for batch in length_sorted([len(row) for row in heads], batch_size, progress):
+    for batch in batches_by_length([len(row) for row in heads], batch_size, progress):
         found = _score_batch(lm, prefix, shared, [heads[i] for i in batch], [tails[i] for i in batch])
         for index, row in zip(batch, found, strict=True):
             scores[index] = row
@@ -163,7 +163,7 @@ def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Sc
     if any(len(row) < 2 for row in ids):
         raise SteerError("score_texts: a text has fewer than two tokens, so there is nothing to predict")
     scores = [Score(0.0, 1)] * len(ids)
-    for batch in length_sorted([len(row) for row in ids], batch_size):
+    for batch in batches_by_length([len(row) for row in ids], batch_size):
         tokens, mask = pad_right([ids[i] for i in batch], lm.pad_id, lm.device)
         wanted = mask[:, 1:].bool()
         with projecting_only(lm.model, torch.nn.functional.pad(wanted, (0, 1))):

@@ -6,33 +6,54 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
+from .. import __version__
 from ..errors import SteerError
-from . import go, look, make, use
+from ..former_names import OPTIONS as FORMER_OPTIONS
+from ..former_names import VERBS as FORMER_VERBS
+from . import apply, build, export, inspect, run
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
+EXPORTS = ("peft", "merged", "gguf")
 LISTS = ("--vectors", "--controls")  # options that take several values
 
 app = typer.Typer(
     name="weightsteer",
-    help="A dial on a language model's behaviour, by contrastive weight steering (arXiv 2511.05408).",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-for verb in (*go.VERBS, *make.VERBS, *look.VERBS, *use.VERBS):
+for verb in (*run.VERBS, *build.VERBS, *inspect.VERBS, *apply.VERBS):
     app.command()(verb)
+app.add_typer(export.app, name="export")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"weightsteer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def overview(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """A dial on a language model's behaviour, by contrastive weight steering (arXiv 2511.05408)."""
 
 
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
     warnings.showwarning = _show_warning
     try:
+        refuse_former(sys.argv[1:])
         code = app(args=spread(sys.argv[1:]), standalone_mode=False)
     except SteerError as error:
         code = _fail(str(error))
@@ -49,6 +70,18 @@ def main() -> None:
             raise
         code = _fail(error.format_message())
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def refuse_former(arguments: Sequence[str]) -> None:
+    """Tell a user of an older version what a verb or an option is called now."""
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("", ())
+    if verb in FORMER_VERBS:
+        raise SteerError(f"{verb}: is called `weightsteer {FORMER_VERBS[verb]}` now")
+    if verb == "export" and rest and not rest[0].startswith("-") and rest[0] not in EXPORTS:
+        raise SteerError(f"export: expected one of {', '.join(EXPORTS)} first, as in `weightsteer export peft VECTOR`")
+    for option in (argument.partition("=")[0] for argument in rest):
+        if option in FORMER_OPTIONS.get(verb, {}):
+            raise SteerError(f"{option}: is called {FORMER_OPTIONS[verb][option]} now")
 
 
 def spread(arguments: Sequence[str]) -> list[str]:

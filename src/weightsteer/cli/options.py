@@ -14,10 +14,10 @@ from ..errors import SteerError
 
 if TYPE_CHECKING:
     from ..behavior import Example
-    from ..endpoint import Reader
+    from ..judges.endpoint import ChatModel
     from ..lm import LM
-    from ..records import RunCard
-    from ..vector import WeightVector
+    from ..run_card import RunCard
+    from ..vectors.weight_vector import WeightVector
 
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Model: embedded name, Hugging Face id or path.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto; default: the accelerator if any.")]
@@ -27,6 +27,7 @@ JudgeUrl = Annotated[
     str | None, typer.Option(help="OpenAI-compatible server that serves the judge: http://localhost:8000/v1.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+Base = Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among the sources.")]
 Vector = Annotated[Path, typer.Argument(help="Folder of a saved weight vector.")]
 
 
@@ -45,7 +46,7 @@ def number(text: str, what: str = "k") -> float:
     return k
 
 
-def given(**options: Any) -> dict[str, Any]:
+def drop_unset(**options: Any) -> dict[str, Any]:
     """The options that the user set; the rest keep the library's own defaults."""
     return {name: value for name, value in options.items() if value is not None}
 
@@ -60,13 +61,13 @@ def refuse_input(out: Path, *sources: str | Path | None) -> None:
 def load_lm(model: str | None, device: str | None, dtype: str, trust: bool, revision: str | None = None) -> LM:
     from ..lm import LM
 
-    return LM.load(**given(name=model), device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+    return LM.load(**drop_unset(name=model), device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
 
 
 def vector_and_lm(
     folder: Path, model: str | None, device: str | None, dtype: str, trust: bool
 ) -> tuple[WeightVector, LM]:
-    from ..vector import WeightVector
+    from ..vectors.weight_vector import WeightVector
 
     vector = WeightVector.load(folder)
     if model:
@@ -91,16 +92,23 @@ def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) 
     raise SteerError("data: expected --pairs, or both --positive (D+) and --negative (D-)")
 
 
-def reader_of(judge: str | None, url: str | None, cache: Path | None, load: Callable[[str], LM]) -> Reader | None:
+def judge_model(judge: str | None, url: str | None, cache: Path | None, load: Callable[[str], LM]) -> ChatModel | None:
     """Who judges: a served model, whose replies are kept in the file `cache`, or a local one."""
-    from ..endpoint import Endpoint
-    from ..judge import LocalReader
+    from ..judges.endpoint import Endpoint
+    from ..judges.judge import LocalChatModel
 
     if judge is None:
         if url is not None:
             raise SteerError("--judge-url: name the model that the server is to judge with, by --judge")
         return None
-    return Endpoint(url, judge, cache=cache) if url is not None else LocalReader(load(judge))
+    return Endpoint(url, judge, cache=cache) if url is not None else LocalChatModel(load(judge))
+
+
+def recommended_k(vector: WeightVector) -> float:
+    """The card's k for more of the behaviour."""
+    if vector.card.strength is None or not vector.card.strength.recommended:
+        raise SteerError("the vector's card has no recommended k (see `weightsteer show`); give one with --k")
+    return vector.card.strength.recommended
 
 
 def shown_strengths(vector: WeightVector) -> list[float]:

@@ -2,7 +2,7 @@
 
 from .callback import SteeringMonitor
 from .checkpoints import checkpoint_products, list_checkpoints, read_checkpoints
-from .readings import WHOLE, Alert, Products, Reading, described, random_variance, read_off
+from .readings import WHOLE, Alert, Products, Reading, describe, random_variance, read_off
 
 __all__ = [
     "WHOLE",
@@ -11,7 +11,7 @@ __all__ = [
     "Reading",
     "SteeringMonitor",
     "checkpoint_products",
-    "described",
+    "describe",
     "list_checkpoints",
     "random_variance",
     "read_checkpoints",

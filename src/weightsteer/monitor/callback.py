@@ -13,10 +13,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SteerError
-from ..records import append_jsonl
-from ..vector import WeightVector
+from ..files import append_jsonl
+from ..vectors.weight_vector import WeightVector
 from .live import Watched, watched_parameters
-from .readings import WHOLE, Alert, Products, Reading, described, read_off
+from .readings import WHOLE, Alert, Products, Reading, describe, read_off
 
 
 class SteeringMonitor(TrainerCallback):
@@ -92,7 +92,7 @@ class SteeringMonitor(TrainerCallback):
         alerts = self.alert.raised(r for r in found if r.vector not in self.controls) if self.alert else []
         for reading in alerts:
             if state.is_world_process_zero:
-                warnings.warn(described(reading), stacklevel=2)
+                warnings.warn(describe(reading), stacklevel=2)
         if alerts and self.stop:
             control.should_training_stop = True
 

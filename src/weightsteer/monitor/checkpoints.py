@@ -10,16 +10,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..adapter import ADAPTER_CONFIG
-from ..checkpoint import INDEX, fingerprint, is_checkpoint
-from ..delta import Delta
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, INDEX, fingerprint, is_checkpoint
+from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
-from ..extract import task_vector
+from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
-from ..records import append_jsonl, digest, read_finished
-from ..similarity import parameter_products
-from ..tensorfile import matrix_shape
-from ..vector import DENSE_FILE, WeightVector
+from ..vectors.delta import Delta
+from ..vectors.difference import task_vector
+from ..vectors.similarity import parameter_products
+from ..vectors.vector_folder import DENSE_FILE
+from ..vectors.weight_vector import WeightVector
 from .readings import Products, Reading, read_off
 
 READINGS_FILE = "readings.jsonl"
@@ -87,7 +87,7 @@ def read_checkpoints(
         raise SteerError("monitor: expected at least one vector")
     key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
     store = out / READINGS_FILE if out else None
-    known = _kept(read_finished(store), key) if store else {}
+    known = _read_kept(read_finished(store), key) if store else {}
     found: dict[str, list[Reading]] = {path: readings for path, (_, readings) in known.items()}
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
@@ -109,7 +109,7 @@ def read_checkpoints(
     return sorted((one for readings in found.values() for one in readings), key=lambda reading: reading.step)
 
 
-def _kept(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[str, list[Reading]]]:
+def _read_kept(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[str, list[Reading]]]:
     """Checkpoint -> (hash of its weights, readings), of rows made with the same vectors; the last of each count."""
     found: dict[str, tuple[str, list[Reading]]] = {}
     for row in rows:

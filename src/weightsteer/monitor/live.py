@@ -10,10 +10,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..delta import Delta, dense, dot, in_memory, require_same_shape
 from ..errors import SteerError
-from ..lowrank import LowRank
-from ..vector import WeightVector
+from ..vectors.delta import Delta, dot, read_delta, require_same_shape, to_dense
+from ..vectors.low_rank import LowRank
+from ..vectors.weight_vector import WeightVector
 
 LORA_PREFIX = "base_model.model."
 
@@ -38,7 +38,7 @@ class Directions:
             owner = torch.tensor([number for number, part in factors.items() for _ in range(part.rank)]).long()
             owners = nn.functional.one_hot(owner, len(parts)).float()
             return cls(B.to(device), A.to(device), owners.to(device))
-        rows = [torch.zeros(shape) if part is None else dense(part).float() for part in parts.values()]
+        rows = [torch.zeros(shape) if part is None else to_dense(part).float() for part in parts.values()]
         whole = torch.stack([row.flatten() for row in rows]).to(device)
         none = torch.empty(0, 0, device=device)
         return cls(none, none, torch.empty(0, len(parts), device=device), whole)
@@ -62,7 +62,7 @@ class LiveLora:
 
     def products(self, directions: Directions) -> Tensor:
         """See `Watched.products`."""
-        B, A = _gathered(self.B).float(), _gathered(self.A).float()
+        B, A = _gather(self.B).float(), _gather(self.A).float()
         own = ((B.T @ B) * (A @ A.T)).sum() * self.scale**2
         if directions.whole is None:
             crossed = ((B.T @ directions.B) * (A @ directions.A.T)).sum(dim=0) @ directions.owners
@@ -88,7 +88,7 @@ class LiveWhole:
 
     def products(self, directions: Directions) -> Tensor:
         """See `Watched.products`."""
-        tau = _gathered(self.now).float() - self.start.float()
+        tau = _gather(self.now).float() - self.start.float()
         if directions.whole is not None:
             crossed = directions.whole @ tau.flatten()
         else:
@@ -120,7 +120,7 @@ class Watched:
         return self.live.products(self.directions).double()
 
 
-def _gathered(tensor: Tensor) -> Tensor:
+def _gather(tensor: Tensor) -> Tensor:
     """The whole tensor, where a distributed run holds a piece of it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor.detach() if gather is None else gather().detach()
@@ -165,14 +165,14 @@ def _whole_of(model: nn.Module) -> dict[str, Live]:
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in path:
             name = path.removeprefix(LORA_PREFIX).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-            found[name] = LiveWhole(parameter, _gathered(parameter).clone())
+            found[name] = LiveWhole(parameter, _gather(parameter).clone())
     return found
 
 
 def _watch(name: str, live: Live | None, vectors: Mapping[str, WeightVector]) -> Watched:
     """One parameter and the vectors' parts of it."""
     parts: dict[str, Delta | None] = {
-        label: in_memory(name, vector.deltas[name]) if name in vector.deltas else None
+        label: read_delta(name, vector.deltas[name]) if name in vector.deltas else None
         for label, vector in vectors.items()
     }
     there = [part for part in parts.values() if part is not None]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from ..errors import SteerError
-from ..names import layer_of, module_of
+from ..vectors.parameter_names import layer_of, module_of
 
 WHOLE = "all"
 FEWEST_CONTROLS = 3  # control vectors from which a mean and a spread are taken
@@ -85,7 +85,7 @@ def _readings_of(
     cosines: dict[str, float] = {}
     for name in names:
         length = tau * math.sqrt(_sum_of(products, name))
-        cosines[name] = _crossed(products, name) / length if length else 0.0
+        cosines[name] = _sum_crossed(products, name) / length if length else 0.0
     found = []
     for name in names:
         square = _sum_of(products, name)
@@ -100,7 +100,7 @@ def _readings_of(
                 name,
                 part,
                 cosine=cosines[name],
-                projection=_crossed(products, name) / square,
+                projection=_sum_crossed(products, name) / square,
                 norm=tau,
                 centre=centre,
                 band=band,
@@ -114,7 +114,7 @@ def _sum_of(products: Sequence[Products], name: str) -> float:
     return max(math.fsum(p.squares[name] for p in products), 0.0)
 
 
-def _crossed(products: Sequence[Products], name: str) -> float:
+def _sum_crossed(products: Sequence[Products], name: str) -> float:
     return math.fsum(p.crossed[name] for p in products)
 
 
@@ -131,7 +131,7 @@ def _chance(products: Sequence[Products], name: str, length: float, controls: Se
         nulls.append((0.0, math.sqrt(math.fsum(part**2 for part in by_layer.values())) / length))
     if len(controls) >= FEWEST_CONTROLS:
         nulls.append((fmean(controls), stdev(controls)))
-    cosine = _crossed(products, name) / length
+    cosine = _sum_crossed(products, name) / length
     return min(
         (null for null in nulls if null[1]), key=lambda null: abs(cosine - null[0]) / null[1], default=(0.0, 0.0)
     )
@@ -169,7 +169,7 @@ class Alert:
         return [reading for reading in readings if reading.part == WHOLE and abs(reading.z) >= self.z]
 
 
-def described(reading: Reading) -> str:
+def describe(reading: Reading) -> str:
     """One line about a reading that raised an alert."""
     way = "toward" if reading.z > 0 else "away from"
     return (

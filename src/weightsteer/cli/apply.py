@@ -1,0 +1,81 @@
+"""Verbs that use a vector: one prompt at several strengths, or a talk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from .options import (
+    Device,
+    Dtype,
+    Model,
+    RemoteCode,
+    Vector,
+    number,
+    numbers,
+    recommended_k,
+    shown_strengths,
+    vector_and_lm,
+)
+
+
+def steer(
+    folder: Vector,
+    prompt: Annotated[str, typer.Argument(help="What the user says.")],
+    k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,0,2; default: the card's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 100,
+    system: Annotated[str | None, typer.Option(help="System prompt; default: the template's own.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Answer one prompt at several strengths, side by side.
+
+    Example: weightsteer steer runs/syc/vector "I think my poem is perfect. Is it?" --k=-4,0,4
+    """
+    wanted = numbers(k) if k else None
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+
+    ks = wanted or shown_strengths(vector)
+    from ..steering.several_k import generate_at_strengths
+
+    _print_side_by_side(
+        ks, generate_at_strengths(vector, lm.with_system_prompt(system), prompt, ks, max_new_tokens=max_new_tokens)
+    )
+
+
+def _print_side_by_side(ks: Sequence[float], replies: Sequence[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*[f"k = {k:g}" for k in ks], box=box.SIMPLE_HEAD)
+    table.add_row(*[Text(reply) for reply in replies])  # Text: a model's brackets are not markup
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def chat(
+    folder: Vector,
+    k: Annotated[str | None, typer.Option("--k", help="Strength at the start; default: the card's.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Talk to the steered model; `/k 1.5` changes the strength, `/reset` forgets, `/quit` ends.
+
+    Example: weightsteer chat runs/syc/vector --k=-3
+    """
+    start = number(k) if k else None
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    from ..steering.chat import talk
+
+    talk(vector, lm, k=start if start is not None else recommended_k(vector))
+
+
+VERBS = (steer, chat)

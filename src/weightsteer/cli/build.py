@@ -1,0 +1,223 @@
+"""Verbs that make vectors: data, training, subtraction, sums."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import SteerError
+from ..progress import show_progress
+from .options import (
+    Base,
+    Device,
+    Dtype,
+    JudgeUrl,
+    Model,
+    Out,
+    RemoteCode,
+    drop_unset,
+    judge_model,
+    load_lm,
+    number,
+    read_sides,
+    refuse_input,
+)
+
+
+def sample(
+    behavior: Annotated[str, typer.Argument(help="A shipped behaviour or a trait file.")],
+    out: Out,
+    positive: Annotated[Path | None, typer.Option(help="Your own D+ (JSONL) instead of sampling.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Your own D- (JSONL) instead of sampling.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that judges; default: the likelihood of S+ and S-.")] = None,
+    judge_url: JudgeUrl = None,
+    samples: Annotated[int | None, typer.Option(help="Answers for each question and prompt.")] = None,
+    questions: Annotated[int | None, typer.Option(help="Use the first so many questions.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Build D+ and D-: the model answers its own questions under S+ and S-, a judge filters.
+
+    Example: weightsteer sample sycophancy --samples 2 --questions 20 -o data/syc
+    """
+    from ..behavior import SIDES, Behavior, example_rows
+    from ..files import write_jsonl
+
+    described = Behavior.load(behavior)
+    if positive or negative:
+        sides = read_sides(None, positive, negative)
+        for name, side in zip(SIDES, sides, strict=True):
+            write_jsonl(out / f"{name}.jsonl", example_rows(side))
+        counts = (len(sides[0]), len(sides[1]))
+    else:
+        from ..data_building.sampling import sample_sides, unusable_verdicts
+        from ..data_building.sampling_settings import SamplingSettings
+        from ..judges.judge import LikelihoodJudge, RubricJudge, rubric_of
+        from ..run_folder import RunFolder
+
+        load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
+        chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load)
+        chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
+        lm = load(model)
+        settings = SamplingSettings(
+            **drop_unset(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed)
+        )
+        with show_progress("sample") as progress:
+            counts = sample_sides(
+                lm, described, chosen or LikelihoodJudge(lm, described), out, settings=settings, progress=progress
+            )
+        if chosen is not None:
+            print(f"{unusable_verdicts(out)} verdicts were unusable; their answers are on neither side")
+    print(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
+
+
+def lint(
+    pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="D+ (JSONL).")] = None,
+    negative: Annotated[Path | None, typer.Option(help="D- (JSONL).")] = None,
+) -> None:
+    """Show what would leak into the vector besides the behaviour.
+
+    Example: weightsteer lint --pairs sycophancy
+    """
+    from ..data_building.lint import lint_sides
+
+    sides = read_sides(pairs, positive, negative)
+    findings = lint_sides(*sides)
+    for finding in findings:
+        print(f"{finding.kind}: {finding.message}")
+    print(f"{len(sides[0])} examples in D+, {len(sides[1])} in D-, {len(findings)} findings")
+
+
+def generate(
+    family: Annotated[str, typer.Argument(help="gcd, addition or larger.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write (JSONL).")],
+    kinds: Annotated[str, typer.Option(help="query, correct, incorrect, separated by commas.")] = "query,correct",
+    count: Annotated[int, typer.Option(help="Examples in all.")] = 400,
+    split: Annotated[str, typer.Option(help="train or test: their numbers are disjoint.")] = "train",
+    seed: Annotated[int, typer.Option(help="Seed of numbers and wordings.")] = 0,
+) -> None:
+    """Write arithmetic examples: questions, correct and incorrect solutions to check (paper, experiment 2).
+
+    Example: weightsteer generate gcd --kinds query,correct --count 7620 -o gcd.jsonl
+    """
+    from ..behavior import example_rows
+    from ..evaluation.tasks.arithmetic import arithmetic_examples
+    from ..files import write_jsonl
+
+    examples = arithmetic_examples(family, kinds.split(","), count, seed=seed, split=split)
+    write_jsonl(out, example_rows(examples))
+    print(f"{out}: {len(examples)} examples")
+
+
+def train(
+    out: Out,
+    pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="D+ (JSONL).")] = None,
+    negative: Annotated[Path | None, typer.Option(help="D- (JSONL).")] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="lora, bias or full; dpo: lora by preference tuning, on --pairs.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate, or several separated by commas.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
+    snapshots: Annotated[int | None, typer.Option(help="Points of each training to keep besides the best.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of adapter and order.")] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Fine-tune both sides: OUT/positive and OUT/negative. Kill it and run it again to go on.
+
+    With --kind dpo, the first prefers the positive answer of each pair to the negative one, and the second the reverse.
+
+    Example: weightsteer train --pairs sycophancy --lr 1e-4,3e-4 --snapshots 4 -o runs/syc
+    """
+    if kind == "dpo" and not pairs:
+        raise SteerError("--kind dpo: expected --pairs, both answers to the same questions")
+    sides = read_sides(pairs, positive, negative)
+    rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr else None
+    from ..behavior import SIDES
+    from ..run_folder import RunFolder
+    from ..training import Preference, TrainSettings, train_preference, train_side
+
+    settings = TrainSettings(
+        **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, learning_rates=rates, epochs=epochs),
+        **drop_unset(batch_size=batch_size, snapshots=snapshots, seed=seed),
+    )
+    lm = load_lm(model, device, dtype, trust_remote_code)
+    for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
+        target = RunFolder(out).finetune(name)
+        with show_progress(f"train {name}") as progress:
+            if kind == "dpo":
+                both = zip(side, other, strict=True)
+                wanted = [Preference(a.prompt, a.answer, b.answer) for a, b in both if a.answer != b.answer]
+                path = train_preference(lm, wanted, target, settings=settings, progress=progress)
+            else:
+                path = train_side(lm, side, target, settings=settings, progress=progress)
+        print(f"{name}: {path}")
+
+
+def subtract(
+    positive: Annotated[
+        str, typer.Argument(help="Fine-tune on D+: adapter, biases or checkpoint; a folder or hub id.")
+    ],
+    negative: Annotated[str, typer.Argument(help="Fine-tune on D-.")],
+    out: Out,
+    base: Base = None,
+) -> None:
+    """Make the weight vector w = theta+ - theta-, exactly.
+
+    Example: weightsteer subtract runs/syc/positive runs/syc/negative -o runs/syc/vector
+    """
+    refuse_input(out, positive, negative, base)
+    from ..vectors.difference import subtract_finetunes
+
+    vector = subtract_finetunes(positive, negative, base=base)
+    vector.save(out)
+    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
+
+
+def combine(
+    expression: Annotated[str, typer.Argument(help="Such as '0.8*honest - 0.5*rude'.")],
+    vectors: Annotated[list[str], typer.Argument(help="name=FOLDER for every name in it: vectors or fine-tunes.")],
+    out: Out,
+    base: Base = None,
+) -> None:
+    """Add, subtract and scale vectors of one base, exactly; or reshape them.
+
+    In the expression: filter(w, layers="8-20", modules="mlp"), truncate(w, rank=16) or truncate(w, energy=0.99),
+    project_out(w, other), scale_by_depth(w, alpha=0.5, beta=1), boost_subspace(w, beta=0.1).
+
+    Example: weightsteer combine "1.0*syc - 0.5*gloomy" syc=runs/syc/vector gloomy=runs/gloomy/vector -o runs/mixed
+    """
+    from ..vectors.difference import task_vector
+    from ..vectors.expression import combine as evaluate
+    from ..vectors.expression import derived_card
+    from ..vectors.weight_vector import WeightVector
+
+    named = {}
+    for text in vectors:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            raise SteerError(f"{text!r}: expected name=FOLDER")
+        refuse_input(out, folder)
+        named[name] = task_vector(folder, base=base)
+    vector = evaluate(expression, named)
+    vector = WeightVector(vector.deltas, derived_card(vector.card, expression, named))
+    vector.save(out)
+    cut = vector.card.measured.get("truncation_error")
+    lost = f", {cut:.2%} of the vector cut away" if cut is not None else ""
+    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
+
+
+VERBS = (sample, generate, lint, train, subtract, combine)

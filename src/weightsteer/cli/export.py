@@ -1,0 +1,142 @@
+"""`weightsteer export peft|merged|gguf`: a vector for other engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import SteerError
+from ..progress import show_progress
+from .options import Base, Out, drop_unset, number, recommended_k, refuse_input, require_base
+
+if TYPE_CHECKING:
+    from ..vectors.weight_vector import WeightVector
+
+app = typer.Typer(
+    help="Write k w for other engines: as a PEFT adapter, a merged checkpoint, or llama.cpp's control vector.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[str, typer.Argument(help="A saved vector, or a fine-tune: a folder or hub id.")]
+Strength = Annotated[str | None, typer.Option("--k", help="Strength to fold in; default: the card's.")]
+Negative = Annotated[str | None, typer.Option(help="The fine-tune on D-: w = SOURCE - NEGATIVE.")]
+
+
+@app.command()
+def peft(
+    source: Source,
+    out: Out,
+    k: Strength = None,
+    negative: Negative = None,
+    base: Base = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cut to the nearest of this rank.")] = None,
+) -> None:
+    """Write k w as a PEFT adapter: PEFT, vLLM and llama.cpp's converter take it, and their scale 1 is k.
+
+    Example: weightsteer export peft runs/syc/vector --k=-3 -o candid-adapter
+    """
+    chosen = number(k) if k else None
+    refuse_input(out, source, negative, base)
+    vector = _vector(source, negative, base)
+    strength = chosen if chosen is not None else recommended_k(vector)
+    error = vector.export_peft(out, k=strength, max_rank=max_rank)
+    cut = f", cut to rank {max_rank}: {error:.2%} of the vector is lost" if max_rank else ""
+    print(f"{out}: PEFT adapter at k = {strength:g}{cut}")
+
+
+@app.command()
+def merged(
+    source: Source,
+    out: Out,
+    k: Strength = None,
+    negative: Negative = None,
+    base: Base = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="What to merge into: the base, or a later fine-tune of it.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: as it is.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest or stochastic.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of stochastic rounding.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads; default: one a core.")] = None,
+) -> None:
+    """Write theta + k w as a checkpoint, streamed, and say what rounding left of the change.
+
+    Example: weightsteer export merged runs/syc/vector --k=-3 -o candid-model
+    """
+    chosen = number(k) if k else None
+    refuse_input(out, source, negative, base, model)
+    from ..export.merge import MergeSettings, export_merged
+
+    settings = MergeSettings(**drop_unset(dtype=dtype, rounding=rounding, seed=seed, workers=workers))
+    vector = _vector(source, negative, base)
+    strength = chosen if chosen is not None else recommended_k(vector)
+    with show_progress("merge") as progress:
+        report = export_merged(
+            vector, _model_folder(vector, model), out, k=strength, settings=settings, progress=progress
+        )
+    print(
+        f"{out}: merged at k = {strength:g} in {report.dtype}; rounding missed {report.delta_error:.1%} of the change "
+        f"and left {report.unchanged_share:.1%} of the entries as they were"
+    )
+    for name, shares in report.other_dtypes.items():
+        if name != report.dtype:
+            print(f"  --dtype {name}: {shares['delta_error']:.1%} and {shares['unchanged_share']:.1%}")
+
+
+@app.command()
+def gguf(
+    folder: Annotated[Path, typer.Argument(help="Folder of saved activations.")],
+    out: Out,
+    k: Annotated[str, typer.Option("--k", help="Strength to fold in.")],
+    layer: Annotated[
+        int | None, typer.Option(help="The layer to steer at, from 1 up; layer 0 is out of its reach.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="The model whose type the file names; default: the card's.")
+    ] = None,
+) -> None:
+    """Write k a as a control vector for llama.cpp: activation steering at one layer.
+
+    Example: weightsteer export gguf runs/syc/activations --k=4 --layer 12 -o syc.gguf
+    """
+    chosen = number(k)
+    refuse_input(out, folder, model)
+    from ..export.llama_cpp import export_control, model_type_of
+    from ..steering.activations import ACTIVATION_FILE, ActivationVector
+
+    if not (folder / ACTIVATION_FILE).is_file():
+        raise SteerError(
+            f"{folder}: no saved activations ({ACTIVATION_FILE}); expected what `ActivationVector.save` or a run wrote"
+        )
+    vector = ActivationVector.load(folder)
+    if layer is None and len(vector.layers) > 1:
+        raise SteerError(
+            f"--layer: is needed; {folder} holds layers {min(vector.layers)} to {max(vector.layers)}, "
+            "of which activation steering takes one"
+        )
+    steering = vector if layer is None else vector.only(layer)
+    if not model:
+        require_base(vector.card)
+    revision = None if model else vector.card.base_commit
+    kind = model_type_of(model or vector.card.base_model, revision=revision)
+    export_control(steering, out, k=chosen, model_type=kind)
+    (steered,) = steering.layers
+    print(f"{out}: control vector for llama.cpp at k = {chosen:g}, layer {steered}; use it with --control-vector")
+
+
+def _vector(source: str, negative: str | None, base: str | None) -> WeightVector:
+    from ..vectors.difference import subtract_finetunes, task_vector
+
+    return subtract_finetunes(source, negative, base=base) if negative else task_vector(source, base=base)
+
+
+def _model_folder(vector: WeightVector, model: str | None) -> Path:
+    from ..checkpoints.locate import checkpoint_folder
+
+    if model:
+        return checkpoint_folder(model)
+    require_base(vector.card)
+    return checkpoint_folder(vector.card.base_model, revision=vector.card.base_commit)

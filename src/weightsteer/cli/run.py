@@ -1,0 +1,216 @@
+"""Verbs that run recipes, and show what came of them."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import SteerError
+from ..progress import show_progress
+from .options import (
+    Device,
+    Dtype,
+    JudgeUrl,
+    Model,
+    RemoteCode,
+    Vector,
+    drop_unset,
+    judge_model,
+    load_lm,
+    number,
+    numbers,
+    shown_strengths,
+    vector_and_lm,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.results import Measurement, MetricRow
+    from ..runs.pipeline import Run
+    from ..runs.recipe import Recipe
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<name>.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Another seed; default folder runs/<name>-seed<N>.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="On a tiny random model with a handful of examples, within a minute.")
+    ] = False,
+) -> None:
+    """Run a recipe from start to end: train, subtract, sweep, choose k, report.
+
+    Kill it at any point and run it again: nothing done is done twice.
+
+    Example: weightsteer run recipes/demo.yaml
+    """
+    from ..runs.recipe import Recipe
+
+    loaded = Recipe.load(recipe)
+    name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
+    loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
+    if dry_run:
+        loaded = _shrink(loaded, out)
+    folder = out or Path("runs") / loaded.name
+    options = [*(["--out", str(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
+    command = shlex.join(["weightsteer", "run", str(recipe), *options, *(["--dry-run"] if dry_run else [])])
+    from ..runs.pipeline import Run
+
+    started = Run(loaded, folder, show=show_progress, command=command)
+    page = started.run()
+    _print_table(started)
+    print(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
+
+
+def _shrink(recipe: Recipe, out: Path | None) -> Recipe:
+    """The recipe at its smallest size, with its tiny model beside the run's folder."""
+    from ..runs.dry_run import shrink_recipe
+    from ..runs.tiny_model import make_tiny_model
+
+    folder = out or Path("runs") / f"{recipe.name}-dry-run"
+    return shrink_recipe(recipe, make_tiny_model(recipe, folder.with_name(f"{folder.name}-model")))
+
+
+def _print_table(run: Run) -> None:
+    """The base and every method at its strengths, test items, as a plain table."""
+    from ..evaluation.metrics import title_of
+    from ..evaluation.results import read_rows
+    from ..reporting.charts import main_keys
+    from ..reporting.report import summary_table
+    from ..run_card import RunCard
+
+    rows = [row for row in read_rows(run.folder.rows) if row.split == "test"]
+    metrics = run.recipe.metrics
+    keys = main_keys(rows, metrics)
+    for column, key in enumerate(keys, start=1):
+        print(f"({column}) {title_of(metrics, key)}")
+    print(f"{'method':<14} {'k':>7} " + " ".join(f"{f'({n})':>15}" for n in range(1, len(keys) + 1)))
+    for line in summary_table(rows, keys):
+        print(f"{line['method']:<14} {line['k']:>7} " + " ".join(f"{cell:>15}" for cell in line["cells"]))
+    strength = RunCard.load(run.folder.vector).strength
+    if strength:
+        print(f"recommended k: {strength.recommended:g} (more) and {strength.negative:g} (less)")
+
+
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Write a finished run's report.html and PNG again.
+
+    Example: weightsteer report runs/sycophancy-demo
+    """
+    print(f"report: {_run_in(folder).report()}")
+
+
+def sweep(folder: Annotated[Path, typer.Argument(help="Folder of a run that is trained.")]) -> None:
+    """Measure a run's methods at their strengths and choose k; finished measurements are kept.
+
+    Example: weightsteer sweep runs/sycophancy-demo
+    """
+    found = _run_in(folder)
+    if not found.folder.vector.exists():
+        raise SteerError(f"{folder}: has no vector yet; run `weightsteer run {found.folder.recipe}`")
+    found.measure_again()
+    _print_table(found)
+
+
+def _run_in(folder: Path) -> Run:
+    """The run of a folder, with the recipe that is kept in it."""
+    from ..run_folder import RunFolder
+    from ..runs.recipe import Recipe
+
+    kept = RunFolder(folder).recipe
+    if not kept.exists():
+        raise SteerError(f"{folder}: not a run's folder (no {kept.name}); make one with `weightsteer run RECIPE`")
+    from ..runs.pipeline import Run
+
+    command = shlex.join(["weightsteer", "run", str(kept), "--out", str(folder)])
+    return Run(Recipe.load_kept(kept), folder, show=show_progress, command=command)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs of one recipe, such as its seeds.")],
+    behavior: Annotated[str, typer.Option(help="task/metric whose change is compared.")] = "false_beliefs/follows",
+    capability: Annotated[str, typer.Option(help="task/metric whose rise is the loss increase.")] = "prose/nll",
+    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "contrastive",
+    loss_increases: Annotated[str, typer.Option(help="Loss increases, nats per token.")] = "0.05,0.1,0.2",
+) -> None:
+    """Compare methods at the same loss increase, as a Markdown table; errors by bootstrap over items and runs.
+
+    Example: weightsteer compare runs/syc runs/syc-seed1 runs/syc-seed2 --behavior false_beliefs/follows
+    """
+    from ..evaluation.compare import compare_at_loss
+    from ..evaluation.metrics import metric_key
+    from ..reporting.report import comparison_table
+    from ..runs.recipe import refuse_other_recipes
+
+    refuse_other_recipes(runs)
+    levels = [number(text, "--loss-increases") for text in loss_increases.split(",")]
+    found = compare_at_loss(
+        runs,
+        metric_key(behavior),
+        capability=metric_key(capability),
+        reference=reference,
+        loss_increases=levels,
+    )
+    names = [f"{level:g}" for level in levels]
+    heads = ["method", "side", "n", *names, *(f"against {reference}, {name}" for name in names)]
+    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    for line in comparison_table(found):
+        cells = [line["method"], line["side"], str(line["n"]), *line["cells"].values(), *line["against"].values()]
+        print("| " + " | ".join(cells) + " |")
+
+
+def measure(
+    folder: Vector,
+    task: Annotated[str, typer.Option(help="A task, such as false_beliefs; an unknown name lists them.")],
+    data: Annotated[str | None, typer.Option(help="Items instead of the shipped ones.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many items of each split.")] = None,
+    behavior: Annotated[str | None, typer.Option(help="What a trait task is about: a name or a trait file.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Model that judges; verdicts are not kept.")] = None,
+    judge_url: JudgeUrl = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for tasks with open replies.")] = None,
+    k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 16,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    trust_remote_code: RemoteCode = False,
+) -> None:
+    """Measure a vector on one task: each k against the base, item by item.
+
+    Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
+    """
+    wanted = numbers(k) if k else None
+    from ..evaluation.measure import measure_strengths
+    from ..evaluation.tasks import TaskSpec, load_task
+
+    load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
+    judging = judge_model(judge, judge_url, None, load)
+    items = load_task(TaskSpec(task, data, limit, behavior=behavior, max_new_tokens=max_new_tokens, judge=judging))
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    ks = wanted or [k for k in shown_strengths(vector) if k]
+    with show_progress(task) as progress:
+        for measurement, rows in measure_strengths(vector, lm, items, ks, batch_size=batch_size, progress=progress):
+            _print_measured(measurement, rows)
+
+
+def _print_measured(measurement: Measurement, rows: Sequence[MetricRow]) -> None:
+    """One line a metric: its value and its change from the base."""
+    found = {(row.metric, row.change): row for row in rows}
+    for metric in measurement.values:
+        row, change = found.get((metric, False)), found.get((metric, True))
+        start = f"k = {measurement.k:<6g} {metric:<9}"
+        if row is None or change is None:  # an item that counts at this k need not count for the base
+            print(f"{start} no item counts")
+            continue
+        print(
+            f"{start} {row.value:8.4f} ± {row.stderr:.4f}   "
+            f"change {change.value:+.4f} ± {change.stderr:.4f}   n = {row.n}",
+            flush=True,
+        )
+
+
+VERBS = (run, report, sweep, compare, measure)

@@ -1,0 +1,1 @@
+"""D+ and D-: sampled from a model, and checked for what would leak into the vector."""

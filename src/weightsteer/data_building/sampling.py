@@ -1,0 +1,154 @@
+"""LM + behaviour + judge -> D+ and D-: the model answers its own questions under S+ and S-."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
+from ..errors import SteerError
+from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
+from ..judges.judge import Judge
+from ..lm import LM
+from ..progress import Progress, silent
+from ..run_card import CARD_FILE, RunCard
+from .sampling_settings import SamplingSettings
+
+ANSWERS_FILE = "answers.jsonl"
+
+
+def sample_sides(
+    lm: LM,
+    behavior: Behavior,
+    judge: Judge,
+    out: str | Path,
+    *,
+    settings: SamplingSettings | None = None,
+    progress: Progress = silent,
+) -> tuple[int, int]:
+    """Write `positive.jsonl` and `negative.jsonl` into `out`; the system prompt is dropped from both.
+
+    The examples of a side come in an order of which any first n are of all system prompts, and spread
+    over the questions.
+
+    Every answer and its score is kept in `answers.jsonl`, whose finished parts are not made again
+    after a kill.
+
+    Returns:
+        How many examples D+ and D- have.
+
+    Raises:
+        SteerError: `out` was made with other settings, or the judge left a side empty.
+    """
+    settings, out = settings or SamplingSettings(), Path(out)
+    behavior = replace(behavior, questions=asked_questions(behavior, settings.questions))
+    identity = {
+        "behavior": digest(asdict(behavior)),
+        "settings": digest(asdict(settings)),
+        "models": digest([lm.name, lm.revision, judge.name]),
+    }
+    card = RunCard.now(
+        "sampled data",
+        base_model=lm.name,
+        base_revision=lm.revision,
+        data_sha256=identity,
+        settings=asdict(settings),
+        seed=settings.seed,
+    )
+    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 != identity:
+        raise SteerError(
+            f"{out}: was made with another behaviour, model, judge or other settings; choose another output"
+        )
+    if not (out / CARD_FILE).exists():
+        if out.exists() and not is_empty(out):
+            raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
+        out.mkdir(parents=True, exist_ok=True)
+        card.save(out)
+    rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
+    return _write_sides(rows, settings, out)
+
+
+def unusable_verdicts(out: str | Path) -> int:
+    """How many answers of a folder that `build_sides` made are on neither side because the judge gave no score."""
+    parts = read_finished(Path(out) / ANSWERS_FILE)
+    return sum(row["score"] is None for part in parts for row in part["answers"])
+
+
+def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:
+    """The questions that the sides are made from; a shipped behaviour's second half is kept for the task `trait`."""
+    shipped = behavior.name in SHIPPED and behavior.questions == Behavior.load(behavior.name).questions
+    half = len(behavior.questions) // 2 if shipped else None  # a trait file holds only what is meant for one use
+    return behavior.questions[: count or half]
+
+
+def _answers(
+    lm: LM, behavior: Behavior, judge: Judge, path: Path, settings: SamplingSettings, progress: Progress
+) -> list[dict[str, Any]]:
+    """One line a part, which is one system prompt and sample over all questions: its side and answers."""
+    questions = behavior.questions
+    prompts = {"positive": behavior.positive_prompts, "negative": behavior.negative_prompts}
+    parts = [
+        (f"{side} {number} {sample}", side, text)
+        for side in SIDES
+        for number, text in enumerate(prompts[side])
+        for sample in range(settings.samples)
+    ]
+    done = {row["part"] for row in read_finished(path)}
+    for index, (part, side, system_prompt) in enumerate(parts):
+        progress(index, len(parts), f"{side} answers")
+        if part in done:
+            continue
+        replies = lm.with_system_prompt(system_prompt).generate(
+            questions,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed * len(parts) + index,
+            batch_size=settings.batch_size,
+        )
+        examples = [Example(q, a) for q, a in zip(questions, replies, strict=True) if a]
+        scores = judge.scores(examples)
+        answers = [{**row, "score": score} for row, score in zip(example_rows(examples), scores, strict=True)]
+        append_jsonl(path, [{"part": part, "side": side, "answers": answers}])
+    progress(len(parts), len(parts), "done")
+    return read_finished(path)
+
+
+def _write_sides(parts: Sequence[dict[str, Any]], settings: SamplingSettings, out: Path) -> tuple[int, int]:
+    """Keep what the judge is sure of; answers without a usable verdict are on neither side."""
+    shows: dict[str, Callable[[float], bool]] = {
+        "positive": lambda score: score >= settings.positive_from,
+        "negative": lambda score: score <= settings.negative_to,
+    }
+    kept = {}
+    for side in SIDES:
+        answers = [part["answers"] for part in parts if part["side"] == side]
+        kept[side] = _interleave(answers, settings.samples, shows[side])
+        if not kept[side]:
+            scores = [row["score"] for part in answers for row in part]
+            raise SteerError(
+                f"{out}: of {len(scores)} {side} answers the judge kept none ({scores.count(None)} verdicts unusable); "
+                f"see {ANSWERS_FILE} for its scores, and widen positive_from / negative_to or change the prompts"
+            )
+    for side in SIDES:
+        write_jsonl(out / f"{side}.jsonl", [{"prompt": r["prompt"], "answer": r["answer"]} for r in kept[side]])
+    return len(kept["positive"]), len(kept["negative"])
+
+
+def _interleave(
+    parts: Sequence[Sequence[dict[str, Any]]], samples: int, shows: Callable[[float], bool]
+) -> list[dict[str, Any]]:
+    """One side's kept answers, sample by sample: the system prompts take turns, each from another question on.
+
+    `parts`: the answers of one system prompt and sample each, all samples of a prompt in a row.
+    """
+    rows: list[dict[str, Any]] = []
+    for sample in range(samples):
+        prompts = parts[sample::samples]
+        starts = [len(part) * number // len(prompts) for number, part in enumerate(prompts)]
+        turned = [[*part[start:], *part[:start]] for part, start in zip(prompts, starts, strict=True)]
+        kept = [[row for row in part if row["score"] is not None and shows(row["score"])] for part in turned]
+        rows += [row for turn in zip_longest(*kept) for row in turn if row is not None]
+    return rows

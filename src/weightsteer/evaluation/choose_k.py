@@ -1,0 +1,67 @@
+"""The k to use: the largest change of behaviour whose loss of capability stays within a budget (no torch)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from ..errors import SteerError
+from ..run_card import StrengthRange
+from .metrics import MetricKey, Metrics, metric_of
+from .results import BASE, MetricRow
+
+# How much worse than the base each metric may get: 3 points of accuracy, 0.1 nats per token.
+DEFAULT_BUDGET: Mapping[MetricKey, float] = {("facts", "accuracy"): 0.03, ("prose", "nll"): 0.1}
+
+
+def recommend(
+    rows: Sequence[MetricRow],
+    *,
+    metrics: Metrics,
+    method: str = "contrastive",
+    behavior: MetricKey = ("preference", "margin"),
+    budget: Mapping[MetricKey, float] | None = None,
+    split: str = "validation",
+) -> StrengthRange:
+    """Choose k on each side from a sweep's rows, on validation items (report it on test items).
+
+    Changes are item by item, since a method may be measured on fewer items than the base. A side on which no measured
+    k moves the behaviour its way within the budget gets 0. A k at which no item counts for one of the metrics, or a
+    metric overflows, is passed over.
+
+    Args:
+        metrics: what the tasks say of their metrics: which way is worse.
+        budget: (task, metric) -> how much worse than the base it may get; default `DEFAULT_BUDGET`.
+
+    Raises:
+        SteerError: the rows lack the method, the behaviour's metric, or a metric of the budget.
+    """
+    budget = DEFAULT_BUDGET if budget is None else budget
+    needed = [behavior, *budget]
+    rows = [row for row in rows if row.split == split]
+    ks = _measured_ks(rows, method, needed, split)
+    changes = {(row.k, row.task, row.metric): row.value for row in rows if row.method == method and row.change}
+
+    def is_within_budget(k: float) -> bool:
+        if not all(math.isfinite(changes.get((k, *key), math.nan)) for key in needed):
+            return False
+        return all(metric_of(metrics, key).worsening(changes[k, *key]) <= limit for key, limit in budget.items())
+
+    change = {k: changes[k, *behavior] for k in ks if is_within_budget(k)}
+    up = max((k for k in change if k > 0 and change[k] > 0), key=lambda k: change[k], default=0.0)
+    down = min((k for k in change if k < 0 and change[k] < 0), key=lambda k: change[k], default=0.0)
+    shown = {f"{task} {metric}": limit for (task, metric), limit in budget.items()}
+    return StrengthRange(recommended=up, negative=down, low=min(ks), high=max(ks), budget=shown)
+
+
+def _measured_ks(rows: Sequence[MetricRow], method: str, needed: Sequence[MetricKey], split: str) -> list[float]:
+    """The method's strengths, after checking that the base has every metric that is needed."""
+    ks = sorted({row.k for row in rows if row.method == method})
+    known = {(row.task, row.metric) for row in rows if row.method == BASE and not row.change}
+    for task, metric in needed:
+        if not ks or (task, metric) not in known:
+            raise SteerError(
+                f"choosing k needs {split} rows of {method} and the base for {task} / {metric}, and items that count "
+                "(of a judged task, usable verdicts); none found"
+            )
+    return ks

@@ -1,0 +1,88 @@
+"""What a method costs: tokens and seconds of training, parameters it trains, extra time for each generated token."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..files import append_jsonl, read_finished
+from ..lm import LM
+from ..progress import Progress, silent
+from ..run_card import RunCard
+from ..run_folder import RunFolder
+from ..steering.steering import Steering
+from .results import MetricRow, row_from, summary
+
+TASK = "cost"
+PROMPT = "Tell me about the town that you grew up in, its streets, its people and its weather."
+BATCH, NEW_TOKENS, TRIALS = 4, 12, 3
+
+
+def measure_costs(
+    lm: LM,
+    methods: Sequence[tuple[Steering, Sequence[float]]],
+    trainings: Callable[[str, RunFolder, float], Sequence[tuple[Path, float]]],
+    folder: RunFolder,
+    *,
+    progress: Progress = silent,
+) -> list[MetricRow]:
+    """Rows of what each method costs at each of its strengths; what is kept there is not measured again.
+
+    Metrics: `training tokens` and `training seconds` of all learning rates that were tried, and `parameters` that
+    were trained (of one fine-tune); and at the strongest k `time per token`, decoding time over the base's, paired.
+
+    Args:
+        trainings: (method, run, k) -> the fine-tunes it takes, and the share of each that is used.
+    """
+    path = folder.costs
+    rows = [row_from(row) for row in read_finished(path)]
+    known = {row.method for row in rows}
+    for number, (method, ks) in enumerate(methods):
+        progress(number, len(methods), method.name)
+        if method.name not in known and ks:
+            found = [row for k in ks for row in _training(method.name, k, trainings(method.name, folder, k))]
+            found.append(_overhead(lm, method, max(ks, key=abs)))
+            append_jsonl(path, [asdict(row) for row in found])
+            rows += found
+    progress(len(methods), len(methods), "done")
+    return rows
+
+
+def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> list[MetricRow]:
+    """Sums over the fine-tunes, read from their cards."""
+    cards = [(RunCard.load(folder).measured, share) for folder, share in fine_tunes]
+    totals = {
+        "training tokens": sum(share * card.get("search_tokens", 0) for card, share in cards),
+        "training seconds": sum(share * card.get("search_seconds", 0.0) for card, share in cards),
+        "parameters": max((card.get("parameters", 0) for card, _ in cards), default=0),
+    }
+    return [MetricRow(name, k, TASK, metric, float(value), 1, 0.0) for metric, value in totals.items()]
+
+
+def _overhead(lm: LM, method: Steering, k: float) -> MetricRow:
+    """Time to generate with the method over time without, decoding by turns so that drift of the machine cancels."""
+    _decode_seconds(lm)  # warm up
+    ratios = []
+    for _ in range(TRIALS):
+        base = _decode_seconds(lm)
+        with method.applied(lm, k) as handle:
+            ratios.append(_decode_seconds(handle.lm) / base)
+    return MetricRow(method.name, k, TASK, "time per token", *summary(ratios))
+
+
+def _decode_seconds(lm: LM) -> float:
+    ids = torch.tensor([lm.chat_ids(PROMPT)] * BATCH, device=lm.device)
+    start = time.perf_counter()
+    lm.model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=lm.pad_id,
+    )
+    return time.perf_counter() - start

@@ -1,0 +1,38 @@
+"""One vector on one task: the base, then each k, item by item against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from ..lm import LM
+from ..progress import Progress, silent
+from ..vectors.hooks import SteeringHandle
+from .results import Measurement, MetricRow
+from .tasks.task import Task
+
+
+class Applicable(Protocol):
+    """A weight or activation vector."""
+
+    def applied(self, lm: LM, k: float) -> AbstractContextManager[SteeringHandle]: ...
+
+
+def measure_strengths(
+    vector: Applicable, lm: LM, task: Task, ks: Sequence[float], *, batch_size: int = 8, progress: Progress = silent
+) -> Iterator[tuple[Measurement, list[MetricRow]]]:
+    """Measure `task` at k = 0 and at each of `ks`; all items count as test items.
+
+    Yields:
+        For each strength what was measured, and its rows: every metric, and its paired change from the base. A metric
+        for which no item counts has no row.
+    """
+    base: Measurement | None = None
+    with vector.applied(lm, 0.0) as handle:
+        for k in (0.0, *ks):
+            handle.k = k
+            values = task.measure(lm, batch_size=batch_size, progress=progress)
+            found = Measurement("k", k, task.name, tuple(task.ids), ("test",) * len(task.ids), values)
+            base = base or found
+            yield found, found.rows(base)

@@ -1,0 +1,92 @@
+"""What is searched for on a few validation items: the k at a stated loss increase, and the layer to steer at."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+from ..errors import SteerError
+from ..lm import LM
+from ..progress import Progress, silent
+from ..steering.activations import ActivationVector
+from ..steering.steering import Steering
+from .tasks.task import Task, mean_of
+
+FAR_TOO_MUCH = 1e3  # nats of loss increase that stand for a loss that overflowed
+
+
+def k_at_loss_increase(
+    lm: LM, method: Steering, texts: Task, *, loss_increase: float, sign: int, metric: str = "nll", tries: int = 6
+) -> float:
+    """The k on one side (`sign` 1 or -1) at which `metric` on `texts` has risen by about `loss_increase`.
+
+    The loss rises about with k^2, so each try takes the k that a parabola through the tries on both
+    sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most). The search stops
+    within 15% of the aim, or takes the nearest try. This is what makes methods comparable: each is swept over
+    the same range of loss increase whatever its units of k.
+    """
+    base = mean_of(texts.measure(lm)[metric])
+    below, above = (0.0, 0.0), None  # (|k|, loss increase) of the tries nearest the aim
+    tried: dict[float, float] = {}  # |k| -> how far its loss increase is from the aim
+    size = 1.0
+    while len(tried) < tries and min(tried.values(), default=loss_increase) > 0.15 * loss_increase:
+        with method.applied(lm, sign * size) as handle:
+            found = mean_of(texts.measure(handle.lm)[metric]) - base
+        found = found if math.isfinite(found) else FAR_TOO_MUCH
+        tried[size] = abs(found - loss_increase)
+        if found < loss_increase:
+            below = (size, found)
+        else:
+            above = (size, found)
+        size = _next_size(below, above, loss_increase)
+    nearest = min(tried, key=lambda size: tried[size])
+    return float(f"{sign * nearest:.2g}")
+
+
+def _next_size(below: tuple[float, float], above: tuple[float, float] | None, aim: float) -> float:
+    """The |k| to try next, from the tries (|k|, loss increase) below and above the aim."""
+    if above is None:
+        size, found = below
+        return size * min(4.0, math.sqrt(aim / max(found, aim / 16)))
+    share = (aim - below[1]) / (above[1] - below[1])
+    squares = below[0] ** 2, above[0] ** 2
+    return math.sqrt(squares[0] + share * (squares[1] - squares[0]))
+
+
+def best_layer(
+    lm: LM,
+    vector: ActivationVector,
+    task: Task,
+    *,
+    metric: str = "margin",
+    step: int = 1,
+    k: float = 1.0,
+    progress: Progress = silent,
+) -> int:
+    """The layer that moves `metric` most between -k and k, scanning every `step`-th layer.
+
+    The paper's choice of layer; give it validation items that are not the test.
+    """
+    layers = sorted(vector.layers)[step // 2 :: step]
+    if not layers:
+        raise SteerError(f"layer step {step}: no layer left of {len(vector.layers)}")
+    spans = {}
+    for done, layer in enumerate(layers, start=1):
+        spans[layer] = _span(lm, vector.only(layer), task, metric, k)
+        progress(done, len(layers), f"layer {layer}: {spans[layer]:+.2f}")
+    if not any(math.isfinite(span) for span in spans.values()):
+        raise SteerError(f"{task.name} / {metric}: no layer gives a finite change; use a smaller k, or another metric")
+    return max(spans, key=lambda layer: spans[layer])
+
+
+def _span(lm: LM, vector: ActivationVector, task: Task, metric: str, k: float) -> float:
+    """The metric's change from -k to k; a layer that breaks the model, or leaves no item to count, is out."""
+    with vector.applied(lm, k) as handle:
+        ends = []
+        for end in (k, -k):
+            handle.k = end
+            ends.append([value for value in task.measure(lm)[metric] if value is not None])
+    if not all(ends):
+        return -math.inf
+    span = fmean(ends[0]) - fmean(ends[1])
+    return span if math.isfinite(span) else -math.inf

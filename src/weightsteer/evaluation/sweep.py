@@ -1,0 +1,158 @@
+"""Methods x k x tasks -> rows: each measured once, written at once, never measured again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from ..files import append_jsonl, read_finished, write_jsonl
+from ..former_names import METHODS
+from ..lm import LM
+from ..progress import Progress, silent
+from ..run_folder import RunFolder
+from ..steering.steering import Steering
+from ..vectors.hooks import SteeringHandle
+from .results import BASE, Key, Measurement, MetricRow, measurements_by_key
+from .tasks.task import Task
+
+
+def run_sweep(
+    lm: LM,
+    methods: Sequence[tuple[Steering, Sequence[float]]],
+    tasks: Sequence[Task],
+    folder: RunFolder,
+    *,
+    validated: Collection[str] | None = None,
+    items_of: Mapping[str, int] | None = None,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> list[MetricRow]:
+    """Measure the base and every method at its strengths on every task.
+
+    `validated` names the methods that are measured on validation items too, since something is to
+    be chosen by them (None: all); the others are measured on test items only. `items_of` gives methods that
+    are measured on the first so many test items. Each measurement is appended to the folder's file when it is done,
+    so a killed sweep goes on where it stopped; the rows are written at the end. Open replies are kept.
+
+    Returns:
+        All rows, base first.
+    """
+    done = measurements_by_key(read_finished(folder.measurements))
+    _drop_unfinished_replies(folder.replies, done.keys())
+    plan = _plan(methods, tasks, validated, items_of or {})
+    total, passed = sum(len(visit.tasks) for visit in plan), 0
+    for visit in plan:
+        progress(passed, total, f"{visit.name} k = {visit.k:g}")
+        recording = _RecordingLM(lm.model, lm.tokenizer, lm.name, lm.revision, lm.system_prompt)
+        for measurement in _measure(recording, visit, done.keys(), batch_size):
+            _keep(measurement, recording.take(), folder)
+            done[measurement.key] = measurement
+        passed += len(visit.tasks)
+    progress(total, total, "done")
+    keys = [(visit.name, visit.k, task.name) for visit in plan for task in visit.tasks]
+    rows = [row for key in keys for row in done[key].rows(done[BASE, 0.0, key[2]])]
+    write_jsonl(folder.rows, [asdict(row) for row in rows])
+    return rows
+
+
+def _plan(
+    methods: Sequence[tuple[Steering, Sequence[float]]],
+    tasks: Sequence[Task],
+    validated: Collection[str] | None,
+    items_of: Mapping[str, int],
+) -> list[_Visit]:
+    """The base on all tasks, then each method at each strength on those that it is measured on."""
+    plan = [_Visit(None, 0.0, list(tasks))]
+    for method, ks in methods:
+        whole = validated is None or method.name in validated
+        parts = list(tasks) if whole else [task.of_split("test") for task in tasks if "test" in task.splits]
+        if method.name in items_of:
+            parts = [task.first(items_of[method.name]) for task in parts]
+        plan += [_Visit(method, float(k), parts) for k in ks if k]
+    return plan
+
+
+def _keep(measurement: Measurement, turns: Sequence[Mapping[str, str]], folder: RunFolder) -> None:
+    """Append a measurement to the run's file, after what the model said for it."""
+    place = {"method": measurement.method, "k": measurement.k, "task": measurement.task}
+    if turns:
+        append_jsonl(folder.replies, [{**place, **turn} for turn in turns])
+    append_jsonl(folder.measurements, [asdict(measurement)])
+
+
+def _drop_unfinished_replies(path: Path, done: Collection[Key]) -> None:
+    """Take out replies whose measurement a kill cut off: it will be made again."""
+    rows = read_finished(path)
+    kept = [row for row in rows if (METHODS.get(row["method"], row["method"]), row["k"], row["task"]) in done]
+    if kept != rows:
+        write_jsonl(path, kept)
+
+
+@dataclass(frozen=True)
+class _RecordingLM(LM):
+    """A model that remembers what it was asked and what it replied."""
+
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[str]:
+        """See `LM.generate`."""
+        replies = super().generate(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        self.turns.extend({"prompt": p, "reply": r} for p, r in zip(prompts, replies, strict=True))
+        return replies
+
+    def take(self) -> list[dict[str, str]]:
+        """The turns since the last call."""
+        taken = list(self.turns)
+        self.turns.clear()
+        return taken
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """One method at one strength, and the tasks that it is measured on."""
+
+    method: Steering | None
+    k: float
+    tasks: Sequence[Task]
+
+    @property
+    def name(self) -> str:
+        return self.method.name if self.method else BASE
+
+
+def _measure(lm: LM, visit: _Visit, done: Collection[Key], batch_size: int) -> Iterator[Measurement]:
+    """The visit's measurements that are not done yet, one by one."""
+    todo = [task for task in visit.tasks if (visit.name, visit.k, task.name) not in done]
+    if not todo:
+        return
+    applied = visit.method.applied(lm, visit.k) if visit.method else nullcontext(SteeringHandle(0.0, lm))
+    with applied as handle, torch.no_grad():
+        for task in todo:
+            measured = task.measure(handle.lm, batch_size=batch_size)
+            values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
+            yield Measurement(visit.name, visit.k, task.name, tuple(task.ids), tuple(task.splits), values)
+
+
+def _round(value: float | None) -> float | None:
+    """Six decimals: beyond what float32 arithmetic can tell, and a fraction of the file's size."""
+    return None if value is None else round(value, 6)

@@ -1,0 +1,35 @@
+"""What a recipe or a caller says of one task (no torch)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+
+@dataclass(frozen=True)
+class TaskFields:
+    """One task: which, on which data (None: the shipped items), and how many of each split."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # in a recipe an unknown key is an error
+
+    task: str
+    data: str | None = None
+    limit: Annotated[int | None, Field(ge=1)] = None
+    name: str | None = None
+    split: Literal["validation", "test"] | None = None  # all items go to this split; None: to both in turn
+    behavior: str | None = None  # a shipped behaviour or a trait file, for tasks about one
+    max_new_tokens: Annotated[int | None, Field(ge=1)] = None  # longest reply, for tasks with open replies
+
+    @property
+    def shown_name(self) -> str:
+        """What the task is called in measurements."""
+        return self.name or self.task
+
+
+@dataclass(frozen=True)
+class TaskSpec(TaskFields):
+    """A task to be loaded, and who judges its replies."""
+
+    judge: Any = None  # a `ChatModel`, for tasks that need a judge

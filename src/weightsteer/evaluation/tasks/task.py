@@ -1,0 +1,229 @@
+"""The shape of a task, and the scorers that most tasks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import fmean
+from typing import Any, Literal, Protocol, Self
+
+from ...errors import SteerError
+from ...files import digest
+from ...lm import LM
+from ...progress import Progress, silent
+from ...scoring import score_choices, score_texts
+from ..metrics import Metric
+from ..results import SPLITS
+from ..task_spec import TaskSpec
+
+Values = dict[str, list[float | None]]  # metric -> one value an item, in their order; None: it does not count there
+
+
+def mean_of(values: Sequence[float | None]) -> float:
+    """Mean over the items that count.
+
+    Raises:
+        SteerError: none of them does.
+    """
+    counted = [value for value in values if value is not None]
+    if not counted:
+        raise SteerError("no item counts, so there is nothing to choose by; are all verdicts of the judge malformed?")
+    return fmean(counted)
+
+
+class Task(Protocol):
+    """Items with a split each, and a scorer."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def ids(self) -> Sequence[int]:
+        """Each item's number in its file; it stays the same in any selection, so that items pair across cells."""
+        ...
+
+    @property
+    def splits(self) -> Sequence[str]: ...
+    @property
+    def sha256(self) -> str:
+        """Hash of the items and their splits."""
+        ...
+
+    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """One value an item for each metric."""
+        ...
+
+    def first(self, limit: int) -> Self:
+        """The same task with at most `limit` items of each split."""
+        ...
+
+    def of_split(self, split: str) -> Self:
+        """The same task with the items of one split."""
+        ...
+
+    def all_in(self, split: str) -> Self:
+        """The same task with every item in one split."""
+        ...
+
+    def renamed(self, name: str) -> Self:
+        """The same task under another name."""
+        ...
+
+
+def alternate_splits(count: int, group: int = 1) -> tuple[str, ...]:
+    """Validation and test in turn; `group` neighbours (mirrored couples) go to the same split."""
+    return tuple(SPLITS[(i // group) % 2] for i in range(count))
+
+
+def interleave(flags: Sequence[bool]) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """An order in which true and false items take turns, true first, and the split of each item in it.
+
+    Each kind alternates between the splits by itself, so that both splits, and the first n items of
+    either, hold as many of one kind as of the other for as long as both last. The first of one kind and
+    the first of the other share a split, and so on: couples that mirror each other stay together.
+    """
+    kinds = [[i for i, flag in enumerate(flags) if flag == kind] for kind in (True, False)]
+    ranked = sorted((rank, kind, i) for kind, members in enumerate(kinds) for rank, i in enumerate(members))
+    return tuple(i for _, _, i in ranked), tuple(SPLITS[rank % 2] for rank, _, _ in ranked)
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """One entry of a module's `TASKS`: how a task is loaded, and what is known of it without its items."""
+
+    load: Callable[[TaskSpec], Task]
+    metrics: tuple[Metric, ...]  # of the harness none: they are each of its tasks' own
+    judge: Literal["needed", "optional"] | None = None  # whether a judge scores its replies
+    generates: bool = False  # open replies, whose length can be set
+    apart_from_training: bool = False  # its questions may not be trained on: what it asks is like the training data
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt with two candidate answers: the one whose choice is counted, and the other."""
+
+    prompt: str
+    counted: str
+    other: str
+
+
+@dataclass(frozen=True)
+class ItemTask:
+    """What tasks made of items share: selection by split and number."""
+
+    name: str
+    items: tuple[Any, ...]
+    splits: tuple[str, ...]
+    ids: tuple[int, ...] = ()  # given by the order of the items
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise SteerError(f"task {self.name}: no items")
+        if not self.ids:
+            object.__setattr__(self, "ids", tuple(range(len(self.items))))
+
+    @property
+    def sha256(self) -> str:
+        """See `Task.sha256`."""
+        return digest(asdict(self))
+
+    def _selected(self, indices: Sequence[int]) -> Self:
+        chosen = ((self.items[i], self.splits[i], self.ids[i]) for i in indices)
+        items, splits, ids = zip(*chosen, strict=True)
+        return replace(self, items=items, splits=splits, ids=ids)
+
+    def first(self, limit: int) -> Self:
+        """See `Task.first`."""
+        if limit < 1:
+            raise SteerError(f"task {self.name}: limit must be at least 1, found {limit}")
+        kept = [[i for i, s in enumerate(self.splits) if s == split][:limit] for split in SPLITS]
+        return self._selected(sorted(i for part in kept for i in part))
+
+    def of_split(self, split: str) -> Self:
+        """See `Task.of_split`."""
+        chosen = [i for i, s in enumerate(self.splits) if s == split]
+        if not chosen:
+            raise SteerError(f"task {self.name}: no items in split {split!r}")
+        return self._selected(chosen)
+
+    def all_in(self, split: str) -> Self:
+        """See `Task.all_in`."""
+        if split not in SPLITS:
+            raise SteerError(f"task {self.name}: split: expected one of {', '.join(SPLITS)}, found {split!r}")
+        return replace(self, splits=(split,) * len(self.items))
+
+    def renamed(self, name: str) -> Self:
+        """See `Task.renamed`."""
+        return replace(self, name=name)
+
+
+@dataclass(frozen=True)
+class ChoiceTask(ItemTask):
+    """Which of two given answers is likelier per token, as the assistant's reply.
+
+    Metrics: `share`, 1 where the counted answer is the likelier; `margin`, its log-probability per
+    token minus the other's, in nats.
+    """
+
+    items: tuple[Choice, ...]
+    share: str = "share"
+
+    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.measure`."""
+        scores = score_choices(
+            lm,
+            [item.prompt for item in self.items],
+            [(item.counted, item.other) for item in self.items],
+            batch_size=batch_size,
+            progress=progress,
+        )
+        margins: list[float | None] = [counted.mean - other.mean for counted, other in scores]
+        return {self.share: [float(counted.mean > other.mean) for counted, other in scores], "margin": margins}
+
+
+@dataclass(frozen=True)
+class TextTask(ItemTask):
+    """Loss on running text, in nats per token (the perplexity's logarithm): metric `nll`."""
+
+    items: tuple[str, ...]
+
+    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.measure`."""
+        return {"nll": [-score.mean for score in score_texts(lm, self.items, batch_size=batch_size)]}
+
+
+class Scorer(Protocol):
+    """Gives values to open replies: a rule, or a judge."""
+
+    @property
+    def name(self) -> str:
+        """What tells this scorer from another, for the record."""
+        ...
+
+    def __call__(self, items: Sequence[Any], replies: Sequence[str]) -> Values:
+        """One value an item for each metric."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReplyTask(ItemTask):
+    """Open replies, greedy, each given its values by a scorer. Every item has a `prompt`."""
+
+    scorer: Scorer | None = None
+    max_new_tokens: int = 64
+
+    @property
+    def sha256(self) -> str:
+        """See `Task.sha256`."""
+        assert self.scorer is not None
+        return digest([self.name, [asdict(i) for i in self.items], self.splits, self.scorer.name, self.max_new_tokens])
+
+    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.measure`."""
+        assert self.scorer is not None
+        replies = lm.generate(
+            [item.prompt for item in self.items],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return self.scorer(self.items, replies)

@@ -1,0 +1,311 @@
+"""theta + k w as a checkpoint, streamed: memory holds a few blocks, whatever the model's size."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.checkpoint import refuse_quantised, shards_of, stored_tensors, tied_twins, ties, vocabulary_tables
+from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
+from ..errors import SteerError
+from ..files import digest
+from ..progress import Progress, silent
+from ..run_card import new_folder
+from ..threads import worker_pool
+from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of, not_finite, rows_of
+from ..vectors.low_rank import ALONE, LowRank
+from ..vectors.weight_vector import WeightVector
+from .model_card import carry_config, carry_over, write_lineage
+from .rounding import DTYPES, Dither, MergeReport, Rounding, Tally, default_rounding, dither_
+
+COPY = 1 << 20  # bytes copied at a time
+MEASURE = 32  # one block in so many is measured, the first of each tensor always,
+SAMPLE = 1 << 14  # on about so many of its entries: 1 in 500 of a large model's, all of a tiny one's
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How theta + k w is written.
+
+    `dtype` float32, bfloat16 or float16 for every floating tensor; None keeps each one's own. `rounding` nearest, or
+    stochastic with `seed`; None takes what keeps more of the effect: stochastic where the base is bfloat16 and stays
+    so, nearest else. `workers` threads; None is one a core.
+    """
+
+    dtype: str | None = None
+    rounding: Rounding | None = None
+    seed: int = 0
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise SteerError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.rounding not in (None, "nearest", "stochastic"):
+            raise SteerError(f"rounding: expected nearest or stochastic, found {self.rounding!r}")
+        if self.workers is not None and self.workers < 1:
+            raise SteerError(f"workers: expected at least 1, found {self.workers}")
+
+    def written(self, dtype: str) -> str:
+        """The dtype, as safetensors names it, in which a tensor of `dtype` comes out."""
+        if self.dtype is None or dtype not in FLOATS:
+            return dtype
+        return next(name for name, kind in FLOATS.items() if kind == DTYPES[self.dtype])
+
+    def how(self, dtype: str) -> Rounding:
+        """How a tensor that is stored in `dtype` is rounded."""
+        return self.rounding or default_rounding(FLOATS[dtype], FLOATS[self.written(dtype)])
+
+
+def export_merged(
+    vector: WeightVector,
+    base: Path,
+    folder: str | Path,
+    *,
+    k: float,
+    settings: MergeSettings | None = None,
+    progress: Progress = silent,
+) -> MergeReport:
+    """Write theta + k w as a checkpoint with the base's shards, dtypes, config and tokenizer.
+
+    `base` is the vector's base or a later fine-tune of it. Each tensor is read, changed in float32, rounded once and
+    written in blocks of rows, by several workers; tensors that the vector does not touch keep every byte. The
+    folder appears only when whole, and its config, without which nothing loads it, is written last. Card, README and
+    result tell how much of k w survived the rounding.
+
+    Raises:
+        SteerError: a quantised or damaged base, a parameter that the base lacks or has in another shape or ties to
+            another, a result that is not finite, or an output that would overwrite something.
+    """
+    settings = settings or MergeSettings()
+    folder, target = Path(folder), Path(folder).absolute()
+    refuse_quantised(base)
+    tensors = stored_tensors(base)
+    names = _find_touched(vector, base, tensors)
+    if target == base.absolute():
+        raise SteerError(f"{folder}: is the base itself; choose another output")
+    with new_folder(folder, "merged") as part:
+        tally, sha256 = _write_shards(vector.deltas, names if k else {}, tensors, base, part, k, settings, progress)
+        kinds = sorted({FLOATS[settings.written(tensors[name].dtype)] for name in names}, key=str)
+        roundings = sorted({settings.how(tensors[name].dtype) for name in names})
+        written = " and ".join(str(kind).removeprefix("torch.") for kind in kinds)
+        report = tally.report(written, " and ".join(roundings), sha256)
+        carry_over(base, part, settings.dtype)
+        origin = {"k": k, "merged into": str(base), **asdict(replace(settings, workers=None))}
+        write_lineage(vector.card, base, part, origin, report)
+        carry_config(base, part, settings.dtype)
+    return report
+
+
+def _find_touched(vector: WeightVector, base: Path, tensors: Mapping[str, Stored]) -> dict[str, str]:
+    """Tensor of the base -> the vector's parameter that changes it; a tied twin is changed with its keeper."""
+    twins = tied_twins(base, tensors)
+    for name in vector.deltas:
+        if name not in tensors:
+            raise SteerError(
+                f"{name}: the vector changes it, but {base} has no such tensor; use the vector's base, "
+                "or steer in memory if it is a bias or an output embedding that this checkpoint lacks"
+            )
+        if tensors[name].dtype not in FLOATS:
+            raise SteerError(
+                f"{name}: has dtype {tensors[name].dtype} in {base}, expected {', '.join(FLOATS)}; "
+                "use `weightsteer export peft` and serve the adapter over it"
+            )
+        if name in twins:
+            raise _tied_error(name, base)
+    again = {twin: name for twin, name in twins.items() if name in vector.deltas}
+    return {**{name: name for name in vector.deltas}, **again}
+
+
+def _tied_error(name: str, base: Path) -> SteerError:
+    return SteerError(
+        f"{name}: {base} ties input and output embedding, and the vector changes one of them alone; "
+        "serve the adapter, or steer in memory"
+    )
+
+
+def _require_fit(name: str, delta: Delta, stored: Stored, base: Path, tied: Collection[str]) -> None:
+    """Raise unless the delta can be added to the stored tensor."""
+    if stored.shape != tuple(delta.shape):
+        raise SteerError(
+            f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, {base} has {stored.shape}; "
+            "use the base named in the vector's card"
+        )
+    if layout_of(delta) in ALONE and name in tied:
+        raise _tied_error(name, base)
+
+
+def _write_shards(
+    deltas: Mapping[str, Delta],
+    names: Mapping[str, str],
+    tensors: Mapping[str, Stored],
+    base: Path,
+    part: Path,
+    k: float,
+    settings: MergeSettings,
+    progress: Progress,
+) -> tuple[Tally, str]:
+    """Write every shard; returns the sums of what rounding did, and the hash of the deltas."""
+    jobs: list[_Job] = []
+    tied = vocabulary_tables(base, tensors) if ties(base, tensors) else []
+    with _outputs(base, part, settings) as files:
+        for tensor in sorted(tensors.values(), key=lambda tensor: -tensor.nbytes):
+            out, plan, start = files[tensor.file.path.name]
+            jobs.append(_Job(tensor, out, start + plan[tensor.name], k, settings, tied))
+        with worker_pool(settings.workers) as pool:
+            running = [
+                pool.submit(job.merge, deltas, names[job.tensor.name])
+                if job.tensor.name in names
+                else pool.submit(job.copy)
+                for job in jobs
+            ]
+            results = _gather(running, pool, progress)
+    tally, hashes = Tally(), {}
+    for one, name, sha256 in results:
+        tally.merge(one)
+        hashes[name] = sha256
+    return tally, digest({name: sha256 for name, sha256 in hashes.items() if sha256})
+
+
+Result = tuple[Tally, str, str]
+
+
+def _gather(running: Sequence[Future[Result]], pool: ThreadPoolExecutor, progress: Progress) -> list[Result]:
+    """Results as they come; the first error, or a stop from the keyboard, ends the rest."""
+    pending = set(running)
+    try:
+        while pending:
+            progress(len(running) - len(pending), len(running), "merge")
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        raise
+    progress(len(running), len(running), "done")
+    return [future.result() for future in running]
+
+
+@contextmanager
+def _outputs(base: Path, part: Path, settings: MergeSettings) -> Iterator[dict[str, tuple[int, dict[str, int], int]]]:
+    """Every output shard at its full size: file descriptor, offset of each tensor's data, start of the data."""
+    files: dict[str, tuple[int, dict[str, int], int]] = {}
+    try:
+        for shard in shards_of(base):
+            source = SafeFile(shard)
+            header, offsets, size = _layout(source, settings)
+            out = os.open(part / shard.name, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o666)
+            files[shard.name] = (out, offsets, len(header))
+            os.pwrite(out, header, 0)
+            os.ftruncate(out, len(header) + size)
+        yield files
+    finally:
+        for out, _, _ in files.values():
+            os.close(out)
+
+
+def _layout(source: SafeFile, settings: MergeSettings) -> tuple[bytes, dict[str, int], int]:
+    """The output's header, each tensor's offset in its data, and the data's size; the source's own where it fits."""
+    plan = {
+        name: Planned(settings.written(tensor.dtype), tensor.shape)
+        for name, tensor in sorted(source.tensors.items(), key=lambda item: item[1].start)
+    }
+    if all(plan[name].dtype == tensor.dtype for name, tensor in source.tensors.items()):
+        offsets = {name: tensor.start for name, tensor in source.tensors.items()}
+        size = max((tensor.end for tensor in source.tensors.values()), default=0)
+        return bytes(source.read(0, source.data_start)), offsets, size
+    offsets, at = {}, 0
+    for name, tensor in plan.items():
+        offsets[name], at = at, at + tensor.nbytes
+    return header_of(plan, source.metadata), offsets, at
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor of one shard, and where it goes."""
+
+    tensor: Stored
+    out: int
+    at: int
+    k: float
+    settings: MergeSettings
+    tied: Collection[str]  # embeddings that are input and output in one
+
+    def copy(self) -> Result:
+        """The tensor as it is, byte for byte, or in the output's dtype."""
+        written = self.settings.written(self.tensor.dtype)
+        if written != self.tensor.dtype:
+            at = self.at
+            for start, stop in blocks(self.tensor.shape):
+                block = self.tensor.rows(start, stop).float()
+                _require_finite(self.tensor.name, block, FLOATS[written])
+                at += _put(self.out, block.to(FLOATS[written]), at)
+            return Tally(), self.tensor.name, ""
+        for done in range(0, self.tensor.nbytes, COPY):
+            length = min(COPY, self.tensor.nbytes - done)
+            chunk = bytes_of(_SCRATCH.space.take("copy", 1, length, torch.uint8))
+            self.tensor.file.read_into(chunk, self.tensor.file.data_start + self.tensor.start + done)
+            _put_bytes(self.out, chunk, self.at + done)
+        return Tally(), self.tensor.name, ""
+
+    def merge(self, deltas: Mapping[str, Delta], name: str) -> Result:
+        """theta + k delta in float32, rounded once, block by block."""
+        delta = deltas[name]
+        if isinstance(delta, LowRank):
+            delta = replace(delta, B=delta.B.float(), A=delta.A.float())
+        _require_fit(name, delta, self.tensor, self.tensor.file.path.parent, self.tied)
+        dtype = FLOATS[self.settings.written(self.tensor.dtype)]
+        rounding = self.settings.how(self.tensor.dtype)
+        dither = Dither(self.settings.seed, self.tensor.name)
+        tally, at, columns = Tally(tensors=1), self.at, matrix_shape(self.tensor.shape)[1]
+        for number, (start, stop) in enumerate(blocks(self.tensor.shape)):
+            raw = _SCRATCH.space.take("theta", stop - start, columns, FLOATS[self.tensor.dtype])
+            theta = self.tensor.rows_into(raw, start)
+            total = _SCRATCH.space.take("total", stop - start, columns, torch.float32).copy_(theta)
+            add_rows(total, delta, self.k, start, stop, _SCRATCH.space)
+            _require_finite(self.tensor.name, total, dtype)
+            if rounding == "stochastic":
+                dither_(total, dtype, dither)
+            result = _SCRATCH.space.take("result", stop - start, columns, dtype).copy_(total)
+            at += _put(self.out, result, at)
+            if number % MEASURE == 0:
+                few = max(1, SAMPLE // columns)
+                tally.add(theta[:few], self.k * rows_of(delta, start, min(start + few, stop)), result[:few])
+        tally.weigh(self.tensor.nbytes // FLOATS[self.tensor.dtype].itemsize)
+        return tally, name, digest_of(delta)
+
+
+class _PerThread(threading.local):
+    """Each worker's own scratch memory."""
+
+    def __init__(self) -> None:
+        self.space = Scratch()
+
+
+_SCRATCH = _PerThread()
+
+
+def _require_finite(name: str, total: Tensor, dtype: torch.dtype) -> None:
+    """Raise if a NaN came in, or if the sum is beyond the output's range (bfloat16's is float32's own)."""
+    suspect = dtype == torch.float16 or not math.isfinite(float(total.sum()))
+    if suspect and not bool(torch.isfinite(total.to(dtype)).all()):
+        raise not_finite(f"{name} (theta + k w as {str(dtype).removeprefix('torch.')})")
+
+
+def _put(out: int, block: Tensor, at: int) -> int:
+    return _put_bytes(out, bytes_of(block), at)
+
+
+def _put_bytes(out: int, content: memoryview, at: int) -> int:
+    done = 0
+    while done < len(content):
+        done += os.pwrite(out, content[done:], at + done)
+    return done

@@ -1,0 +1,1 @@
+"""Models that score replies: a local one, or one behind an OpenAI-compatible url."""

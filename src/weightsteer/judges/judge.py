@@ -1,0 +1,334 @@
+"""(question, answer) -> how much of the behaviour it shows: by likelihood, or by a model that reads a rubric."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import Protocol
+
+from ..behavior import Behavior, Example
+from ..errors import SteerError
+from ..files import digest
+from ..lm import LM
+from ..progress import Progress, silent
+from ..scoring import score_choices
+from .endpoint import ChatModel
+
+FIELD = re.compile(r"\{(question|answer|reference)\}")
+MARKER_WORDS = 6  # what has more words is prose, not a delimiter
+MARKER = re.compile(r"[\[<]|([^\w\s()])\1+")  # a delimiter starts with such a bracket, or a run of one sign
+OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
+RUN = re.compile(r"([^\w\s()\[\]<>])(?:[^\S\n]*\1)+")
+NEVER = "(?!)"
+CONTROL = re.compile(  # what tokenizers may read as the end of a turn or the start of one, even inside a text
+    r"<\|[^<>\n]{0,60}\|>|</?s>|<(?:bos|eos|pad|unk|(?:start|end).of.turn)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
+)
+ROUND = {"[": "(", "<": "(", "]": ")", ">": ")"}  # round brackets delimit nothing
+SHAPES = {"Ps": "[", "Pe": "]", "Pd": "-"}  # Unicode's categories of brackets and dashes
+SIGNS = str.maketrans("═≡≣꞊⹀゠〓─━¯−∗⁎“”„‟″«‹≪»›≫_", '=======----**"""""<<<>>> ')  # how other signs look
+NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+VERDICT = re.compile(
+    rf"""[\s*_`"'#>\[(]*                                                   # markdown and quotes around it
+        (?:(?:the\s+|my\s+)?(?:(?:final|overall)\s+)?(?:score|rating|grade|verdict|answer|number)
+           [\s*_`"']*(?:[:=]|\bis\b)[\s*_`"'\[(:]*
+          |i(?:\s+would|['\u2019]d)?\s+(?:rate|score|give)\s+(?:(?:it|(?:this|that|the)(?:\s+\w+)?)\s+)?(?:(?:as|at|an?)\s+)?)?
+        (-?{NUMBER})(?!\w)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+SCALE_END = re.compile(rf"""[\s*_`"'\])(]*(?:/|(?:out\s+)?of\b)\s*({NUMBER})(?![.,]?[0-9])""", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[.!?]\s(?!\s*[0-9])|\n(?!\s*[0-9])")
+THOUGHT = "</think>"  # ends what a model that reasons says to itself
+
+
+class Judge(Protocol):
+    """Scores answers; None where the judge gave no usable verdict."""
+
+    @property
+    def name(self) -> str:
+        """What tells this judge from another, for the record."""
+        ...
+
+    def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
+        """One score in 0 to 100 for each example."""
+        ...
+
+
+@dataclass(frozen=True)
+class LikelihoodJudge:
+    """The answering model's own verdict: is the answer likelier under S+ or under S-?
+
+    The log-odds log p(answer | S+) - log p(answer | S-), averaged over the behaviour's prompt
+    pairs, as a probability times 100. Needs no other model and no network, and drops just those
+    answers on which the system prompt had no effect.
+    """
+
+    lm: LM
+    behavior: Behavior
+
+    @property
+    def name(self) -> str:
+        """See `Judge.name`."""
+        return f"likelihood {self.lm.name} {self.lm.revision}"
+
+    def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
+        """See `Judge.scores`."""
+        pairs = list(zip(self.behavior.positive_prompts, self.behavior.negative_prompts, strict=True))
+        odds = [0.0] * len(examples)
+        for done, (positive, negative) in enumerate(pairs, start=1):
+            up, down = self._totals(examples, positive), self._totals(examples, negative)
+            odds = [o + (u - d) / len(pairs) for o, u, d in zip(odds, up, down, strict=True)]
+            progress(done, len(pairs), "judging")
+        return [100.0 / (1.0 + math.exp(-max(-50.0, min(50.0, o)))) for o in odds]
+
+    def _totals(self, examples: Sequence[Example], system_prompt: str) -> list[float]:
+        lm = self.lm.with_system_prompt(system_prompt)
+        scores = score_choices(lm, [e.prompt for e in examples], [[e.answer] for e in examples])
+        return [score.total for (score,) in scores]
+
+
+@dataclass(frozen=True)
+class LocalChatModel:
+    """A model in memory as a `Reader`: greedy replies."""
+
+    lm: LM
+
+    @property
+    def name(self) -> str:
+        """See `Reader.name`."""
+        return f"model {self.lm.name} {self.lm.revision}"
+
+    def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
+        """See `Reader.ask`."""
+        return self.lm.generate(prompts, max_new_tokens=max_new_tokens, progress=progress)
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """What a judge is asked: a text with {question} and {answer}, perhaps {reference}, that is answered by a number.
+
+    What is put into the fields stands between delimiters: those that the text has around them, such as
+    `[ANSWER START]` or `=== BEGIN REPLY ===`, else some of our own. It cannot write them itself: see `_Guard`.
+    """
+
+    name: str
+    text: str
+    low: float = 0.0  # the smallest and the largest score
+    high: float = 100.0
+
+    def __post_init__(self) -> None:
+        if not {"question", "answer"} <= set(FIELD.findall(self.text)):
+            raise SteerError(f"rubric {self.name}: its text must hold {{question}} and {{answer}}")
+        if not self.low < self.high:
+            raise SteerError(
+                f"rubric {self.name}: expected its lowest score below the highest, found {self.low:g} and {self.high:g}"
+            )
+
+    @property
+    def sha256(self) -> str:
+        """Hash of what a verdict depends on."""
+        return digest([self.text, self.low, self.high])
+
+    def filled(self, example: Example, reference: str | None = None) -> str:
+        """The prompt for a judge, all fields replaced in one pass: a field's name inside a text stays text.
+
+        Raises:
+            SteerError: the rubric has a field {reference} and there is none.
+        """
+        values = {"question": example.prompt, "answer": example.answer}
+        if reference is not None:
+            values["reference"] = reference
+        elif "{reference}" in self.text:
+            raise SteerError(f"rubric {self.name}: its text holds {{reference}}, but no references were given")
+        return self._fill(values)
+
+    def _fill(self, values: Mapping[str, str]) -> str:
+        template, guard = self._guarded
+        return FIELD.sub(lambda field: guard.disarmed(values[field[1]]), template)
+
+    @cached_property
+    def _guarded(self) -> tuple[str, _Guard]:
+        """The text with every field between delimiters, and what takes their likeness out of a text."""
+        template = FIELD.sub(self._delimited, self.text)
+        pieces = [piece.strip() for line in template.split("\n") for piece in FIELD.split(line)[::2]]
+        return template, _Guard.against(list(filter(_is_marker, pieces)))
+
+    def _delimited(self, field: re.Match[str]) -> str:
+        """The field as it is if the text has delimiters on both sides of it, else between our own."""
+        if all(map(_is_marker, _around(self.text, field))):
+            return field[0]
+        before, after = self.text[: field.start()], self.text[field.end() :]
+        own = OWN_MARKERS.format(field[1].upper(), field[1])
+        return ("" if before[-1:] in ("", "\n") else "\n") + own + ("" if after[:1] in ("", "\n") else "\n")
+
+
+def rubric_of(behavior: Behavior) -> Rubric:
+    """The rubric of a behaviour, from 0 (it does not show) to 100.
+
+    Raises:
+        SteerError: the behaviour has none, or one without the fields.
+    """
+    if not {"question", "answer"} <= set(FIELD.findall(behavior.judge_prompt)):
+        raise SteerError(
+            f"{behavior.name}: its judge prompt must hold {{question}} and {{answer}}; "
+            "use the likelihood judge, or add an 'eval_prompt'"
+        )
+    return Rubric(behavior.name, behavior.judge_prompt)
+
+
+def grade(
+    chat_model: ChatModel,
+    rubric: Rubric,
+    examples: Sequence[Example],
+    *,
+    references: Sequence[str] | None = None,
+    progress: Progress = silent,
+) -> list[float | None]:
+    """Each example's score by the rubric's own scale; None where the reply is no number of that scale.
+
+    `references`: one text an example, for rubrics with a field {reference}; others do not read them.
+
+    Raises:
+        SteerError: the rubric wants references and there are none.
+    """
+    paired: Sequence[str | None] = references if references is not None else [None] * len(examples)
+    prompts = [rubric.filled(example, reference) for example, reference in zip(examples, paired, strict=True)]
+    replies = chat_model.generate(prompts, progress=progress)
+    return [verdict(reply, low=rubric.low, high=rubric.high) for reply in replies]
+
+
+@dataclass(frozen=True)
+class RubricJudge:
+    """A `Judge` that has a chat_model score answers by a rubric; its scale is stretched to 0 to 100."""
+
+    chat_model: ChatModel
+    rubric: Rubric
+
+    @property
+    def name(self) -> str:
+        """See `Judge.name`."""
+        return f"{self.rubric.name} {self.rubric.sha256[:12]} by {self.chat_model.name}"
+
+    def scores(self, examples: Sequence[Example], *, progress: Progress = silent) -> list[float | None]:
+        """See `Judge.scores`."""
+        low, high = self.rubric.low, self.rubric.high
+        grades = grade(self.chat_model, self.rubric, examples, progress=progress)
+        return [None if score is None else 100.0 * (score - low) / (high - low) for score in grades]
+
+
+def verdict(reply: str, *, low: float = 0.0, high: float = 100.0) -> float | None:
+    """The number that a judge's reply starts with, after markdown or words such as "Score:" or "The score is".
+
+    None unless that is the whole verdict and on this scale: another number in the same sentence makes it
+    a range, a choice or a condition ("3 or 4"), and only "of 100" or "/100" may name the scale, by its end.
+    A fraction below 1 on a scale to 100 may be meant either way. What a model thinks before it answers is dropped.
+    """
+    reply = reply.rpartition(THOUGHT)[2]
+    match = VERDICT.match(reply)
+    if match is None:
+        return None
+    score, rest = float(match[1]), reply[match.end() :]
+    scale = SCALE_END.match(rest)
+    if scale and float(scale[1]) == high:
+        rest = rest[scale.end() :]
+    percent = rest.startswith("%") and high != 100
+    fraction = high >= 100 and 0 < score < 1
+    if percent or fraction or re.search("[0-9]", SENTENCE_END.split(rest)[0]):
+        return None
+    return score if low <= score <= high else None
+
+
+def _around(text: str, field: re.Match[str]) -> tuple[str, str]:
+    """What stands right before and after a field, up to a line's end or another field; blank lines do not count."""
+    before = text[: field.start()].rstrip().rpartition("\n")[2]
+    after = text[field.end() :].lstrip().partition("\n")[0]
+    return FIELD.split(before)[-1].strip(), FIELD.split(after)[0].strip()
+
+
+def _is_marker(text: str) -> bool:
+    return bool(MARKER.match(text)) and len(re.findall(r"\w+", text)) <= MARKER_WORDS
+
+
+@dataclass(frozen=True)
+class _Guard:
+    """What makes a text unable to write a rubric's delimiters, and leaves its words as they are.
+
+    Likenesses are looked for in the text as it looks: without invisible characters, other alphabets' brackets
+    and signs taken for the plain ones. Brackets around a delimiter's words become round, which delimit nothing,
+    and runs of a sign are cut to one. So it is with the brackets of chat templates' control tokens.
+    """
+
+    signs: str  # those that delimiters have runs of
+    brackets: re.Pattern[str]  # brackets around or beside their words; `NEVER` where none has brackets
+    before: re.Pattern[str]  # one of their words at the end of a text
+    after: re.Pattern[str]  # one of them at its start
+
+    @classmethod
+    def against(cls, markers: Sequence[str]) -> _Guard:
+        """The guard against these delimiters, in any case, and with any of their words in any order."""
+        words = sorted({word for marker in markers for word in re.findall(r"[^\W_]+", marker)})
+        signs = {run[0] for marker in markers for run in re.findall(r"([^\w\s()\[\]<>])\1", marker)}
+        before, after, within = (_one_of(words, *sides) for sides in (("", r"\b"), (r"\b", ""), ("", "")))
+        inner, near = r"[^\[\]<>]", r"[^\w\n]{0,20}"
+        around = rf"(?<![\[<])[\[<]++(?={inner}{{0,80}}[\]>]){inner}*?{within}{inner}*+[\]>]++"
+        beside = rf"(?<![\[<])[\[<]++{near}{after}|{before}{near}?[\]>]++"
+        bracketed = any(re.search(r"[\[<]", marker) for marker in markers)
+        return cls(
+            "".join(sorted(signs)),
+            re.compile(f"{around}|{beside}" if bracketed else NEVER, re.IGNORECASE),
+            re.compile(rf"{before}{near}\Z", re.IGNORECASE),
+            re.compile(f"{near}{after}", re.IGNORECASE),
+        )
+
+    def disarmed(self, text: str) -> str:
+        """The text without a likeness. What is left of one may be another, so that this goes on until none is found."""
+        while edits := self._edits(*_as_it_looks(text)):
+            text = "".join(edits.get(place, char) for place, char in enumerate(text))
+        return text
+
+    def _edits(self, plain: str, places: Sequence[int]) -> dict[int, str]:
+        """Place in the text -> what stands there instead."""
+        spans = [match.span() for pattern in (self.brackets, CONTROL) for match in pattern.finditer(plain)]
+        edits = {places[i]: ROUND[plain[i]] for span in spans for i in range(*span) if plain[i] in ROUND}
+        for run in RUN.finditer(plain):
+            if self._is_likeness(run, plain):
+                edits |= {places[i]: "" for i in range(run.start() + 1, run.end())}
+        return edits
+
+    def _is_likeness(self, run: re.Match[str], plain: str) -> bool:
+        """Three or more of a rubric's own sign, or two beside its words; of other signs a line of them beside those."""
+        own, long = run[1] in self.signs, run[0].count(run[1]) > 2
+        if own and long:
+            return True
+        if not (own or long) or run[1] in ".!?":
+            return False
+        before = plain[max(0, run.start() - 60) : run.start()]
+        return bool(self.before.search(before) or self.after.match(plain, run.end()))
+
+
+def _one_of(words: Sequence[str], left: str, right: str) -> str:
+    """A pattern for one of these words, with signs or other letters in and beside it; short ones stand by themselves.
+
+    `left` and `right`: what else holds on either side.
+    """
+    loose = r"[^\w\[\]<>\n]{0,4}"
+    patterns = [f"{left}{loose.join(word)}{right}" if len(word) > 2 else rf"\b{word}\b" for word in words]
+    return f"(?:{'|'.join(patterns) or NEVER})"
+
+
+def _as_it_looks(text: str) -> tuple[str, list[int]]:
+    """The text in plain signs, and the place in the text of each character of it."""
+    seen = [(char, place) for place, original in enumerate(text) for char in _plain(original)]
+    return "".join(char for char, _ in seen), [place for _, place in seen]
+
+
+@cache
+def _plain(char: str) -> str:
+    """What a character looks like: nothing for an invisible one, or one that is drawn onto another."""
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Mn", "Me") and not char.isspace():
+        return ""
+    looks = unicodedata.normalize("NFKC", char).translate(SIGNS)
+    return "".join(c if c.isascii() else SHAPES.get(unicodedata.category(c), c) for c in looks)

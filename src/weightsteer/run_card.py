@@ -1,0 +1,166 @@
+"""What was made and from what: the card beside every artifact, and output folders that appear only when whole."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from .errors import SteerError
+from .files import current_umask, is_empty, read_json, write_text
+
+CARD_FILE = "weightsteer.json"
+
+
+REPLACED = ".replaced.part"  # an older artifact, for the moment in which the new one takes its place
+
+
+RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
+
+
+@dataclass(frozen=True)
+class StrengthRange:
+    """The measured range of `k` (multiples of w; 0 is the base model), as found by a sweep.
+
+    `recommended` and `negative` move the behaviour furthest on each side within the capability budget;
+    `low` and `high` are the smallest and largest k that were measured.
+    """
+
+    recommended: float
+    negative: float
+    low: float
+    high: float
+    budget: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shown(self) -> list[float]:
+        """The strengths to show side by side: both recommended k, their halves, and 0; a side with none is left out."""
+        return sorted({self.negative, self.negative / 2, 0.0, self.recommended / 2, self.recommended})
+
+
+@dataclass(frozen=True)
+class RunCard:
+    """From what an artifact was made: enough to make it again, and to refuse a wrong base."""
+
+    kind: str
+    base_model: str = ""
+    base_revision: str = ""  # hub commit, or a local checkpoint's `fingerprint`
+    data_sha256: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    strength: StrengthRange | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    created: str = ""
+
+    @property
+    def base_commit(self) -> str | None:
+        """The hub commit of the base, if it came from the hub: forty hexadecimal digits."""
+        return self.base_revision if re.fullmatch(r"[0-9a-f]{40}", self.base_revision) else None
+
+    @classmethod
+    def now(cls, kind: str, **fields: Any) -> RunCard:
+        """A card stamped with the current time and the installed versions."""
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(kind=kind, versions=installed_versions(), created=stamp, **fields)
+
+    def save(self, folder: Path) -> None:
+        """Write the card as `weightsteer.json` into `folder`, atomically."""
+        write_text(folder / CARD_FILE, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> RunCard:
+        """Read the card of an artifact folder.
+
+        Raises:
+            SteerError: there is no card, or it is not one of ours.
+        """
+        path = folder / CARD_FILE
+        fields = read_json(path)
+        try:
+            strength = fields.pop("strength", None)
+            return cls(**fields, strength=StrengthRange(**strength) if strength else None)
+        except (TypeError, AttributeError) as error:
+            raise SteerError(f"{path}: not a weightsteer card ({error}); remake the artifact") from None
+
+    def with_strength(self, strength: StrengthRange) -> RunCard:
+        """The same card with its measured range of k."""
+        return replace(self, strength=strength)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result; a package that is not installed is left out."""
+    versions = {}
+    for name in RECORDED_PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@contextmanager
+def new_folder(target: Path, kind: str) -> Iterator[Path]:
+    """Yield a temporary folder beside `target` that becomes `target` when the block succeeds.
+
+    Until then nothing is to be seen under `target`'s name; after an error nothing is left. An
+    older `target` is replaced only if it is empty or holds our artifact of the same `kind`.
+    """
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_parts(target)
+    refuse_foreign(target, kind)
+    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    lock = os.open(part, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)  # held while we live: what a kill leaves behind is unlocked
+        yield part
+        part.chmod(0o777 & ~current_umask())
+        if target.exists():
+            target.rename(part / REPLACED)
+        part.rename(target)
+        shutil.rmtree(target / REPLACED, ignore_errors=True)
+    finally:
+        os.close(lock)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _sweep_parts(target: Path) -> None:
+    """Remove unfinished folders for `target` whose writer was killed."""
+    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        with suppress(OSError):  # another process is writing it, it is somebody else's, or there are no locks here
+            lock = os.open(part, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not target.exists() and (part / REPLACED).exists():
+                    (part / REPLACED).rename(target)  # killed between the two renames: the older artifact stands
+                shutil.rmtree(part, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def refuse_foreign(target: Path, kind: str) -> None:
+    """Raise unless `target` is free to be written: absent, an empty folder, or our artifact of that kind."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise SteerError(f"{target}: a file of this name exists; choose another output")
+    if is_empty(target):
+        return
+    if not (target / CARD_FILE).exists():
+        raise SteerError(f"{target}: exists and was not made by weightsteer; choose another output")
+    found = RunCard.load(target).kind
+    if found != kind:
+        raise SteerError(f"{target}: holds a {found}, which a {kind} would replace; choose another output")

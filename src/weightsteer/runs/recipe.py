@@ -1,0 +1,269 @@
+"""One YAML file, read and checked; what makes two runs runs of one recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ..errors import SteerError
+from ..evaluation.choose_k import DEFAULT_BUDGET
+from ..evaluation.metrics import Metrics
+from ..evaluation.task_spec import TaskFields, TaskSpec
+from ..files import is_empty, write_text
+from ..former_names import RECIPE_FIELDS, find_former, with_new_names
+from ..run_card import CARD_FILE, RunCard
+from ..run_folder import RunFolder
+from .recipe_fields import (
+    DataRecipe,
+    FinetuneRecipe,
+    JudgeRecipe,
+    RepairRecipe,
+    SampleRecipe,
+    Strict,
+    SweepRecipe,
+    TrainedAlone,
+)
+
+if TYPE_CHECKING:
+    from ..behavior import Example
+    from ..evaluation.tasks import Task
+    from ..judges.endpoint import ChatModel
+    from ..training import TrainSettings
+
+# What may change in a run: no measurement depends on it.
+KEPT_APART = {"plot", "batch_size", "budget", "device", "samples"}
+
+
+class Recipe(Strict):
+    """A whole run in one file."""
+
+    name: str
+    model: str = "smollm2-135m-instruct"
+    device: str | None = None
+    dtype: str = "auto"
+    architecture: str | None = None  # the model's type, such as qwen2, for a dry run without its config
+    behavior: str = "sycophancy"
+    first_finetune: FinetuneRecipe | None = None  # made before all else; the model after it stands for the base
+    data: DataRecipe = DataRecipe(pairs="sycophancy")
+    train: dict[str, Any] = Field(default={})  # both sides
+    train_of: dict[TrainedAlone, dict[str, Any]] = Field(default={})  # a method's own settings over these
+    repair_target: RepairRecipe | None = None  # a fine-tune that every method is to repair
+    judge: JudgeRecipe | None = None
+    tasks: list[TaskFields] = Field(min_length=1)
+    sweep: SweepRecipe = SweepRecipe()
+    budget: dict[str, float] = Field(default={"/".join(key): loss for key, loss in DEFAULT_BUDGET.items()})
+    plot: list[str] = Field(default=["false_beliefs/follows", "preference/margin"])  # what the report draws
+    samples: SampleRecipe = SampleRecipe()
+    batch_size: int = Field(default=16, ge=1)
+    seed: int = 0
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe; paths in it are relative to the folder in which the command runs.
+
+        Raises:
+            SteerError: a missing file, bad YAML, or a field that is unknown, has a wrong value or another name now.
+        """
+        fields = _read_yaml(Path(path))
+        if former := find_former(fields):
+            raise SteerError(f"{path}: {former[0]!r} is called {former[1]!r} now; rename it")
+        return cls._checked(path, fields)
+
+    @classmethod
+    def load_kept(cls, path: Path) -> Recipe:
+        """Read the recipe that a run has kept; one of an older version is read in this version's names.
+
+        Raises:
+            SteerError: as `load`.
+        """
+        return cls._checked(path, with_new_names(_read_yaml(path)))
+
+    @classmethod
+    def _checked(cls, path: str | Path, fields: Mapping[str, Any]) -> Recipe:
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            raise SteerError(f"{path}: field {_first(error)}") from None
+
+    @property
+    def metrics(self) -> Metrics:
+        """What the recipe's tasks say of their metrics.
+
+        Raises:
+            SteerError: an unknown task.
+        """
+        from ..evaluation.tasks import metrics_of
+
+        return metrics_of(self.tasks)
+
+    def train_settings(self, fields: Mapping[str, Any]) -> TrainSettings:
+        """Training settings from a recipe's `train`; fields that are absent keep the library's defaults."""
+        from ..training import TrainSettings
+
+        given = {"seed": self.seed, **fields}
+        if unknown := sorted(given.keys() - TrainSettings.__dataclass_fields__.keys()):
+            known = ", ".join(TrainSettings.__dataclass_fields__)
+            raise SteerError(f"recipe {self.name}: field 'train': unknown {unknown[0]!r}; expected some of {known}")
+        try:
+            return TypeAdapter(TrainSettings).validate_python(given)  # YAML reads 1e-2 as text
+        except ValidationError as error:
+            raise SteerError(f"recipe {self.name}: field 'train': {_first(error)}") from None
+
+    def load_tasks(self, judge: ChatModel | None = None) -> list[Task]:
+        """The recipe's tasks with their items; tasks about a behaviour are about the recipe's unless they name one.
+
+        Args:
+            judge: who judges, for the tasks that need a judge.
+
+        Raises:
+            SteerError: an unknown task, data that cannot be read, or two tasks of one name.
+        """
+        from ..evaluation.tasks import load_task
+
+        names = [spec.shown_name for spec in self.tasks]
+        if len(set(names)) < len(names):
+            raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
+        specs = [TaskSpec(**vars(spec), judge=judge) for spec in self.tasks]
+        return [load_task(replace(spec, behavior=spec.behavior or self.behavior)) for spec in specs]
+
+    def sides(self) -> tuple[list[Example], list[Example]] | None:
+        """D+ and D-, or None where the model is to write them itself.
+
+        Raises:
+            SteerError: a file that is missing or malformed.
+        """
+        from ..behavior import load_examples, load_pairs, sample_pairs, sides_of
+
+        data = self.data
+        if data.pairs:
+            return sides_of(sample_pairs(load_pairs(data.pairs), data.limit, self.seed))
+        if data.positive and data.negative:
+            return (
+                load_examples(Path(data.positive))[: data.limit],
+                load_examples(Path(data.negative))[: data.limit],
+            )
+        return None
+
+    def finetune_examples(self, wanted: FinetuneRecipe) -> list[Example]:
+        """What `first_finetune` or `repair_target` is trained on.
+
+        Raises:
+            SteerError: a file that is missing or malformed, or an unknown family of arithmetic.
+        """
+        from ..evaluation.tasks.arithmetic import arithmetic_examples
+
+        if wanted.generate:
+            made = wanted.generate
+            return arithmetic_examples(made.family, made.kinds, made.count, seed=self.seed)
+        return [example for name in wanted.data for example in _examples_of(name)[: wanted.limit]]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise SteerError(f"{path}: not text in UTF-8, so no recipe") from None
+    except yaml.YAMLError as error:
+        raise SteerError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(fields, dict):
+        raise SteerError(f"{path}: expected a mapping of fields such as 'name' and 'tasks'")
+    return fields
+
+
+def _first(error: ValidationError) -> str:
+    """The first mistake: where, what was expected, what was found."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where!r}: {first['msg']}; found {first.get('input')!r}"
+
+
+def _examples_of(name: str) -> list[Example]:
+    """Examples of a file, or one side of a shipped behaviour, such as gloomy:negative."""
+    from ..behavior import SHIPPED, load_examples, load_pairs, sides_of
+
+    behavior, _, side = name.partition(":")
+    if behavior not in SHIPPED:
+        return load_examples(Path(name))
+    if side not in ("positive", "negative"):
+        raise SteerError(f"{name!r}: expected one side, {behavior}:positive or {behavior}:negative")
+    return sides_of(load_pairs(behavior))[0 if side == "positive" else 1]
+
+
+def claim_run(recipe: Recipe, folder: RunFolder, inputs: Mapping[str, str]) -> RunCard:
+    """Make the run's folder, or take up the one that this recipe started from the same inputs.
+
+    Args:
+        inputs: name -> hash of everything that the recipe reads.
+
+    Raises:
+        SteerError: the folder belongs to another recipe, to other data, or to something else.
+    """
+    path = folder.path
+    card = RunCard.now(
+        "run", base_model=recipe.model, data_sha256=inputs, settings=recipe.model_dump(), seed=recipe.seed
+    )
+    if (path / CARD_FILE).exists():
+        found = RunCard.load(path)
+        if other := _difference(found, card):
+            raise SteerError(f"{path}: holds a run that differs in {other}; choose another --out, or remove it")
+        _keep_recipe(recipe, folder)
+        return found
+    if path.exists() and not is_empty(path):
+        raise SteerError(f"{path}: exists and was not made by weightsteer; choose another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    card.save(path)
+    _keep_recipe(recipe, folder)
+    return card
+
+
+def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    write_text(folder.recipe, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+
+
+def _difference(found: RunCard, wanted: RunCard) -> str | None:
+    """The first of a recipe's fields, or of its inputs, that is another in a run that is there."""
+    mine, theirs = _essence(wanted.settings), _essence(found.settings)
+    if theirs is None:
+        return "its recipe, which this version cannot read"
+    for name, value in mine.items() if mine else ():
+        if value != theirs[name]:
+            return f"the recipe's {name!r}"
+    former = {RECIPE_FIELDS.get(name, name): value for name, value in found.data_sha256.items()}
+    inputs = sorted(former.keys() | wanted.data_sha256.keys())
+    changed = [name for name in inputs if former.get(name) != wanted.data_sha256.get(name)]
+    return f"the data of {changed[0]!r}" if changed else None
+
+
+def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A recipe's fields without what may change in a run; None if an older version's cannot be read."""
+    try:
+        fields = Recipe.model_validate(with_new_names(settings)).model_dump()
+    except ValidationError:
+        return None
+    if fields["judge"]:  # who judges, not how many requests at once
+        fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
+    return {name: value for name, value in fields.items() if name not in KEPT_APART}
+
+
+def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
+    """Check that runs differ in their seeds alone, where they have kept their recipes.
+
+    Raises:
+        SteerError: two runs of different recipes; the first field in which they differ is named.
+    """
+    folders = [RunFolder(Path(run)) for run in runs]
+    kept = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
+    for path, fields in kept[1:]:
+        for name, value in fields.items():
+            if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:
+                raise SteerError(
+                    f"{path}: differs from {kept[0][0]} in the recipe's {name!r}; compare runs of one recipe"
+                )

@@ -1,0 +1,128 @@
+"""The parts of a recipe: what each field means, its default, and which values it takes (no torch)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..data_building.sampling_settings import SamplingRecipe
+from ..run_folder import Side
+from ..steering.methods import METHODS
+
+
+def _known_method(name: str) -> str:
+    if name not in METHODS:
+        raise ValueError(f"expected one of {', '.join(map(repr, METHODS))}")
+    return name
+
+
+def _trained_alone(name: str) -> str:
+    known = [method for method, entry in METHODS.items() if entry.trains_alone]
+    if name not in known:
+        raise ValueError(f"expected a method with a training of its own, {', '.join(map(repr, known))}")
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_known_method)]
+TrainedAlone = Annotated[str, AfterValidator(_trained_alone)]
+
+
+class Strict(BaseModel):
+    """A part of a recipe; an unknown key is an error, not a silent nothing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataRecipe(Strict):
+    """Where D+ and D- come from: pairs (shipped or a file), one file a side, or the model's own answers."""
+
+    pairs: str | None = None
+    positive: str | None = None
+    negative: str | None = None
+    sampling: SamplingRecipe | None = None
+    limit: int | None = Field(default=None, ge=2)  # use so many pairs
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataRecipe:
+        sides = bool(self.positive and self.negative)
+        halves = bool(self.positive or self.negative)
+        if sum((bool(self.pairs), sides, self.sampling is not None)) != 1 or halves != sides:
+            raise ValueError(
+                "expected 'pairs', or both 'positive' (D+) and 'negative' (D-), or 'sampling' (the model's own answers)"
+            )
+        return self
+
+
+class GenerateRecipe(Strict):
+    """Arithmetic examples, made for the run: a family, and kinds in equal shares."""
+
+    family: str
+    kinds: list[str] = ["query", "correct"]
+    count: int = Field(default=400, ge=2)
+
+
+class FinetuneRecipe(Strict):
+    """A fine-tune that is merged into the model: on files of examples, or on generated arithmetic."""
+
+    data: list[str] = []
+    limit: int | None = Field(default=None, ge=2)  # so many examples of each file
+    generate: GenerateRecipe | None = None
+    train: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _some_source(self) -> FinetuneRecipe:
+        if bool(self.data) == (self.generate is not None):
+            raise ValueError("expected 'data' (a list of files) or 'generate'")
+        return self
+
+
+class RepairRecipe(FinetuneRecipe):
+    """The fine-tune to be repaired: every method steers it; `joint training` makes it again with desired examples."""
+
+    desired_side: Side = "positive"  # which side holds the desired examples
+    desired_examples: int | None = Field(default=None, ge=1)  # how many of them; default: all
+
+
+class JudgeRecipe(Strict):
+    """Who judges: a model behind an OpenAI-compatible url, or without url a local model."""
+
+    model: str
+    url: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(default=8, ge=1)
+
+
+class SweepRecipe(Strict):
+    """Which methods, at which strengths.
+
+    A method's strengths are a list of k, or None: the k at which the loss on ordinary text has
+    risen by `loss_increase` nats is found on each side, and `fractions` of it are swept, so that all
+    methods cover the same range of loss increase.
+    """
+
+    methods: dict[MethodName, list[float] | None] = {
+        "contrastive": None,
+        "tau+": None,
+        "tau-": None,
+        "activation": None,
+        "system prompt": [-1.0, 1.0],
+    }
+    variants: dict[str, str] = {}  # name -> expression of w, positive (tau+) and negative (tau-), swept like a method
+    loss_increase: float = Field(default=0.2, gt=0)  # nats per token over the base, on ordinary text
+    fractions: list[float] = [0.25, 0.5, 0.75, 1.0]
+    fractions_of: dict[str, list[float]] = {}  # a method's own fractions
+    sides: list[Literal[-1, 1]] = [-1, 1]  # which way k goes
+    items_of: dict[str, int] = {}  # methods that are measured on the first so many test items
+    behavior: str = "preference/margin"  # task/metric by which k and the layer are chosen
+    activation_pairs: int | None = Field(default=None, ge=2)  # default: all that are trained on
+    layer_step: int = Field(default=1, ge=1)  # scan every so-manieth layer
+    search_items: int = Field(default=8, ge=1)  # validation items of the layer scan and of the search for k
+
+
+class SampleRecipe(Strict):
+    """Replies shown in the report: prompts (default: the behaviour's last questions) at five strengths."""
+
+    prompts: list[str] | None = None
+    count: int = Field(default=3, ge=0)
+    max_new_tokens: int = Field(default=48, ge=1)

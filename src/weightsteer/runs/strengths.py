@@ -1,0 +1,56 @@
+"""A run's methods and variants, each made, and the strengths at which they are measured."""
+
+from __future__ import annotations
+
+from ..evaluation.search import k_at_loss_increase
+from ..evaluation.tasks.task import Task
+from ..files import read_json, write_json
+from ..former_names import METHODS as FORMER_METHODS
+from ..steering.methods import METHODS
+from ..steering.steering import Direction, Steering, TrainedCheckpoints
+from ..vectors.difference import task_vector
+from ..vectors.expression import combine
+from .artifacts import RunArtifacts
+
+
+def make_method(name: str, artifacts: RunArtifacts) -> Steering:
+    """The method or variant of that name; what it is made from is trained if it is not yet."""
+    expression = artifacts.recipe.sweep.variants.get(name)
+    if expression is None:
+        return METHODS[name].make(name, artifacts)
+    positive, negative = (task_vector(finetune) for finetune in artifacts.finetunes())
+    vectors = {"w": artifacts.difference(), "positive": positive, "negative": negative}
+    return Direction(name, combine(expression, vectors))
+
+
+def methods_with_strengths(artifacts: RunArtifacts, texts: Task) -> list[tuple[Steering, list[float]]]:
+    """Every variant and method of the recipe with its strengths; those not given are searched on `texts`."""
+    path, sweep, show = artifacts.folder.strengths, artifacts.recipe.sweep, artifacts.show
+    kept = read_json(path) if path.exists() else {}
+    known: dict[str, list[float]] = {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
+    names = [*sweep.variants, *sweep.methods]
+    found: list[tuple[Steering, list[float]]] = []
+    for number, name in enumerate(names):
+        method = make_method(name, artifacts)
+        if name not in known:
+            with show(f"strengths of {name}") as progress:
+                progress(number, len(names), name)
+                known[name] = _strengths(method, artifacts, texts)
+                progress(number + 1, len(names), name)
+            write_json(path, known)
+        found.append((method, known[name]))
+    return found
+
+
+def _strengths(method: Steering, artifacts: RunArtifacts, texts: Task) -> list[float]:
+    """The recipe's own, or all that was trained, or fractions of the k that reach its loss increase on each side."""
+    sweep, lm = artifacts.recipe.sweep, artifacts.lm()
+    listed = sweep.methods.get(method.name)
+    entry = METHODS.get(method.name)
+    if isinstance(method, TrainedCheckpoints) and (listed is None or (entry and entry.strengths_from_checkpoints)):
+        return sorted(method.changes)
+    if listed is not None:
+        return listed
+    fractions = sweep.fractions_of.get(method.name, sweep.fractions)
+    ends = [k_at_loss_increase(lm, method, texts, loss_increase=sweep.loss_increase, sign=sign) for sign in sweep.sides]
+    return sorted(float(f"{end * fraction:.3g}") for end in ends for fraction in fractions)

@@ -1,0 +1,151 @@
+"""A recipe's mistakes, found before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NoReturn
+
+from ..behavior import Behavior
+from ..data_building.sampling import asked_questions
+from ..errors import SteerError
+from ..evaluation.metrics import metric_key
+from ..evaluation.results import BASE
+from ..evaluation.tasks import kind_of
+from ..evaluation.tasks.task import ItemTask, Task
+from ..judges.judge import rubric_of
+from ..steering.methods import METHODS
+from ..vectors.expression import check_expression
+from .recipe import Recipe
+
+VECTORS = ("w", "positive", "negative")  # what a variant may be made of
+
+
+def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
+    """Check what can be known without a model.
+
+    Raises:
+        SteerError: the field, what was expected and what was found.
+    """
+    check_trainings(recipe)
+    _check_tasks(recipe, tasks)
+    _check_methods(recipe)
+    _check_sweep(recipe)
+    _check_variants(recipe)
+    _check_rubric(recipe, behavior)
+    _check_overlap(recipe, behavior, tasks)
+
+
+def _refuse(recipe: Recipe, reason: str) -> NoReturn:
+    raise SteerError(f"recipe {recipe.name}: {reason}")
+
+
+def check_trainings(recipe: Recipe) -> None:
+    """Check that training settings are known, of the right type, and not the method's own.
+
+    Raises:
+        SteerError: the field, what was expected and what was found.
+    """
+    finetunes = [wanted.train for wanted in (recipe.first_finetune, recipe.repair_target) if wanted]
+    for fields in (recipe.train, *recipe.train_of.values(), *finetunes):
+        recipe.train_settings(fields)
+        for name in ("kind", "snapshots"):
+            if name in fields:
+                _refuse(recipe, f"{name!r} of a training follows from the method; leave it out")
+
+
+def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
+    """Choosing needs validation items, the report test items."""
+    needs = dict.fromkeys((recipe.sweep.behavior, *recipe.budget), "validation")
+    needs |= {"prose/nll": "test"} | {text: "test" for text in recipe.plot if text not in needs}
+    for text, split in needs.items():
+        name = metric_key(text)[0]
+        if name not in tasks:
+            _refuse(recipe, f"field 'tasks': needs a task {name!r}, for {text}")
+        if split not in tasks[name].splits:
+            _refuse(recipe, f"{text}: task {name!r} has no {split} items; change its 'split'")
+
+
+def _check_methods(recipe: Recipe) -> None:
+    """Each method's own demands, as the registry states them."""
+    methods = recipe.sweep.methods
+    if "contrastive" not in methods:
+        _refuse(recipe, "field 'sweep.methods': needs 'contrastive', whose k is chosen")
+    for name, ks in methods.items():
+        _check_strengths(recipe, name, ks)
+        method = METHODS[name]
+        if method.needs_repair_target and recipe.repair_target is None:
+            _refuse(recipe, f"method {name!r} needs the field 'repair_target'")
+        if package := method.missing_package():
+            _refuse(recipe, f"method {name!r} needs {package}")
+    for name in recipe.train_of:
+        if name not in methods:
+            _refuse(recipe, f"field 'train_of': {name!r} is no method of its sweep")
+
+
+def _check_strengths(recipe: Recipe, name: str, ks: Sequence[float] | None) -> None:
+    """The strengths that a recipe lists for a method, or that it leaves to be searched."""
+    rule = METHODS[name].ks
+    if (ks is None and rule.must_be_listed) or (ks is not None and not any(ks)):
+        _refuse(recipe, f"method {name!r} needs a list of k, such as [-1, 1]; found {ks}")
+    for k in ks or ():
+        if not rule.allows(k):
+            _refuse(recipe, f"method {name!r}: expected {rule.described}; found {k:g}")
+
+
+def _check_sweep(recipe: Recipe) -> None:
+    """What the sweep says of methods must be said of its own, once."""
+    sweep = recipe.sweep
+    known = {*sweep.methods, *sweep.variants}
+    if not sweep.fractions or not sweep.sides:
+        _refuse(recipe, "field 'sweep': fractions and sides must not be empty")
+    for name in (*sweep.fractions_of, *sweep.items_of):
+        if name not in known:
+            _refuse(recipe, f"{name!r} is no method of its sweep; it has {', '.join(known)}")
+    for name in sweep.fractions_of:
+        if sweep.methods.get(name) is not None:
+            _refuse(recipe, f"field 'fractions_of': {name!r} has a list of k; leave one out")
+    for name, count in sweep.items_of.items():
+        if count < 1:
+            _refuse(recipe, f"field 'items_of': {name!r}: expected 1 or more, found {count}")
+
+
+def _check_variants(recipe: Recipe) -> None:
+    for name, text in recipe.sweep.variants.items():
+        if name == BASE or name in METHODS:
+            _refuse(recipe, f"variant {name!r} has the name of a method; choose another")
+        try:
+            check_expression(text, VECTORS)
+        except SteerError as error:
+            _refuse(recipe, f"variant {name!r}: {error}")
+
+
+def _check_rubric(recipe: Recipe, behavior: Behavior) -> None:
+    """Answers that a judge is to filter need the behaviour's rubric."""
+    sampling = recipe.data.sampling
+    if sampling and recipe.judge and not sampling.likelihood:
+        rubric_of(behavior)
+
+
+def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
+    """No item of a task that is like what is trained on is itself trained on."""
+    trained = set(_trained_prompts(recipe, behavior))
+    for spec in recipe.tasks:
+        if not kind_of(spec.task).apart_from_training:
+            continue
+        task = tasks[spec.shown_name]
+        assert isinstance(task, ItemTask)
+        if shared := sum(item.prompt in trained for item in task.items):
+            _refuse(
+                recipe,
+                f"task {spec.shown_name!r} asks {shared} questions that are trained on; give it 'data' with others",
+            )
+
+
+def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[str]:
+    for side in recipe.sides() or ():
+        yield from (example.prompt for example in side)
+    if recipe.data.sampling:
+        yield from asked_questions(behavior, recipe.data.sampling.questions)
+    for wanted in (recipe.first_finetune, recipe.repair_target):
+        if wanted is not None and wanted.data:
+            yield from (example.prompt for example in recipe.finetune_examples(wanted))

@@ -1,0 +1,144 @@
+"""Mean response activations of D+ minus D-: the activation-steering baseline (persona vectors, Chen et al. 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..behavior import Example, example_rows
+from ..checkpoints.safetensors_file import load_tensors, save_tensors
+from ..errors import SteerError
+from ..files import digest
+from ..lm import LM, batches_by_length, decoder_blocks, pad_right, projecting_only
+from ..progress import Progress, silent
+from ..run_card import RunCard, new_folder
+from ..vectors.hooks import Steerable, SteeringHandle, model_of
+
+ACTIVATION_FILE = "activations.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationVector:
+    """a_l for each block l: mean over answer tokens of its output on D+, minus the same on D-.
+
+    Layer l is the output of block l, counted from 0; a_l has shape (hidden,).
+    """
+
+    layers: Mapping[int, Tensor]
+    card: RunCard
+
+    def only(self, layer: int) -> ActivationVector:
+        """The same vector on one layer."""
+        if layer not in self.layers:
+            raise SteerError(f"layer {layer}: the vector has layers 0 to {max(self.layers)}")
+        return replace(self, layers={layer: self.layers[layer]})
+
+    def increments(self) -> ActivationVector:
+        """All-layers steering: at block l what its mean gains over the block before, a_l - a_(l-1).
+
+        Added at every block with the same k, the increments sum up to k a_l at the output of each.
+        """
+        before = {layer: self.layers.get(layer - 1) for layer in self.layers}
+        gains = {i: a if (last := before[i]) is None else a - last for i, a in self.layers.items()}
+        return replace(self, layers=gains)
+
+    @contextmanager
+    def applied(self, lm: Steerable, k: float | Tensor = 1.0) -> Iterator[SteeringHandle]:
+        """x_l <- x_l + k a_l at the output of every layer of the vector, until the block is left.
+
+        `lm` is an `LM`, a transformers model or a `PeftModel`.
+        """
+        handle = SteeringHandle(k, lm)
+        blocks = decoder_blocks(model_of(lm))
+        if max(self.layers) >= len(blocks):
+            raise SteerError(f"the vector has layer {max(self.layers)}, this model {len(blocks)} blocks")
+        with ExitStack() as stack:
+            for layer, direction in self.layers.items():
+                registered = blocks[layer].register_forward_hook(_adding(direction, handle))
+                stack.callback(registered.remove)
+            yield handle
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the vector as safetensors with its card."""
+        with new_folder(Path(folder), "activations") as part:
+            tensors = {f"layer.{layer}": a.contiguous() for layer, a in self.layers.items()}
+            save_tensors(tensors, part / ACTIVATION_FILE)
+            self.card.save(part)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ActivationVector:
+        """Read what `save` wrote."""
+        tensors = load_tensors(Path(folder) / ACTIVATION_FILE)
+        layers = {int(name.removeprefix("layer.")): a for name, a in tensors.items()}
+        return cls(dict(sorted(layers.items())), RunCard.load(Path(folder)))
+
+
+def _adding(direction: Tensor, handle: SteeringHandle) -> Any:
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        if handle.is_zero:
+            return None
+        hidden = output[0] if isinstance(output, tuple) else output
+        moved = handle.add_to(hidden, direction.to(hidden).expand_as(hidden))
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    return add
+
+
+def activation_vector(
+    lm: LM,
+    positive: Sequence[Example],
+    negative: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
+) -> ActivationVector:
+    """a_l of every block from D+ and D-; each answer token weighs the same."""
+    sides = (positive, negative)
+    means = [
+        _mean_activations(lm, side, batch_size, lambda d, t, n="", s=number: progress(s * t + d, 2 * t, n))
+        for number, side in enumerate(sides)
+    ]
+    layers = {layer: means[0][layer] - means[1][layer] for layer in means[0]}
+    data = {name: digest(example_rows(side)) for name, side in zip(("positive", "negative"), sides, strict=True)}
+    card = RunCard.now("activations", base_model=lm.name, base_revision=lm.revision, data_sha256=data)
+    return ActivationVector(layers, card)
+
+
+@torch.no_grad()
+def _mean_activations(lm: LM, examples: Sequence[Example], batch_size: int, progress: Progress) -> dict[int, Tensor]:
+    """Mean output of each block over all answer tokens: layer -> (hidden,)."""
+    rows = [(lm.chat_ids(e.prompt), lm.answer_ids(e.answer)) for e in examples]
+    sums: dict[int, Tensor] = {}
+    count = 0
+    for batch in batches_by_length([len(p) + len(a) for p, a in rows], batch_size, progress):
+        tokens, mask = pad_right([rows[i][0] + rows[i][1] for i in batch], lm.pad_id, lm.device)
+        answer, _ = pad_right([[0] * len(rows[i][0]) + [1] * len(rows[i][1]) for i in batch], 0, lm.device)
+        count += int(answer.sum())
+        with _summing(lm, answer.bool(), sums), projecting_only(lm.model, torch.zeros_like(answer).bool()):
+            lm.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    return {layer: (total / count).float() for layer, total in sums.items()}
+
+
+@contextmanager
+def _summing(lm: LM, answer: Tensor, sums: dict[int, Tensor]) -> Iterator[None]:
+    """Add each block's output at answer positions to `sums`, in float64 on the CPU."""
+
+    def summing(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            total = hidden[answer.to(hidden.device)].cpu().double().sum(dim=0)
+            sums[layer] = sums[layer] + total if layer in sums else total
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer, block in enumerate(lm.blocks):
+            stack.callback(block.register_forward_hook(summing(layer)).remove)
+        yield

@@ -1,0 +1,268 @@
+"""The registry of methods: how each is made from what a run trains, what it costs, which k it takes, what it needs.
+
+A method is one entry of `METHODS`; to add one, write its entry here, and a function that makes it. Recipes, their
+checks, costs, the sweep and the table in the docs read this registry. Imports of torch wait until a method is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from ..behavior import SIDES
+from ..run_folder import RunFolder, Side
+
+if TYPE_CHECKING:
+    from ..behavior import Behavior
+    from ..vectors.weight_vector import WeightVector
+    from .activations import ActivationVector
+    from .steering import Steering
+
+SNAPSHOTS = 4  # equally spaced points of a training that are kept for the methods that need them
+SHARES = tuple(number / SNAPSHOTS for number in range(1, SNAPSHOTS + 1))  # of a training, at its snapshots
+Training = Literal["lora", "bias", "full", "DPO"]  # how the two sides are trained
+TrainingCost = tuple[Path, float]  # a fine-tune, and the share of its training that a method uses
+Costs = Callable[[RunFolder, float], Sequence[TrainingCost]]
+
+
+class MethodSources(Protocol):
+    """What methods are made from. Each is trained or computed when it is first asked for, and kept in the run."""
+
+    @property
+    def behavior(self) -> Behavior: ...
+    def finetunes(self, training: Training = "lora") -> tuple[Path, Path]:
+        """The fine-tunes on D+ and D-."""
+        ...
+
+    def difference(self, training: Training = "lora") -> WeightVector:
+        """w = tau+ - tau- of these fine-tunes."""
+        ...
+
+    def activations(self) -> ActivationVector:
+        """Mean response activations of D+ minus D-, every layer."""
+        ...
+
+    def activation_layer(self) -> int:
+        """The layer that moves the behaviour most, on validation items."""
+        ...
+
+    def repair_target(self) -> Path:
+        """The fine-tune that is to be repaired."""
+        ...
+
+    def joint_finetunes(self) -> Mapping[int, Path]:
+        """Copies of the desired examples -> the repair target trained again with them."""
+        ...
+
+    @property
+    def repair_sign(self) -> float:
+        """Which way k goes to repair: 1 towards D+, -1 towards D-."""
+        ...
+
+
+@dataclass(frozen=True)
+class KRule:
+    """Which strengths a method takes."""
+
+    described: str  # for the docs and for errors: "k of 1 or minus"
+    allows: Callable[[float], bool]
+    must_be_listed: bool = False  # a recipe has to list them: nothing can be searched
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to steer, as a recipe names it."""
+
+    summary: str  # one line for the table in the docs
+    make: Callable[[str, MethodSources], Steering]
+    costs: Costs  # the fine-tunes that it is made from at k
+    ks: KRule = KRule("any k", lambda _k: True)
+    training: Training = "lora"  # other than lora: both sides are trained for it alone, with a recipe's `train_of`
+    from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
+    strengths_from_checkpoints: bool = False  # the k that a recipe lists are trained; their sign follows from the run
+    needs_repair_target: bool = False
+    needs_package: tuple[str, str] | None = None  # what is imported, and what to install
+
+    @property
+    def trains_alone(self) -> bool:
+        """Whether a recipe can set its training apart."""
+        return self.training != "lora"
+
+    def missing_package(self) -> str | None:
+        """What to install, if the method's package is not there."""
+        if self.needs_package is None or find_spec(self.needs_package[0]) is not None:
+            return None
+        return self.needs_package[1]
+
+
+def snapshots_of(finetune: Path) -> dict[float, Path]:
+    """A fine-tune's snapshots by the share of the training that is done, in equal steps."""
+    from ..training.output import list_snapshots
+
+    folders = list(list_snapshots(finetune).values())
+    return {number / len(folders): folder for number, folder in enumerate(folders, start=1)}
+
+
+def _contrastive(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.difference(METHODS[name].training))
+
+
+def _half_trained(name: str, sources: MethodSources) -> Steering:
+    from ..vectors.difference import subtract_finetunes
+    from .steering import Direction
+
+    positive, negative = (snapshots_of(finetune)[0.5] for finetune in sources.finetunes())
+    return Direction(name, subtract_finetunes(positive, negative))
+
+
+def _positive_alone(name: str, sources: MethodSources) -> Steering:
+    from ..vectors.difference import task_vector
+    from .steering import Direction
+
+    return Direction(name, task_vector(sources.finetunes()[0]))
+
+
+def _negative_alone(name: str, sources: MethodSources) -> Steering:
+    """-tau-, so that k > 0 adds the behaviour."""
+    from ..vectors.difference import task_vector
+    from .steering import Direction
+
+    return Direction(name, -task_vector(sources.finetunes()[1]))
+
+
+def _one_layer(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.activations().only(sources.activation_layer()))
+
+
+def _all_layers(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.activations().increments())
+
+
+def _system_prompt(name: str, sources: MethodSources) -> Steering:
+    from .steering import SystemPrompt
+
+    return SystemPrompt(name, sources.behavior)
+
+
+def _checkpoints(name: str, sources: MethodSources) -> Steering:
+    """The change at each snapshot: k > 0 is D+'s training, k < 0 that on D-."""
+    from ..vectors.difference import task_vector
+    from .steering import TrainedCheckpoints
+
+    signed = zip((1.0, -1.0), sources.finetunes(METHODS[name].training), strict=True)
+    shares = {sign * share: path for sign, side in signed for share, path in snapshots_of(side).items()}
+    return TrainedCheckpoints(name, {k: task_vector(path) for k, path in shares.items()})
+
+
+def _joint_training(name: str, sources: MethodSources) -> Steering:
+    """The repair target trained again with the desired examples among its data, so many times each."""
+    from ..vectors.difference import task_vector
+    from .steering import TrainedCheckpoints
+
+    target = task_vector(sources.repair_target())
+    again = sources.joint_finetunes().items()
+    return TrainedCheckpoints(
+        name, {sources.repair_sign * copies: task_vector(path) - target for copies, path in again}
+    )
+
+
+def _negated_target(name: str, sources: MethodSources) -> Steering:
+    """Task negation (Ilharco et al., arXiv 2212.04089): the fine-tune's own task vector taken away."""
+    from ..vectors.difference import task_vector
+    from .steering import Direction
+
+    return Direction(name, -sources.repair_sign * task_vector(sources.repair_target()))
+
+
+def _lora(**shares: float) -> Costs:
+    """Shares of the LoRA fine-tunes on the sides that are named, whatever k."""
+    return lambda run, _k: [(run.finetune(side), shares[side]) for side in SIDES if side in shares]
+
+
+def _both_of(training: Training) -> Costs:
+    """Both fine-tunes of another training."""
+    return lambda run, _k: [(run.finetune_of(training, side), 1.0) for side in SIDES]
+
+
+def _side_of(k: float) -> Side:
+    return "positive" if k > 0 else "negative"
+
+
+def _no_training(run: RunFolder, k: float) -> list[TrainingCost]:
+    return []
+
+
+BOTH_SIDES = _lora(positive=1.0, negative=1.0)  # of the contrastive method, and of its variants
+_A_SHARE = KRule(f"k of {', '.join(f'{share:g}' for share in SHARES)} or minus", lambda k: abs(k) in (0.0, *SHARES))
+
+METHODS: Mapping[str, Method] = {
+    "contrastive": Method("theta + k (tau+ - tau-): the paper's method", _contrastive, BOTH_SIDES),
+    "contrastive half": Method(
+        "the same with both fine-tunes half-way through, at the cost of one whole fine-tune",
+        _half_trained,
+        _lora(positive=0.5, negative=0.5),
+        from_snapshots=True,
+    ),
+    "tau+": Method("theta + k tau+: the fine-tune on D+ alone", _positive_alone, _lora(positive=1.0)),
+    "tau-": Method("theta - k tau-: the fine-tune on D- alone", _negative_alone, _lora(negative=1.0)),
+    "bias-only": Method(
+        "the contrastive method where only a bias on each MLP is trained",
+        _contrastive,
+        _both_of("bias"),
+        training="bias",
+    ),
+    "full": Method(
+        "the contrastive method where every weight is trained", _contrastive, _both_of("full"), training="full"
+    ),
+    "activation": Method("x_l + k a_l at one layer, chosen on validation items", _one_layer, _no_training),
+    "activation all layers": Method("x_l + k a_l at the output of every layer", _all_layers, _no_training),
+    "system prompt": Method(
+        "a system prompt for the behaviour (k = 1) or against it (k = -1)",
+        _system_prompt,
+        _no_training,
+        KRule("k of 1 or minus", lambda k: abs(k) in (0.0, 1.0), must_be_listed=True),
+    ),
+    "fine-tuned": Method(
+        "the checkpoints of the fine-tune on D+ (k > 0) or D- (k < 0)",
+        _checkpoints,
+        lambda run, k: [(run.finetune(_side_of(k)), abs(k))],
+        _A_SHARE,
+        from_snapshots=True,
+    ),
+    "DPO": Method(
+        "the checkpoints of preference tuning towards D+ (k > 0) or D- (k < 0)",
+        _checkpoints,
+        lambda run, k: [(run.finetune_of("DPO", _side_of(k)), abs(k))],
+        _A_SHARE,
+        training="DPO",
+        needs_package=("trl", "TRL; pip install 'weightsteer[dpo]'"),
+    ),
+    "joint training": Method(
+        "the repair target trained again with the desired examples mixed in, |k| times each",
+        _joint_training,
+        lambda run, k: [(run.joint_finetune(k), 1.0)],
+        KRule("whole numbers of copies", lambda k: k == round(k) != 0, must_be_listed=True),
+        strengths_from_checkpoints=True,
+        needs_repair_target=True,
+    ),
+    "negated task vector": Method(
+        "theta - k tau of the repair target: its fine-tune undone",
+        _negated_target,
+        _no_training,
+        needs_repair_target=True,
+    ),
+}
+
+
+def costs_of(name: str, run: RunFolder, k: float) -> Sequence[TrainingCost]:
+    """The fine-tunes that a method, or a variant of the contrastive one, is made from at k."""
+    return METHODS[name].costs(run, k) if name in METHODS else BOTH_SIDES(run, k)

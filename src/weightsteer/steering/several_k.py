@@ -1,0 +1,39 @@
+"""One prompt at several strengths, side by side, in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..lm import LM
+from ..vectors.hooks import is_linear
+from ..vectors.weight_vector import WeightVector
+
+
+def generate_at_strengths(
+    vector: WeightVector, lm: LM, prompt: str, ks: Sequence[float], *, max_new_tokens: int = 100
+) -> list[str]:
+    """The reply to `prompt` at each k, greedy; one k per row of a single batch.
+
+    A vector that changes norms or embeddings cannot have one k per row; it goes through the ks in turn.
+    """
+    rows = [prompt] * len(ks)
+    per_row = all(name.endswith((".weight", ".bias")) and _is_linear(lm, name) for name in vector.deltas)
+    if per_row:
+        with vector.applied(lm, torch.tensor(list(ks))):
+            return lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=len(rows))
+    replies = []
+    with vector.applied(lm, 0.0) as handle:
+        for k in ks:
+            handle.k = k
+            replies += lm.generate([prompt], max_new_tokens=max_new_tokens)
+    return replies
+
+
+def _is_linear(lm: LM, name: str) -> bool:
+    """Whether parameter `name` belongs to a layer whose output is linear in it."""
+    try:
+        return is_linear(lm.model.get_submodule(name.rpartition(".")[0]))
+    except AttributeError:
+        return True  # not in this model: applying the vector says so

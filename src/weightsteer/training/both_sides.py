@@ -1,0 +1,50 @@
+"""Pairs of answers -> the weight vector between two fine-tunes: the whole of the method in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..behavior import SIDES, ContrastPair, load_pairs, sides_of
+from ..lm import LM
+from ..progress import Progress, silent
+from ..run_folder import RunFolder
+from ..vectors.difference import subtract_finetunes
+from ..vectors.weight_vector import WeightVector
+from .settings import TrainSettings
+from .sft import train_side
+
+
+def train_vector(
+    lm: LM,
+    pairs: str | Path | Sequence[ContrastPair],
+    *,
+    out: str | Path,
+    settings: TrainSettings | None = None,
+    progress: Progress = silent,
+) -> WeightVector:
+    """Fine-tune on each side of the pairs and subtract: w = theta+ - theta- (paper, section 2). `lm` stays as it was.
+
+    In `out` come to lie `positive` and `negative`, the two fine-tunes, and `vector`. A killed call goes on where it
+    stopped; a finished one with the same pairs and settings only loads the vector.
+
+    Args:
+        pairs: a shipped behaviour's name, a JSONL file with prompt, positive, negative, or a list of pairs.
+        progress: called with steps done, steps in all, and the loss.
+
+    Raises:
+        SteerError: pairs that cannot be read, too few of them, or `out` holds something else.
+    """
+    run = RunFolder(Path(out))
+    given = load_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
+    finetunes = []
+    for number, (side, examples) in enumerate(zip(SIDES, sides_of(given), strict=True)):
+
+        def report(done: float, total: float, note: str = "", at: int = number, name: str = side) -> None:
+            progress(at * total + done, 2 * total, f"{name} {note}".strip())
+
+        finetunes.append(train_side(lm, examples, run.finetune(side), settings=settings, progress=report))
+    vector = subtract_finetunes(*finetunes)
+    if not run.vector.exists() or WeightVector.load(run.vector).card.data_sha256 != vector.card.data_sha256:
+        vector.save(run.vector)
+    return WeightVector.load(run.vector)

@@ -1,0 +1,77 @@
+"""TRL's DPOTrainer on our tokens and in our order; imported only where a preference is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from .job import Job
+from .trainer import SeededLengthSampler, arguments_of, stay_on_one_device
+
+REFERENCE = "ref"  # TRL's name for the copy of an adapter that it compares with
+
+
+def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback], *, beta: float) -> Trainer:
+    """TRL's trainer of a job whose rows `encode_preferences` made; `model` is a fresh PEFT model."""
+    assert isinstance(model, PeftModel)
+    config = DPOConfig(
+        **arguments_of(job),
+        beta=beta,
+        max_length=None,  # the rows are cut already
+        gradient_checkpointing=False,
+    )
+    stay_on_one_device(config)
+    trainer = _PreferenceTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list(job.train),
+        eval_dataset=Dataset.from_list(job.validation),
+        processing_class=job.lm.tokenizer,
+        callbacks=callbacks,
+    )
+    if REFERENCE in model.peft_config:  # a copy of an adapter that is still zero: the base without it is the same
+        model.delete_adapter(REFERENCE)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def undo_trl_changes(model: PreTrainedModel) -> Iterator[None]:
+    """Take back on leaving what TRL changes in a model: tags, padding ids, dropout of 0; `trainable` what it adds."""
+    tags = list(model.model_tags or [])
+    configs = [config for config in (model.config.get_text_config(), model.generation_config) if config]
+    padding = [config.pad_token_id for config in configs]
+    dropout = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    try:
+        yield
+    finally:
+        if "model_tags" in vars(model):
+            model.model_tags = tags
+        for config, token in zip(configs, padding, strict=True):
+            config.pad_token_id = token
+        for module, share in dropout.items():
+            module.p = share
+
+
+class _PreferenceTrainer(DPOTrainer):
+    """DPOTrainer that takes rows of token ids as they are, in an order that a resumed run repeats."""
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
+        return dataset  # TRL would tokenize texts anew, by a template that is not `LM.chat_ids`
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows: Any = self.train_dataset
+        lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
+        return SeededLengthSampler(self.args.train_batch_size, lengths, self.args.seed)
+
+    def _send_telemetry(self) -> None:
+        """TRL would tell its makers of every run; ours are the user's own business."""

@@ -1,0 +1,60 @@
+"""What one training run is given, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import SteerError
+from ..lm import LM
+from ..run_card import RunCard
+from .settings import TrainSettings
+
+Encoded = dict[str, list[int]]  # the token ids and masks of one example, by the name that the trainer's collator reads
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run at one learning rate, in its own folder."""
+
+    lm: LM
+    train: list[Encoded]
+    validation: list[Encoded]
+    settings: TrainSettings
+    learning_rate: float
+    folder: Path
+    card: RunCard  # of the fine-tune that the run is for
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run, unless it stops early."""
+        settings = self.settings
+        batches = -(-len(self.train) // (settings.batch_size * settings.accumulation))
+        return settings.max_steps or max(1, round(batches * settings.epochs))
+
+    @property
+    def snapshot_steps(self) -> list[int]:
+        """The steps after which a snapshot is kept, equally spaced, the last step among them.
+
+        Raises:
+            SteerError: more snapshots than steps.
+        """
+        wanted, steps = self.settings.snapshots, self.steps
+        if wanted > steps:
+            raise SteerError(f"snapshots: expected at most one a step, found {wanted} for the {steps} steps of the run")
+        return [round(number * steps / wanted) for number in range(1, wanted + 1)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one training run reached and what it cost.
+
+    `loss` is the lowest validation loss; `tokens` counts what the steps were trained on, prompts
+    included and padding not; `seconds` is the time in those steps, validation and saving not.
+    """
+
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+    parameters: int  # trained

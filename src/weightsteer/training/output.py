@@ -1,0 +1,135 @@
+"""A fine-tune's folder: whose work is in progress beside it, what is put into it, what it holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import SteerError
+from ..files import digest, is_empty, read_json, write_text
+from ..lm import LM
+from ..run_card import CARD_FILE, RunCard, new_folder, refuse_foreign
+from .callbacks import SNAPSHOTS
+from .job import Outcome
+
+
+def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) -> RunCard:
+    """The card of a fine-tune of `lm`, before anything is measured; `data` maps a name to a hash."""
+    return RunCard.now(
+        "finetune",
+        base_model=lm.name,
+        base_revision=lm.revision,
+        data_sha256=data,
+        settings=settings,
+        seed=settings["seed"],
+    )
+
+
+def refuse_placement(lm: LM) -> None:
+    """Raise where the Trainer would place the model elsewhere, or several processes would write one output."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise SteerError(
+            "training runs in one process, found several (torchrun); start it alone, with device 'auto' to "
+            "spread a large model over the GPUs of one machine"
+        )
+    if lm.device.type == "cuda" and lm.device.index not in (None, 0):
+        raise SteerError(
+            f"training uses the first visible GPU, found the model on {lm.device}; "
+            f"set CUDA_VISIBLE_DEVICES={lm.device.index} and use device cuda"
+        )
+
+
+def is_made_from(folder: Path, card: RunCard) -> bool:
+    """True if `folder` is a finished artifact of the same kind, base, data and settings as `card`."""
+    if not (folder / CARD_FILE).exists():
+        return False
+    return _identity(RunCard.load(folder)) == _identity(card)
+
+
+def _identity(card: RunCard) -> str:
+    return digest(
+        [card.kind, card.base_model, card.base_revision, dict(card.data_sha256), dict(card.settings), card.seed]
+    )
+
+
+def work_folder(out: Path, card: RunCard) -> Path | None:
+    """Where the work on a fine-tune goes on, beside it; None if `out` is made from the same inputs already.
+
+    Raises:
+        SteerError: `out` holds something else than a fine-tune.
+    """
+    work = out.with_name(f"{out.name}.work")
+    if is_made_from(out, card):
+        shutil.rmtree(work, ignore_errors=True)
+        return None
+    refuse_foreign(out, "finetune")
+    return work
+
+
+def claim(work: Path, card: RunCard) -> None:
+    """Make the work folder, or keep it if it belongs to the same fine-tune; an older one's is cleared.
+
+    Raises:
+        SteerError: the folder is not ours.
+    """
+    stamp = work / "job.json"
+    if stamp.exists() and read_json(stamp) == _identity(card):
+        return
+    if work.exists() and not stamp.exists() and not is_empty(work):
+        raise SteerError(f"{work}: is in the way of the checkpoints; move it")
+    shutil.rmtree(work, ignore_errors=True)
+    write_text(stamp, json.dumps(_identity(card)))
+
+
+def rate_folder(work: Path, learning_rate: float) -> Path:
+    """Where the run at one learning rate works."""
+    return work / f"lr-{learning_rate:g}"
+
+
+def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcome]) -> Path:
+    """Put the best run's best point and snapshots into `out`, with the card; the work folder goes."""
+    best = min(outcomes, key=lambda rate: outcomes[rate].loss)
+    made = rate_folder(work, best)
+    with new_folder(out, "finetune") as part:
+        shutil.copytree(made / "best", part, dirs_exist_ok=True)
+        if (made / SNAPSHOTS).exists():
+            shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS)
+        replace(card, measured=_summarise(outcomes, best)).save(part)
+    shutil.rmtree(work)
+    return out
+
+
+def _summarise(outcomes: Mapping[float, Outcome], best: float) -> dict[str, Any]:
+    """Losses by learning rate, and the costs: of the run that is kept, and of all that were tried for it."""
+    kept = outcomes[best]
+    return {
+        "validation_loss": {f"{rate:g}": outcome.loss for rate, outcome in outcomes.items()},
+        "learning_rate": best,
+        "steps": kept.steps,
+        "tokens": kept.tokens,
+        "seconds": kept.seconds,
+        "parameters": kept.parameters,
+        "search_tokens": sum(outcome.tokens for outcome in outcomes.values()),
+        "search_seconds": sum(outcome.seconds for outcome in outcomes.values()),
+    }
+
+
+def list_snapshots(folder: str | Path) -> dict[float, Path]:
+    """A fine-tune's snapshots: the share of the training that lies behind each -> its folder, ascending.
+
+    Each folder is a fine-tune that `task_vector` reads; the one at 1.0 is the end of the training,
+    which need not be its best point. Empty if none were kept (`TrainSettings.snapshots`).
+
+    Raises:
+        SteerError: `folder` is not a fine-tune of ours.
+    """
+    card = RunCard.load(Path(folder))
+    if card.kind != "finetune":
+        raise SteerError(f"{folder}: expected a finetune, found a {card.kind}")
+    kept = (Path(folder) / SNAPSHOTS).glob("step-*")
+    return dict(sorted((float(RunCard.load(path).measured["fraction"]), path) for path in kept))

@@ -1,0 +1,100 @@
+"""Pairs of answers -> one fine-tune that prefers one side to the other (DPO): the stronger baseline at matched cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from ..behavior import ContrastPair, Example
+from ..errors import SteerError
+from ..files import digest
+from ..lm import LM
+from ..progress import Progress, silent
+from .job import Encoded
+from .lr_search import search
+from .output import claim, finetune_card, finish, refuse_placement, work_folder
+from .settings import TrainSettings
+from .sft import encode, jobs_of
+from .trainer import IGNORED
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One question with the answer to prefer and the one to turn away from."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def preferences_of(pairs: Sequence[ContrastPair], toward: Literal["positive", "negative"]) -> list[Preference]:
+    """Contrast pairs as preferences for one of their sides, in the same order; equal sides prefer nothing."""
+    if toward not in ("positive", "negative"):
+        raise SteerError(f"toward: expected positive or negative, found {toward!r}")
+    away = "negative" if toward == "positive" else "positive"
+    return [
+        Preference(pair.prompt, getattr(pair, toward), getattr(pair, away))
+        for pair in pairs
+        if pair.positive != pair.negative
+    ]
+
+
+def train_preference(
+    lm: LM,
+    preferences: Sequence[Preference],
+    out: str | Path,
+    *,
+    settings: TrainSettings | None = None,
+    beta: float = 0.1,
+    progress: Progress = silent,
+) -> Path:
+    """Tune a LoRA adapter on preferences by DPO (Rafailov et al. 2023) and save it; `lm` is left as it was.
+
+    Output, work folder, snapshots and costs are `train_side`'s, and so are the tokens of prompt and
+    answers. The reference is the base itself. The learning rate with the lowest DPO loss on the
+    preferences held out is kept. `tokens` counts both answers, each with its prompt; the
+    reference's passes are in `seconds` alone.
+
+    Args:
+        beta: how strongly the tuned model is held to the base; larger stays closer.
+        progress: called with steps done, steps in all, and the loss.
+
+    Raises:
+        SteerError: TRL is not installed, another kind than lora, too few preferences, or `out` holds
+            something else.
+    """
+    settings, out = settings or TrainSettings(), Path(out)
+    if settings.kind != "lora":
+        raise SteerError(f"kind: preference tuning trains lora, found {settings.kind!r}")
+    if not beta > 0:
+        raise SteerError(f"beta: expected a number above 0, found {beta}")
+    refuse_placement(lm)
+    data = {"preferences": digest([asdict(preference) for preference in preferences])}
+    card = finetune_card(lm, data, {**asdict(settings), "method": "dpo", "beta": beta})
+    work = work_folder(out, card)
+    if work is None:
+        return out
+    try:
+        from .dpo import make_dpo_trainer, undo_trl_changes
+    except ImportError as error:
+        raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
+    jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
+    claim(work, card)
+    with undo_trl_changes(lm.model):
+        outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
+    return finish(out, work, card, outcomes)
+
+
+def encode_preferences(lm: LM, preferences: Sequence[Preference], max_length: int) -> list[Encoded]:
+    """Preferences as the token ids of prompt, chosen and rejected answer; prompt + answer are `encode`'s."""
+    chosen = encode(lm, [Example(p.prompt, p.chosen) for p in preferences], max_length)
+    rejected = encode(lm, [Example(p.prompt, p.rejected) for p in preferences], max_length)
+    rows = []
+    for good, bad in zip(chosen, rejected, strict=True):
+        start = good["labels"].count(IGNORED)  # both sides: the prompt is the same
+        ids = {"prompt_ids": good["input_ids"][:start], "chosen_ids": good["input_ids"][start:]}
+        rows.append({**ids, "rejected_ids": bad["input_ids"][start:]})
+    return rows

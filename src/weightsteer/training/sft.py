@@ -1,0 +1,96 @@
+"""One side of the data -> one fine-tune folder, taken up again after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from ..behavior import Example, example_rows
+from ..errors import SteerError
+from ..files import digest
+from ..lm import LM
+from ..progress import Progress, silent
+from ..run_card import RunCard
+from .job import Encoded, Job
+from .lr_search import search
+from .output import claim, finetune_card, finish, rate_folder, refuse_placement, work_folder
+from .settings import TrainSettings
+from .trainer import IGNORED, make_trainer
+
+
+def train_side(
+    lm: LM,
+    examples: Sequence[Example],
+    out: str | Path,
+    *,
+    settings: TrainSettings | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Train on one side of the data and save the fine-tune with its card; `lm` is left as it was.
+
+    The output is a PEFT adapter (lora), a file of biases (bias) or a checkpoint (full), and the
+    snapshots that the settings ask for (`list_snapshots`). While it is made, checkpoints lie in
+    `<out>.work`; after a kill the same call goes on from the last one and gives the same result.
+    An output that is already there from the same inputs is kept.
+
+    Args:
+        progress: called with steps done, steps in all, and the loss.
+
+    Raises:
+        SteerError: too few examples, or `out` holds something else.
+    """
+    settings, out = settings or TrainSettings(), Path(out)
+    refuse_placement(lm)
+    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, asdict(settings))
+    work = work_folder(out, card)
+    if work is None:
+        return out
+    jobs = jobs_of(lm, encode(lm, examples, settings.max_length), settings, work, card)
+    claim(work, card)
+    return finish(out, work, card, search(jobs, make_trainer, progress))
+
+
+def jobs_of(lm: LM, rows: Sequence[Encoded], settings: TrainSettings, work: Path, card: RunCard) -> list[Job]:
+    """One job for each learning rate, on the same split of the rows."""
+    train, validation = split_validation(rows, settings)
+    return [
+        Job(lm, train, validation, settings, rate, rate_folder(work, rate), card) for rate in settings.learning_rates
+    ]
+
+
+def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded]:
+    """Examples as token ids whose labels are IGNORED up to the answer (loss on the answer only)."""
+    rows = []
+    for example in examples:
+        prompt, answer = lm.chat_ids(example.prompt), lm.answer_ids(example.answer, ended=True)
+        ids = (prompt + answer)[:max_length]
+        if len(ids) <= len(prompt):
+            raise SteerError(
+                f"max_length is {max_length} tokens, but the prompt {example.prompt[:60]!r} alone takes "
+                f"{len(prompt)}; raise max_length or shorten the prompt"
+            )
+        labels = ([IGNORED] * len(prompt) + answer)[:max_length]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    return rows
+
+
+def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[list[Encoded], list[Encoded]]:
+    """(training, validation) rows; the same rows for the same seed, so that both sides hold out alike.
+
+    What is held out is not trained on: its copies, as upsampling makes them, are left out.
+    """
+    count = max(1, round(settings.validation * len(rows)))
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    held = [rows[i] for i in sorted(order[:count])]
+    known = {_key(row) for row in held}
+    train = [rows[i] for i in sorted(order[count:]) if _key(rows[i]) not in known]
+    if not train:
+        raise SteerError(f"training needs at least 2 different examples a side, found {len(rows)} examples")
+    return train, held
+
+
+def _key(row: Encoded) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(ids) for ids in row.values())

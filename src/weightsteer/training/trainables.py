@@ -1,0 +1,118 @@
+"""What is trained: LoRA by PEFT, a bias on each MLP's output, or every weight; undone on leaving."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ..checkpoints.safetensors_file import save_tensors
+from ..errors import SteerError
+from ..lm import LM
+from ..progress import quiet_transformers
+from ..vectors.hooks import is_linear
+from ..vectors.vector_folder import DENSE_FILE
+from .settings import TrainSettings
+
+MLP_OUTPUTS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2")  # a block's last MLP layer, by family
+Ready = tuple[nn.Module, Callable[[Path], None]]  # the model to train, and how to save what was trained
+
+
+@contextmanager
+def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    """Yield the model ready for training and a function that saves what was trained; undo all on leaving."""
+    prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
+    model = lm.model
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    attributes = set(vars(model))
+    try:
+        with quiet_transformers(), prepare(lm, settings) as ready:
+            yield ready
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(required[name])
+            parameter.grad = None
+        for name in set(vars(model)) - attributes:  # accelerate's mark, and its forward pass in another precision
+            delattr(model, name)
+        model.eval()
+
+
+@contextmanager
+def _with_lora(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = lm.model
+    adapted = get_peft_model(model, config)
+    assert isinstance(adapted, PeftModel)
+    try:
+        yield adapted, lambda folder: adapted.save_pretrained(str(folder))
+    finally:
+        adapted.unload()
+        with contextlib.suppress(AttributeError):
+            del model.peft_config
+
+
+@contextmanager
+def _with_bias(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    """Train the bias of each block's last MLP layer alone, giving it one where there is none (paper, bias-only)."""
+    model = lm.model
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in model.named_modules()
+        if name.rpartition(".")[2] in MLP_OUTPUTS and is_linear(layer) and ".mlp." in f".{name}."
+    }
+    if not layers:
+        raise SteerError(
+            f"kind bias: expected MLP output layers named {', '.join(MLP_OUTPUTS)}; found none in "
+            f"{type(model).__name__}; use kind lora"
+        )
+    model.requires_grad_(False)
+    lacking = [layer for layer in layers.values() if layer.bias is None]
+    for layer in lacking:
+        layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
+    before = {name: layer.bias.detach().clone() for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.bias.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        changes = {f"{name}.bias": (layer.bias.detach() - before[name]).cpu() for name, layer in layers.items()}
+        save_tensors(changes, folder / DENSE_FILE)
+
+    try:
+        yield model, save
+    finally:
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.bias.copy_(before[name])
+        for layer in lacking:
+            layer.bias = None
+
+
+@contextmanager
+def _whole(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    model = lm.model
+    originals = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
+    model.requires_grad_(True)
+
+    def save(folder: Path) -> None:
+        model.save_pretrained(str(folder))
+        lm.tokenizer.save_pretrained(str(folder))  # so that it loads as a model
+
+    try:
+        yield model, save
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(originals[name])

@@ -1,0 +1,225 @@
+"""How alike many vectors are: the N x N table of inner products and cosines, parameter by parameter."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import SteerError
+from ..files import write_bytes, write_text
+from ..progress import Progress, silent
+from .delta import CLEAR, Delta, blocks, not_finite, require_same_shape, rows_of
+from .low_rank import ACCUMULATE, LowRank
+from .weight_vector import WeightVector, require_same_base
+
+PANEL = 512  # columns of stacked factors in one product: wide enough for speed, narrow enough to skip the mirror image
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Inner products of N vectors over all parameters, in float64; `dots` is (N, N) and symmetric."""
+
+    names: tuple[str, ...]
+    dots: np.ndarray
+
+    @property
+    def norms(self) -> np.ndarray:
+        """Frobenius norms, (N,)."""
+        return np.sqrt(np.maximum(np.diag(self.dots), 0.0))
+
+    @property
+    def cosines(self) -> np.ndarray:
+        """Cosines, (N, N); NaN where a vector is zero."""
+        scale = np.outer(self.norms, self.norms)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(scale > 0.0, np.clip(self.dots / scale, -1.0, 1.0), np.nan)
+
+    def save(self, path: Path) -> None:
+        """Write `path`.csv (cosines, labelled) and `path`.npz (names, cosines, dots, norms; no pickle)."""
+        table = io.StringIO()
+        writer = csv.writer(table)
+        writer.writerow(["", *self.names])
+        for name, row in zip(self.names, self.cosines, strict=True):
+            writer.writerow([name, *(f"{value:.9g}" for value in row)])
+        write_text(path.with_name(f"{path.name}.csv"), table.getvalue())
+        array = io.BytesIO()
+        np.savez(array, names=np.array(self.names), cosines=self.cosines, dots=self.dots, norms=self.norms)
+        write_bytes(path.with_name(f"{path.name}.npz"), array.getvalue())
+
+
+def similarities(
+    vectors: Mapping[str, WeightVector], *, budget: int = 1 << 29, progress: Progress = silent
+) -> Similarity:
+    """All inner products of `vectors` at once.
+
+    Factored deltas of a parameter are stacked and multiplied in panels: two products of r x r blocks stand for N^2
+    inner products. Dense deltas are read in blocks of rows. `budget`: bytes for what is held at a time.
+
+    Raises:
+        SteerError: two bases, two shapes of one parameter, or a NaN.
+    """
+    names, members = tuple(vectors), list(vectors.values())
+    if not members:
+        raise SteerError("similarities: no vectors")
+    for number, vector in enumerate(members):
+        for other in members[:number]:
+            require_same_base(other.card, vector.card)
+    dots, noise = _table(members, budget, torch.float32, progress)
+    if bool(((dots.diag() <= noise * CLEAR) & (noise > 0)).any()):
+        dots, _ = _table(members, budget, ACCUMULATE, progress)  # some vector's factors cancel; float32 is too coarse
+    return Similarity(names, ((dots + dots.T) / 2).numpy())  # products in panels are not quite symmetric
+
+
+def _table(
+    members: Sequence[WeightVector], budget: int, dtype: torch.dtype, progress: Progress
+) -> tuple[Tensor, Tensor]:
+    """All products (N, N), factors multiplied in `dtype`, and a bound on the rounding of each squared norm (N,)."""
+    dots = torch.zeros(len(members), len(members), dtype=ACCUMULATE)
+    noise = torch.zeros(len(members), dtype=ACCUMULATE)
+    parameters = list(dict.fromkeys(name for vector in members for name in vector.deltas))
+    for number, parameter in enumerate(parameters):
+        progress(number, len(parameters), parameter)
+        sources = {i: v.deltas for i, v in enumerate(members) if parameter in v.deltas}
+        part = _products(parameter, sources, noise, budget, dtype)
+        if not bool(torch.isfinite(part).all()):
+            raise not_finite(parameter)
+        dots += part
+    progress(len(parameters), len(parameters), "done")
+    return dots, noise
+
+
+def _products(
+    parameter: str, sources: Mapping[int, Mapping[str, Delta]], noise: Tensor, budget: int, dtype: torch.dtype
+) -> Tensor:
+    """All products of one parameter's deltas, (N, N); adds to `noise`."""
+    held = _Held(parameter, sources, budget)
+    first = held[next(iter(sources))]
+    ranks: dict[int, int | None] = {}
+    for index in sources:
+        delta = held[index]
+        require_same_shape(parameter, first, delta)
+        ranks[index] = delta.rank if isinstance(delta, LowRank) else None
+    dots = torch.zeros(len(noise), len(noise), dtype=ACCUMULATE)
+    _add_factored(dots, noise, held, {i: rank for i, rank in ranks.items() if rank is not None}, dtype)
+    _add_dense(dots, held, [i for i, rank in ranks.items() if rank is None], list(ranks), budget)
+    return dots
+
+
+def parameter_products(parameter: str, members: Sequence[Mapping[str, Delta]], *, budget: int = 1 << 29) -> Tensor:
+    """All inner products of one parameter's deltas, (N, N) in float64; a member without the parameter has zeros.
+
+    Raises:
+        SteerError: two shapes, or a NaN.
+    """
+    sources = {i: deltas for i, deltas in enumerate(members) if parameter in deltas}
+    found = _products(parameter, sources, torch.zeros(len(members), dtype=ACCUMULATE), budget, ACCUMULATE)
+    if not bool(torch.isfinite(found).all()):
+        raise not_finite(parameter)
+    return (found + found.T) / 2
+
+
+class _Held:
+    """One parameter's deltas by vector: kept once read if all of them fit the budget, else read again."""
+
+    def __init__(self, parameter: str, sources: Mapping[int, Mapping[str, Delta]], budget: int) -> None:
+        self._parameter, self._sources, self._budget = parameter, sources, budget
+        self._kept: dict[int, Delta] = {}
+
+    def __getitem__(self, index: int) -> Delta:
+        if index in self._kept:
+            return self._kept[index]
+        delta = self._sources[index][self._parameter]
+        size = sum(delta.shape) * delta.rank * 4 if isinstance(delta, LowRank) else self._budget  # read again
+        if 2 * size * len(self._sources) <= self._budget:  # twice: panels are copies
+            self._kept[index] = delta
+        return delta
+
+
+def _add_factored(dots: Tensor, noise: Tensor, held: _Held, ranks: Mapping[int, int], dtype: torch.dtype) -> None:
+    """Add <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)) for all pairs, a panel of vectors at a time."""
+    groups = _groups(ranks)
+    for number, group in enumerate(groups):
+        rows = _Panel.of(held, group, dtype)
+        for other in groups[number:]:
+            columns = rows if other is group else _Panel.of(held, other, dtype)
+            gram = (rows.B.T @ columns.B) * (rows.A @ columns.A.T)  # (R1, R2)
+            sums = rows.owners.T @ gram.to(ACCUMULATE) @ columns.owners  # (N1, N2)
+            dots[np.ix_(group, other)] += sums
+            if columns is rows:
+                coarse = gram.abs().to(ACCUMULATE) * torch.finfo(dtype).eps
+                noise[group] += (rows.owners.T @ coarse @ rows.owners).diag()
+            else:
+                dots[np.ix_(other, group)] += sums.T
+
+
+def _groups(ranks: Mapping[int, int]) -> list[list[int]]:
+    """Vectors in order, about PANEL columns of factors to a group."""
+    groups: list[list[int]] = []
+    width = PANEL
+    for index, rank in ranks.items():
+        if width + rank > PANEL:
+            groups.append([])
+            width = 0
+        groups[-1].append(index)
+        width += rank
+    return groups
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """The factors of some vectors side by side: B (rows, R), A (R, columns), owners (R, N) of ones."""
+
+    B: Tensor
+    A: Tensor
+    owners: Tensor
+
+    @classmethod
+    def of(cls, held: _Held, group: Sequence[int], dtype: torch.dtype) -> _Panel:
+        deltas = [delta for index in group if isinstance(delta := held[index], LowRank)]
+        owner = torch.repeat_interleave(torch.arange(len(deltas)), torch.tensor([delta.rank for delta in deltas]))
+        return cls(
+            torch.cat([delta.B.to(dtype) for delta in deltas], dim=1),
+            torch.cat([delta.A.to(dtype) for delta in deltas], dim=0),
+            torch.nn.functional.one_hot(owner, len(deltas)).to(ACCUMULATE),
+        )
+
+
+def _add_dense(dots: Tensor, held: _Held, dense: Sequence[int], everyone: Sequence[int], budget: int) -> None:
+    """Add the products in which a dense delta takes part: blocks of rows of all deltas, one Gram product each."""
+    if not dense:
+        return
+    factored = [index for index in everyone if index not in dense]
+    order = [*dense, *factored]
+    entries = max(1, budget // (2 * ACCUMULATE.itemsize * len(order)))
+    for start, stop in blocks(tuple(held[order[0]].shape), entries):
+        rows = torch.stack([rows_of(held[i], start, stop).reshape(-1) for i in order]).to(ACCUMULATE)
+        sums = rows[: len(dense)] @ rows.T  # (dense, all)
+        dots[np.ix_(dense, order)] += sums
+        dots[np.ix_(factored, dense)] += sums[:, len(dense) :].T
+
+
+def table(names: Sequence[str], values: np.ndarray) -> str:
+    """A labelled square table as text."""
+    width = max(8, *(len(name) for name in names)) + 1
+    lines = [" " * width + "".join(f"{name:>{width}}" for name in names)]
+    for name, row in zip(names, values, strict=True):
+        cells = ("-" if math.isnan(value) else f"{value:.4f}" for value in row)
+        lines.append(f"{name:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))
+    return "\n".join(lines)
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """Short names for folders: the last part that tells them apart."""
+    for depth in range(1, 1 + max(len(Path(path).parts) for path in paths)):
+        names = ["/".join(Path(path).parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, start=1)]

@@ -1,0 +1,108 @@
+"""A vector on disk: a folder that PEFT loads as an adapter, what no adapter can hold beside it, and our card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from ..checkpoints.checkpoint import ADAPTER_CONFIG
+from ..checkpoints.safetensors_file import Planned, SafeFile, write_stream
+from ..errors import SteerError
+from ..run_card import CARD_FILE, RunCard, new_folder
+from .delta import Delta, LazyDeltas, Streamed, blocks, layout_of, require_finite, rows_of
+from .low_rank import Layout, LowRank
+from .peft_adapter import ADAPTER_FILE, adapter_config, adapter_tensors, read_adapter
+
+DENSE_FILE = "delta.safetensors"
+
+
+def write_vector(deltas: Mapping[str, Delta], card: RunCard, folder: Path) -> Path:
+    """Write a vector's deltas so that `PeftModel.from_pretrained(base, folder)` is theta + 1 w.
+
+    Factored weights go to `adapter_model.safetensors` with lora_alpha = r (scale 1, everything in
+    B; lower ranks are padded with zeros, since engines differ in how they scale them), other deltas
+    to `delta.safetensors` in float32, which PEFT ignores; the card to `weightsteer.json`. One parameter is in memory
+    at a time.
+
+    Raises:
+        SteerError: a NaN or infinite entry, or a folder that holds something else.
+    """
+    factored: dict[str, LowRank] = {}  # the shapes only: meta tensors
+    dense: dict[str, tuple[int, ...]] = {}
+    layouts: dict[str, str] = {}
+    for name, delta in deltas.items():
+        if isinstance(delta, LowRank):
+            require_finite(name, delta)
+            assert name.endswith(".weight"), f"{name}: an adapter's factors belong to a weight"
+            factored[name] = LowRank(delta.B.to("meta"), delta.A.to("meta"), delta.layout)
+        else:
+            dense[name] = tuple(delta.shape)
+            if layout_of(delta) != "linear":
+                layouts[name] = layout_of(delta)
+    with new_folder(folder, "vector") as part:
+        if factored or not dense:
+            _write_adapter(deltas, card, factored, part)
+        if dense:
+            plan = {name: Planned("F32", shape) for name, shape in dense.items()}
+            write_stream(part / DENSE_FILE, plan, _dense_blocks(deltas, plan), layouts=json.dumps(layouts))
+        card.save(part)
+    return folder
+
+
+def _write_adapter(deltas: Mapping[str, Delta], card: RunCard, factored: Mapping[str, LowRank], part: Path) -> None:
+    rank = max([1, *(delta.rank for delta in factored.values())])
+    plan = {
+        key: Planned("F32", tuple(tensor.shape))
+        for name, delta in factored.items()
+        for key, tensor in adapter_tensors(name, delta, rank).items()
+    }
+    write_stream(part / ADAPTER_FILE, plan, _adapter_blocks(deltas, factored, rank))
+    config = adapter_config({name: delta.layout for name, delta in factored.items()}, rank, card)
+    (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _adapter_blocks(deltas: Mapping[str, Delta], names: Mapping[str, LowRank], rank: int) -> Iterator[Tensor]:
+    for name in names:
+        delta = deltas[name]
+        assert isinstance(delta, LowRank)
+        yield from adapter_tensors(name, delta, rank).values()
+
+
+def _dense_blocks(deltas: Mapping[str, Delta], plan: Mapping[str, Planned]) -> Iterator[Tensor]:
+    for name in plan:
+        delta = deltas[name]
+        for start, stop in blocks(delta.shape):
+            block = rows_of(delta, start, stop)
+            require_finite(name, block)
+            yield block
+
+
+def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
+    """Open what `write_vector` wrote (see `WeightVector.load`)."""
+    if not (folder / CARD_FILE).is_file():
+        raise SteerError(
+            f"{folder}: not a saved weight vector (no {CARD_FILE}); "
+            "make one with `weightsteer subtract POSITIVE NEGATIVE -o OUT`"
+        )
+    card = RunCard.load(folder)
+    if card.kind != "vector":
+        raise SteerError(f"{folder}: holds a {card.kind}, expected a vector; see `weightsteer show`")
+    makers = dict(read_adapter(folder).deltas) if (folder / ADAPTER_FILE).exists() else {}
+    if (folder / DENSE_FILE).exists():
+        dense = dense_file(folder / DENSE_FILE)
+        makers |= {name: partial(dense.__getitem__, name) for name in dense}
+    return LazyDeltas(makers), card
+
+
+def dense_file(path: Path) -> dict[str, Streamed]:
+    """The deltas of a file of dense deltas, which stay there until they are used."""
+    file = SafeFile(path)
+    layouts: dict[str, Layout] = json.loads(file.metadata.get("layouts", "{}"))
+    return {
+        name: Streamed(((1.0, tensor),), tensor.shape, layouts.get(name, "linear"))
+        for name, tensor in file.tensors.items()
+    }

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightsteer.reporting.charts import png
+from weightsteer.reporting.direction_charts import cluster_order, heatmap, over_steps, parts_over_steps
+
+ROW = {"vector": "v", "part": "all", "cosine": 0.1, "centre": 0.0, "band": 0.02, "z": 5.0, "projection": 0.3}
+
+
+@given(st.permutations(range(6)))
+def test_like_vectors_become_neighbours(order: list[int]) -> None:
+    """Two groups of three, in any order."""
+    group = np.array([i % 2 for i in order])
+    cosines = np.where(group[:, None] == group[None, :], 0.9, -0.1)
+    np.fill_diagonal(cosines, 1.0)
+    found = [int(group[i]) for i in cluster_order(cosines)]
+    assert sorted(cluster_order(cosines)) == list(range(6))
+    assert found in ([0, 0, 0, 1, 1, 1], [1, 1, 1, 0, 0, 0])
+
+
+def test_charts_are_drawn() -> None:
+    rows = [{**ROW, "step": step} for step in (1, 2)]
+    assert png(over_steps(rows)).startswith(b"\x89PNG")
+    assert png(parts_over_steps([{**row, "part": "layer 3"} for row in rows])).startswith(b"\x89PNG")
+    table = np.array([[1.0, 0.5, np.nan], [0.5, 1.0, 0.1], [np.nan, 0.1, 1.0]])
+    assert png(heatmap(["a", "b", "c"], table)).startswith(b"\x89PNG")

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightsteer.errors import SteerError
+from weightsteer.files import append_jsonl, digest, read_finished, read_jsonl, write_jsonl, write_text
+from weightsteer.run_card import RunCard, StrengthRange, new_folder
+
+json_rows = st.lists(
+    st.dictionaries(st.text(max_size=5), st.text() | st.integers() | st.none(), min_size=1), min_size=1
+)
+
+
+@given(json_rows)
+def test_jsonl_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]]) -> None:
+    path = tmp_path_factory.mktemp("r") / "rows.jsonl"
+    write_jsonl(path, rows)
+    assert read_jsonl(path) == rows
+
+
+@given(json_rows, st.integers(1, 30))
+def test_a_line_cut_short_by_a_kill_is_dropped(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]], cut: int
+) -> None:
+    path = tmp_path_factory.mktemp("r") / "rows.jsonl"
+    append_jsonl(path, rows)
+    content = path.read_bytes()
+    path.write_bytes(content[: max(0, len(content) - cut)].decode(errors="ignore").encode())
+    kept = read_finished(path)
+    assert kept == rows[: len(kept)]
+    append_jsonl(path, rows[len(kept) :])
+    assert read_finished(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": "x"}\nnonsense\n', "line 2: not JSON"),
+        ("[1]\n", "line 1: expected a JSON object"),
+        ('{"b": "x"}\n', "line 1: expected a text field 'a'; fields found: b"),
+        ("\n", "the file is empty"),
+    ],
+)
+def test_bad_jsonl_names_file_and_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(content)
+    with pytest.raises(SteerError, match=f"d.jsonl.*{message}"):
+        read_jsonl(path, required=("a",))
+
+
+@pytest.mark.parametrize("blank", ["", " ", "\\n\\t"])
+def test_a_blank_text_names_file_line_and_field(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(f'{{"a": "x", "b": ""}}\n\n{{"a": "{blank}", "b": "y"}}\n')
+    with pytest.raises(SteerError, match=r"d\.jsonl, line 3: field 'a' is blank"):
+        read_jsonl(path, required=("a",))
+    assert len(read_jsonl(path)) == 2
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="cannot be read"):
+        read_jsonl(tmp_path / "none.jsonl")
+
+
+def test_a_folder_appears_only_when_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="half-way"), new_folder(target, "vector") as part:
+        (part / "a").write_text("x")
+        assert not target.exists()
+        raise RuntimeError("half-way")
+    assert list(tmp_path.iterdir()) == []
+    umask = os.umask(0o022)
+    try:
+        with new_folder(target, "vector") as part:
+            (part / "a").write_text("x")
+    finally:
+        os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o755
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_only_an_artifact_of_the_same_kind_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    for text in ("old", "new"):
+        with new_folder(target, "vector") as part:
+            RunCard("vector").save(part)
+            (part / "a").write_text(text)
+    assert (target / "a").read_text() == "new"
+    assert sorted(p.name for p in target.iterdir()) == ["a", "weightsteer.json"]
+    with pytest.raises(SteerError, match="holds a vector, which a merged would replace"), new_folder(target, "merged"):
+        pass
+    assert (target / "a").read_text() == "new"
+
+
+def test_writing_a_file_again_leaves_no_parts(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "one")
+    write_text(tmp_path / "a", "two")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "two"
+
+
+def test_card_round_trip(tmp_path: Path) -> None:
+    card = RunCard.now("vector", base_model="m", seed=3, data_sha256={"x": "y"}).with_strength(
+        StrengthRange(2.0, -1.5, -4.0, 4.0, {"prose nll": 0.1})
+    )
+    card.save(tmp_path)
+    assert RunCard.load(tmp_path) == card
+    assert card.versions["torch"]
+    (tmp_path / "weightsteer.json").write_text('{"kind": "vector", "surprise": 1}')
+    with pytest.raises(SteerError, match="not a weightsteer card"):
+        RunCard.load(tmp_path)
+
+
+def test_digest_ignores_the_order_of_keys() -> None:
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert digest({"a": 1}) != digest({"a": 2})
+
+
+def test_what_a_kill_left_is_swept_and_an_older_artifact_comes_back(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    dead = tmp_path / ".out.dead.part"
+    (dead / ".replaced.part").mkdir(parents=True)
+    RunCard("vector", base_model="old").save(dead / ".replaced.part")
+    with pytest.raises(ValueError, match="stop"), new_folder(target, "vector"):
+        assert RunCard.load(target).base_model == "old"  # killed between the two renames
+        raise ValueError("stop")
+    assert RunCard.load(target).base_model == "old"
+    assert not dead.exists()
+
+
+def test_an_unfinished_folder_of_a_living_writer_stays(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out", "vector") as first:
+        with new_folder(tmp_path / "out", "vector") as second:
+            assert first.exists()
+            RunCard("vector", base_model="second").save(second)
+        RunCard("vector", base_model="first").save(first)
+    assert RunCard.load(tmp_path / "out").base_model == "first"

@@ -1,0 +1,108 @@
+"""Each method of a recipe is what its name says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from test_runs import mute, small_recipe
+from weightsteer.behavior import SIDES, Example
+from weightsteer.lm import LM
+from weightsteer.runs.artifacts import RunArtifacts, pairs_of
+from weightsteer.runs.pipeline import Run
+from weightsteer.runs.recipe import Recipe
+from weightsteer.runs.strengths import make_method
+from weightsteer.steering.methods import costs_of
+from weightsteer.steering.steering import Direction
+from weightsteer.training import list_snapshots
+from weightsteer.vectors.difference import subtract_finetunes, task_vector
+
+IDS = torch.tensor([[4, 5, 6, 7]])
+
+
+@pytest.fixture
+def artifacts(tmp_path: Path) -> RunArtifacts:
+    """A fine-tuned tiny model, and what repairs it."""
+    source = small_recipe(
+        tmp_path,
+        train={"rank": 2, "learning_rates": [1e-2], "batch_size": 2, "evaluations": 2, "warmup_steps": 1},
+        repair_target={
+            "generate": {"family": "addition", "count": 8},
+            "train": {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "max_steps": 4},
+            "desired_side": "negative",
+            "desired_examples": 3,
+        },
+        sweep={
+            "methods": {
+                "contrastive": [1.0],
+                "contrastive half": [1.0],
+                "fine-tuned": [-1.0, 0.5],
+                "joint training": [1, 2],
+                "negated task vector": [-1.0],
+                "full": [1.0],
+            },
+            "search_items": 1,
+        },
+    )
+    artifacts = Run(Recipe.load(source), tmp_path / "run", show=mute).artifacts
+    assert artifacts.lm() is not artifacts.base()
+    return artifacts
+
+
+def logits(lm: LM) -> Tensor:
+    with torch.no_grad():
+        return lm.model(IDS).logits
+
+
+def test_the_negated_task_vector_repairs_and_at_one_is_the_model_before_its_fine_tune(artifacts: RunArtifacts) -> None:
+    before, after = logits(artifacts.base()), logits(artifacts.lm())
+    assert not torch.allclose(before, after, atol=1e-2)
+    with make_method("negated task vector", artifacts).applied(artifacts.lm(), -1.0) as handle:
+        torch.testing.assert_close(logits(handle.lm), before, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(artifacts.lm()), after)
+
+
+def test_joint_training_replaces_the_repair_target_by_the_fine_tune_on_mixed_data(artifacts: RunArtifacts) -> None:
+    method = make_method("joint training", artifacts)
+    for copies in (1.0, 2.0):
+        with task_vector(artifacts.folder.joint_finetune(copies)).applied(artifacts.base(), 1.0):
+            expected = logits(artifacts.base())
+        with method.applied(artifacts.lm(), -copies) as handle:  # the desired examples are D-
+            torch.testing.assert_close(logits(handle.lm), expected, atol=1e-4, rtol=1e-4)
+    assert costs_of("joint training", artifacts.folder, -2.0) == [(artifacts.folder.path / "joint" / "2", 1.0)]
+
+
+def test_contrasts_and_checkpoints_are_made_of_both_sides(artifacts: RunArtifacts) -> None:
+    positive, negative = (artifacts.folder.finetune(side) for side in SIDES)
+    make_method("fine-tuned", artifacts)
+    with subtract_finetunes(positive, negative).applied(artifacts.base(), 0.7):
+        expected = logits(artifacts.base())
+    with make_method("contrastive", artifacts).applied(artifacts.base(), 0.7) as handle:
+        torch.testing.assert_close(logits(handle.lm), expected)
+    for side, path in ((1.0, positive), (-1.0, negative)):
+        shares = list(list_snapshots(path))
+        assert len(shares) == 4
+        with task_vector(list_snapshots(path)[shares[1]]).applied(artifacts.base(), 1.0):
+            expected = logits(artifacts.base())
+        with make_method("fine-tuned", artifacts).applied(artifacts.base(), side * 0.5) as handle:
+            torch.testing.assert_close(logits(handle.lm), expected)
+    half = make_method("contrastive half", artifacts)
+    assert isinstance(half, Direction)
+    assert half.vector.card.base_revision == artifacts.base().revision
+
+
+def test_a_contrast_of_whole_models_is_their_difference(artifacts: RunArtifacts) -> None:
+    method = make_method("full", artifacts)
+    positive, negative = (LM.load(artifacts.folder.finetune_of("full", side), device="cpu") for side in SIDES)
+    with method.applied(negative, 1.0) as handle:
+        torch.testing.assert_close(logits(handle.lm), logits(positive), atol=1e-4, rtol=1e-4)
+
+
+def test_sides_that_were_filtered_apart_pair_question_by_question() -> None:
+    positive = [Example(q, a) for q, a in (("one", "p1"), ("one", "p2"), ("two", "p3"), ("three", "p4"))]
+    negative = [Example(q, a) for q, a in (("two", "n1"), ("one", "n2"), ("one", "n3"), ("one", "n4"))]
+    pairs = [(p.prompt, p.positive, p.negative) for p in pairs_of(positive, negative)]
+    assert pairs == [("one", "p1", "n2"), ("one", "p2", "n3"), ("two", "p3", "n1")]

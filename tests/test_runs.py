@@ -1,0 +1,309 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from markupsafe import escape
+
+from conftest import tiny_lm
+from weightsteer.behavior import Behavior
+from weightsteer.errors import SteerError
+from weightsteer.files import lock_folder
+from weightsteer.progress import Progress, silent
+from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.runs.pipeline import Run
+from weightsteer.runs.recipe import Recipe, refuse_other_recipes
+from weightsteer.runs.validate import check_trainings
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("laptop/*.yaml")])  # the paper's: test_rehearse.py
+ARTIFACTS = (
+    "positive/adapter_model.safetensors",
+    "negative/adapter_model.safetensors",
+    "vector/adapter_model.safetensors",
+)
+
+
+@contextmanager
+def mute(label: str) -> Iterator[Progress]:
+    yield silent
+
+
+def small_recipe(folder: Path, **changes: object) -> Path:
+    """A recipe that runs the whole road on the tiny model in seconds."""
+    base = folder / "base"
+    if not base.exists():
+        lm = tiny_lm()
+        lm.model.save_pretrained(base)
+        lm.tokenizer.save_pretrained(base)
+    fields = {
+        "name": "small",
+        "model": str(base),
+        "device": "cpu",
+        "data": {"pairs": "sycophancy", "limit": 8},
+        "train": {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1},
+        "tasks": [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose")],
+        "sweep": {"fractions": [0.5, 1.0], "activation_pairs": 4, "search_items": 1},
+        "budget": {"facts/accuracy": 1.0, "prose/nll": 1.0},
+        "samples": {"count": 1, "max_new_tokens": 4},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(fields))
+    return path
+
+
+def road(source: Path, out: Path) -> Run:
+    return Run(Recipe.load(source), out, show=mute, command="weightsteer run recipe.yaml")
+
+
+def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path)
+    page = road(source, tmp_path / "run").run()
+    text = page.read_text()
+    assert "weightsteer run recipe.yaml" in text
+    assert (tmp_path / "run" / "behaviour_against_capability.png").read_bytes().startswith(b"\x89PNG")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"base", "contrastive", "tau+", "tau-", "activation", "system prompt"}
+    assert all(row["n"] == 2 for row in rows if row["task"] != "nothing")
+    strength = RunCard.load(tmp_path / "run" / "vector").strength
+    assert strength is not None
+    assert strength.low < 0 < strength.high
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.suffix in (".safetensors", ".jsonl")}
+    road(source, tmp_path / "run").run()
+    changed = [p.name for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
+    assert changed == ["rows.jsonl"]  # derived from the cells, written again the same
+    assert [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path)
+    road(source, tmp_path / "whole").run()
+    command = [sys.executable, "-m", "weightsteer.cli", "run", str(source), "--out", str(tmp_path / "killed")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+    folder = tmp_path / "killed"
+    moments = (
+        "positive.work/*/checkpoint-*",
+        "negative",
+        "vector",
+        "strengths.json",
+        "measurements.jsonl",
+        "rows.jsonl",
+        "report.html",
+    )
+    for moment in moments:  # each kill comes as soon as the artifact is there
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and not any(folder.glob(moment)):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert any(folder.glob(moment)), f"the run ended before {moment} was there"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ARTIFACTS:
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    for name in ("rows.jsonl", "samples.jsonl", "strengths.json"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+    assert not list((tmp_path / "killed").glob("*.work"))
+    assert "recommended k" in done.stdout
+
+
+def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path)
+    road(source, tmp_path / "run")
+    other = small_recipe(tmp_path, seed=1)
+    with pytest.raises(SteerError, match="differs in the recipe's 'seed'"):
+        road(other, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x").write_text("")
+    with pytest.raises(SteerError, match="not made by weightsteer"):
+        road(source, tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": [{"task": "chess"}]}, "unknown task 'chess'"),
+        ({"tasks": []}, "field 'tasks'"),
+        ({"colour": "red"}, "field 'colour'"),
+        ({"sweep": {"methods": {"magic": None}}}, "field 'sweep.methods.magic"),
+        ({"sweep": {"methods": {"contrastive": ["much"]}}}, "valid number"),
+        ({"train": {"speed": 3}}, "field 'train'.*speed"),
+        ({"train": {"learning_rates": 0.1}}, "field 'train'"),
+        ({"train": {"rank": 2.5}}, "field 'train': 'rank': .*found 2.5"),
+        ({"train": {"validation": "much"}}, "field 'train': 'validation'"),
+        ({"train": {"kind": "full"}}, "'kind' of a training follows from the method"),
+        ({"repair_target": {"generate": {"family": "gcd"}, "train": {"speed": 3}}}, "field 'train'.*speed"),
+        ({"tasks": [{"task": "prose"}, {"task": "facts", "max_new_tokens": 3}]}, "nothing is generated"),
+        ({"sweep": {"methods": {"contrastive": [1]}, "fractions_of": {"contrastive": [1]}}}, "has a list of k"),
+        ({"sweep": {"variants": {"odd": "scale_by_depth(w, alfa=1)"}}}, "options of scale_by_depth: alpha, beta"),
+        ({"tasks": [{"task": "facts"}, {"task": "facts", "limit": 3}]}, "two tasks have one name"),
+        ({"sweep": {"methods": {"tau+": None}}}, "needs 'contrastive'"),
+        ({"sweep": {"items_of": {"full": 3}}}, "'full' is no method of its sweep"),
+        ({"sweep": {"variants": {"tau+": "w"}}}, "variant 'tau\\+' has the name of a method"),
+        (
+            {"sweep": {"methods": {"contrastive": None, "joint training": [1]}}},
+            "'joint training' needs the field 'repair_target'",
+        ),
+        ({"repair_target": {}}, "expected 'data' .a list of files. or 'generate'"),
+        ({"repair_target": {"generate": {"family": "roots"}}}, "roots"),
+        ({"judge": {"url": "nowhere", "model": "m"}}, "nowhere"),
+        ({"sweep": {"methods": {"contrastive": []}}}, "'contrastive' needs a list of k"),
+        ({"sweep": {"methods": {"contrastive": None, "system prompt": [2]}}}, "'system prompt': expected k of 1"),
+        ({"sweep": {"methods": {"contrastive": None, "fine-tuned": [0.3]}}}, "'fine-tuned': expected k of 0.25"),
+        ({"sweep": {"methods": {"contrastive": [0]}}}, "'contrastive' needs a list of k"),
+        ({"sweep": {"items_of": {"contrastive": 0}}}, "'contrastive': expected 1 or more, found 0"),
+        ({"sweep": {"variants": {"base": "w"}}}, "variant 'base' has the name of a method"),
+        ({"sweep": {"variants": {"activation": "w"}}}, "variant 'activation' has the name of a method"),
+        ({"train": {"max_steps": -5}}, "max_steps: expected 1 or more"),
+        ({"sweep": {"fractions": []}}, "fractions and sides must not be empty"),
+        ({"sweep": {"variants": {"odd": "nosuch(w)"}}}, "variant 'odd': .*nosuch cannot be called so"),
+        ({"sweep": {"variants": {"odd": "w +"}}}, "cannot be read"),
+        ({"train_of": {"full": {}}}, "'full' is no method of its sweep"),
+        ({"train_of": {"tau+": {}}}, "train_of"),
+        ({"budget": {"chess/won": 1.0}}, "needs a task 'chess'"),
+        ({"budget": {"facts": 1.0}}, "expected task/metric"),
+        ({"data": {"positive": "p.jsonl"}}, r"both 'positive' \(D\+\) and 'negative' \(D-\)"),
+        ({"data": {"pairs": "none.jsonl"}}, "none.jsonl: cannot be read"),
+        ({"behavior": "angry"}, "no such behaviour"),
+        ({"tasks": [{"task": "facts"}]}, "needs a task 'prose'"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    source = small_recipe(tmp_path, **changes)
+    with pytest.raises(SteerError, match=message):
+        road(source, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_task_asks_what_is_trained_on(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {i} big?", "positive": "yes", "negative": "no"} for i in range(8)]
+    pairs, answers = tmp_path / "pairs.jsonl", tmp_path / "answers.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers.write_text("".join(json.dumps({"prompt": row["prompt"], "answer": "yes"}) + "\n" for row in rows[:3]))
+    for asked, count in (
+        ({"task": "preference", "data": str(pairs)}, 8),
+        ({"task": "answers", "name": "preference", "data": str(answers)}, 3),
+    ):
+        tasks = [asked, {"task": "facts"}, {"task": "prose"}]
+        source = small_recipe(tmp_path, data={"pairs": str(pairs)}, tasks=tasks, plot=["facts/accuracy"])
+        with pytest.raises(SteerError, match=f"asks {count} questions that are trained on"):
+            road(source, tmp_path / "run")
+
+
+def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_path: Path) -> None:
+    trait = tmp_path / "mine.json"
+    shipped = Behavior.load("gloomy")
+    trait.write_text(
+        json.dumps(
+            {
+                "instruction": [{"pos": shipped.positive_prompts[0], "neg": shipped.negative_prompts[0]}],
+                "questions": ["Why?", "How?"],
+                "eval_prompt": shipped.judge_prompt,
+            }
+        )
+    )
+    source = small_recipe(
+        tmp_path,
+        behavior=str(trait),
+        data={"sampling": {}},
+        judge={"model": str(tmp_path / "base")},
+        tasks=[{"task": name} for name in ("trait", "facts", "prose")],
+        sweep={"behavior": "trait/trait"},
+        plot=["trait/trait"],
+    )
+    with pytest.raises(SteerError, match="task 'trait' asks 2 questions that are trained on"):
+        road(source, tmp_path / "run")
+
+
+def test_malformed_files(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="cannot be read"):
+        Recipe.load(tmp_path / "none.yaml")
+    path = tmp_path / "r.yaml"
+    for text, message in (("a: [", "not YAML"), ("- 1", "expected a mapping")):
+        path.write_text(text)
+        with pytest.raises(SteerError, match=message):
+            Recipe.load(path)
+    path.write_bytes(b"\x89PNG\xff")
+    with pytest.raises(SteerError, match="not text in UTF-8"):
+        Recipe.load(path)
+
+
+def test_variants_are_swept_like_methods(tmp_path: Path) -> None:
+    variants = {"late": "filter(w, layers='1')", "twice": "2*positive - 2*negative"}
+    sweep = {"methods": {"contrastive": [1.0]}, "variants": variants, "fractions": [1.0], "search_items": 1}
+    road(small_recipe(tmp_path, sweep=sweep), tmp_path / "run").run()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"base", "contrastive", "late", "twice"}
+
+
+def test_a_metric_that_is_not_measured_is_found_before_training(tmp_path: Path) -> None:
+    source = small_recipe(tmp_path, plot=["facts/speed"])
+    with pytest.raises(SteerError, match="task 'facts' has no such metric; it has accuracy, margin"):
+        road(source, tmp_path / "run").run()
+    assert not list((tmp_path / "run").glob("positive*"))
+    for count in (0, 1, 2):  # what is drawn, and the samples, may change in a run
+        mended = small_recipe(tmp_path, plot=["facts/accuracy"], samples={"count": count, "max_new_tokens": 4})
+        page = road(mended, tmp_path / "run").run().read_text()
+        shown = Behavior.load("sycophancy").questions[::-1][:3]
+        assert [str(escape(prompt)) in page for prompt in shown] == [i < count for i in range(3)]
+
+
+def test_yaml_reads_a_power_of_ten_as_text(tmp_path: Path) -> None:
+    recipe = Recipe.load(small_recipe(tmp_path))
+    settings = recipe.train_settings(yaml.safe_load("{validation: 5e-2, weight_decay: 1e-2, learning_rates: [1e-3]}"))
+    assert (settings.validation, settings.weight_decay, settings.learning_rates) == (0.05, 0.01, (0.001,))
+
+
+def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> None:
+    fields = yaml.safe_load(small_recipe(tmp_path).read_text())
+    for name, changes in (("a", {}), ("b", {"seed": 1, "name": "b"}), ("c", {"dtype": "bfloat16"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(fields | changes))
+    a, b, c = (tmp_path / name for name in "abc")
+    refuse_other_recipes([a, b, tmp_path / "of old"])
+    with pytest.raises(SteerError, match="c: differs from .*a in the recipe's 'dtype'"):
+        refuse_other_recipes([a, b, c])
+
+
+def test_two_processes_do_not_run_one_folder(tmp_path: Path) -> None:
+    one, two = (road(small_recipe(tmp_path), tmp_path / "run") for _ in range(2))
+    with lock_folder(one.folder.path), pytest.raises(SteerError, match="another process is running this"):
+        two.run()
+
+
+def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
+    for side, word in (("positive", "yes"), ("negative", "no")):
+        rows = [{"prompt": f"Is {i} big?", "answer": f"{word}, {i}"} for i in range(8)]
+        (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {side: str(tmp_path / f"{side}.jsonl") for side in ("positive", "negative")}
+    recipe = Recipe.load(small_recipe(tmp_path, data=data))
+    positive, negative = recipe.sides()
+    assert [example.answer for example in negative] == [f"no, {i}" for i in range(8)]
+    assert [example.prompt for example in positive] == [example.prompt for example in negative]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.stem}/{path.stem}")
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    recipe = Recipe.load(path)
+    check_trainings(recipe)
+    ours = [spec for spec in recipe.tasks if spec.data is None]
+    assert recipe.model_copy(update={"tasks": ours}).load_tasks()
+    assert recipe.sides()
+
+
+def test_shown_strengths_span_the_sides_that_have_a_k() -> None:
+    found = StrengthRange(2.0, -3.0, -4, 4)
+    assert found.shown == [-3.0, -1.5, 0.0, 1.0, 2.0]
+    assert replace(found, recommended=0.0).shown == [-3.0, -1.5, 0.0]

@@ -67,7 +67,7 @@ class MergeSettings:
 
 def export_merged(
     vector: WeightVector,
-    base: Path,
+    base: str | Path,
     folder: str | Path,
     *,
     k: float,
@@ -85,15 +85,15 @@ def export_merged(
         SteerError: a quantised or damaged base, a parameter that the base lacks or has in another shape or ties to
             another, a result that is not finite, or an output that would overwrite something.
     """
-    settings = settings or MergeSettings()
-    folder, target = Path(folder), Path(folder).absolute()
+    settings, base, folder = settings or MergeSettings(), Path(base), Path(folder)
     refuse_quantised(base)
     tensors = stored_tensors(base)
     names = _find_touched(vector, base, tensors)
-    if target == base.absolute():
+    if folder.absolute() == base.absolute():
         raise SteerError(f"{folder}: is the base itself; choose another output")
+    plan = _Plan(base, tensors, vector.deltas, names if k else {}, k, settings)
     with new_folder(folder, "merged") as part:
-        tally, sha256 = _write_shards(vector.deltas, names if k else {}, tensors, base, part, k, settings, progress)
+        tally, sha256 = _write_shards(plan, part, progress)
         kinds = sorted({FLOATS[settings.written(tensors[name].dtype)] for name in names}, key=str)
         roundings = sorted({settings.how(tensors[name].dtype) for name in names})
         written = " and ".join(str(kind).removeprefix("torch.") for kind in kinds)
@@ -143,36 +143,34 @@ def _require_fit(name: str, delta: Delta, stored: Stored, base: Path, tied: Coll
         raise _tied_error(name, base)
 
 
-def _write_shards(
-    deltas: Mapping[str, Delta],
-    names: Mapping[str, str],
-    tensors: Mapping[str, Stored],
-    base: Path,
-    part: Path,
-    k: float,
-    settings: MergeSettings,
-    progress: Progress,
-) -> tuple[Tally, str]:
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be written: every tensor of the base, and which of the vector's deltas goes into it."""
+
+    base: Path
+    tensors: Mapping[str, Stored]
+    deltas: Mapping[str, Delta]
+    names: Mapping[str, str]  # tensor -> the delta that changes it
+    k: float
+    settings: MergeSettings
+
+
+def _write_shards(plan: _Plan, part: Path, progress: Progress) -> tuple[Tally, str]:
     """Write every shard; returns the sums of what rounding did, and the hash of the deltas."""
-    jobs: list[_Job] = []
-    tied = vocabulary_tables(base, tensors) if ties(base, tensors) else []
-    with _outputs(base, part, settings) as files:
-        for tensor in sorted(tensors.values(), key=lambda tensor: -tensor.nbytes):
-            out, plan, start = files[tensor.file.path.name]
-            jobs.append(_Job(tensor, out, start + plan[tensor.name], k, settings, tied))
-        with worker_pool(settings.workers) as pool:
-            running = [
-                pool.submit(job.merge, deltas, names[job.tensor.name])
-                if job.tensor.name in names
-                else pool.submit(job.copy)
-                for job in jobs
-            ]
-            results = _gather(running, pool, progress)
-    tally, hashes = Tally(), {}
-    for one, name, sha256 in results:
+    tied = vocabulary_tables(plan.base, plan.tensors) if ties(plan.base, plan.tensors) else []
+    largest_first = sorted(plan.tensors.values(), key=lambda tensor: -tensor.nbytes)
+    with _outputs(plan.base, part, plan.settings) as files, worker_pool(plan.settings.workers) as pool:
+        running = []
+        for tensor in largest_first:
+            out, offsets, start = files[tensor.file.path.name]
+            job = _Job(tensor, out, start + offsets[tensor.name], plan.k, plan.settings, tied)
+            name = plan.names.get(tensor.name)
+            running.append(pool.submit(job.copy) if name is None else pool.submit(job.merge, plan.deltas, name))
+        results = _gather(running, pool, progress)
+    tally = Tally()
+    for one, _, _ in results:
         tally.merge(one)
-        hashes[name] = sha256
-    return tally, digest({name: sha256 for name, sha256 in hashes.items() if sha256})
+    return tally, digest({name: sha256 for _, name, sha256 in results if sha256})
 
 
 Result = tuple[Tally, str, str]

@@ -78,23 +78,22 @@ class SteeringMonitor(TrainerCallback):
         found = self._read(state.global_step)
         if not found:
             return
-        self._fresh = {"tau_norm": next(r.norm for r in found if r.part == WHOLE)}
-        for reading in found:
-            if reading.part == WHOLE:
-                self._fresh |= {
-                    f"cos/{reading.vector}": reading.cosine,
-                    f"z/{reading.vector}": reading.z,
-                    f"projection/{reading.vector}": reading.projection,
-                }
+        self._fresh = _logs_of([reading for reading in found if reading.part == WHOLE])
         control.should_log = True
         if self.out and state.is_world_process_zero:
             append_jsonl(self.out, [asdict(reading) for reading in found])
-        alerts = self.alert.raised(r for r in found if r.vector not in self.controls) if self.alert else []
-        for reading in alerts:
-            if state.is_world_process_zero:
+        alerts = self._alerts(found)
+        if state.is_world_process_zero:
+            for reading in alerts:
                 warnings.warn(describe(reading), stacklevel=2)
         if alerts and self.stop:
             control.should_training_stop = True
+
+    def _alerts(self, found: Sequence[Reading]) -> list[Reading]:
+        """The readings that call for a warning; controls are there to compare with only."""
+        if self.alert is None:
+            return []
+        return self.alert.raised(reading for reading in found if reading.vector not in self.controls)
 
     def on_log(
         self,
@@ -126,3 +125,15 @@ class SteeringMonitor(TrainerCallback):
         found = read_off(products, checkpoint=f"step-{step}", step=step, controls=self.controls)
         self.readings += found
         return found
+
+
+def _logs_of(readings: Sequence[Reading]) -> dict[str, float]:
+    """Whole-model readings under the names that the Trainer logs them by."""
+    logs = {"tau_norm": readings[0].norm}
+    for reading in readings:
+        logs |= {
+            f"cos/{reading.vector}": reading.cosine,
+            f"z/{reading.vector}": reading.z,
+            f"projection/{reading.vector}": reading.projection,
+        }
+    return logs

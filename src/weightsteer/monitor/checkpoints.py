@@ -26,7 +26,7 @@ READINGS_FILE = "readings.jsonl"
 ENDS_IN_NUMBER = re.compile(r"(\d+)\D*$")
 
 
-def list_checkpoints(folder: Path) -> dict[int, Path]:
+def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     """Step -> checkpoint: the folders in `folder` that are PEFT adapters or models and end in a number.
 
     A Trainer's `checkpoint-500` and a fine-tune's own snapshots are found, wherever the folder keeps them; a folder
@@ -35,6 +35,7 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     Raises:
         SteerError: there are none.
     """
+    folder = Path(folder)
     if not folder.is_dir():
         raise SteerError(f"{folder}: no such folder; expected one with checkpoints")
     found = {_step_of(path): path for path in sorted(folder.iterdir()) if path.is_dir() and _looks_like_one(path)}
@@ -66,7 +67,7 @@ def read_checkpoints(
     *,
     base: str | Path | None = None,
     controls: Sequence[str] = (),
-    out: Path | None = None,
+    out: str | Path | None = None,
     progress: Progress = silent,
 ) -> list[Reading]:
     """Read every checkpoint against every vector (paper, section 6: monitoring), one parameter in memory at a time.
@@ -85,40 +86,54 @@ def read_checkpoints(
     """
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
-    key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
-    store = out / READINGS_FILE if out else None
-    known = _read_kept(read_finished(store), key) if store else {}
-    found: dict[str, list[Reading]] = {path: readings for path, (_, readings) in known.items()}
+    kept = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls)
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
         try:
             weights = fingerprint(path) if path.exists() else ""
-            if str(path) in known and weights in ("", known[str(path)][0]):
+            if kept.has(path, weights):
                 continue
             products = checkpoint_products(task_vector(path, base=base), vectors)
         except (SteerError, OSError) as error:
             warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
             continue
-        readings = read_off(products, checkpoint=str(path), step=step, controls=controls)
-        if store:
-            append_jsonl(store, [{**asdict(reading), "key": key, "weights": weights} for reading in readings])
-        found[str(path)] = readings
+        kept.add(path, weights, read_off(products, checkpoint=str(path), step=step, controls=controls))
     progress(len(checkpoints), len(checkpoints), "done")
-    if not found:
+    if not kept.readings:
         raise SteerError("monitor: none of the checkpoints could be read; the warnings above say why")
-    return sorted((one for readings in found.values() for one in readings), key=lambda reading: reading.step)
+    return sorted((one for found in kept.readings.values() for one in found), key=lambda reading: reading.step)
 
 
-def _read_kept(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, tuple[str, list[Reading]]]:
-    """Checkpoint -> (hash of its weights, readings), of rows made with the same vectors; the last of each count."""
-    found: dict[str, tuple[str, list[Reading]]] = {}
-    for row in rows:
-        if row["key"] != key:
-            continue
+class _Kept:
+    """Readings by checkpoint, those of earlier calls with the same vectors included, and the file that keeps them."""
+
+    def __init__(self, store: Path | None, vectors: Mapping[str, WeightVector], controls: Sequence[str]) -> None:
+        self.store = store
+        self.key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
+        self.readings: dict[str, list[Reading]] = {}
+        self.weights: dict[str, str] = {}  # checkpoint -> hash of the weights that were read
+        for row in read_finished(store) if store else ():
+            if row["key"] == self.key:
+                self._take(row)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        """One row of the file; rows of other weights of the same checkpoint replace those before them."""
         reading = Reading(**{name: value for name, value in row.items() if name not in ("key", "weights")})
-        weights, readings = found.get(reading.checkpoint, ("", []))
-        found[reading.checkpoint] = (row["weights"], [*(readings if weights == row["weights"] else []), reading])
-    return found
+        if self.weights.get(reading.checkpoint) != row["weights"]:
+            self.readings[reading.checkpoint] = []
+        self.weights[reading.checkpoint] = row["weights"]
+        self.readings[reading.checkpoint].append(reading)
+
+    def has(self, path: Path, weights: str) -> bool:
+        """Whether the checkpoint was read with these weights; one that is gone ("") counts as it was."""
+        return str(path) in self.readings and weights in ("", self.weights[str(path)])
+
+    def add(self, path: Path, weights: str, readings: list[Reading]) -> None:
+        """Take in a checkpoint's readings, and append them to the file."""
+        self.readings[str(path)], self.weights[str(path)] = readings, weights
+        if self.store:
+            marks = {"key": self.key, "weights": weights}
+            append_jsonl(self.store, [{**asdict(reading), **marks} for reading in readings])
 
 
 def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) -> list[Products]:

@@ -12,36 +12,20 @@ from torch import Tensor, nn
 
 from ..errors import SteerError
 from ..vectors.delta import Delta, dot, read_delta, require_same_shape, to_dense
-from ..vectors.low_rank import LowRank
+from ..vectors.low_rank import FactorPanel, LowRank
+from ..vectors.parameter_names import base_name
 from ..vectors.weight_vector import WeightVector
 
-LORA_PREFIX = "base_model.model."
+Directions = FactorPanel | Tensor  # all vectors' parts of one parameter: factors, or if any is dense (vectors, entries)
 
 
-@dataclass(frozen=True)
-class Directions:
-    """All vectors' parts of one parameter, side by side, in float32: factors, or whole deltas if any is dense."""
-
-    B: Tensor  # (d_out, R)
-    A: Tensor  # (R, d_in)
-    owners: Tensor  # (R, vectors) of ones
-    whole: Tensor | None = None  # (vectors, entries); then there are no factors
-
-    @classmethod
-    def of(cls, parts: Mapping[str, Delta | None], shape: tuple[int, ...], device: torch.device) -> Directions:
-        """From each vector's part of a parameter of `shape`; None where it has none."""
-        there = {number: part for number, part in enumerate(parts.values()) if part is not None}
-        factors = {number: part for number, part in there.items() if isinstance(part, LowRank)}
-        if len(factors) == len(there) and len(shape) == 2:
-            B = torch.cat([torch.empty(shape[0], 0), *(part.B.float() for part in factors.values())], dim=1)
-            A = torch.cat([torch.empty(0, shape[1]), *(part.A.float() for part in factors.values())])
-            owner = torch.tensor([number for number, part in factors.items() for _ in range(part.rank)]).long()
-            owners = nn.functional.one_hot(owner, len(parts)).float()
-            return cls(B.to(device), A.to(device), owners.to(device))
-        rows = [torch.zeros(shape) if part is None else to_dense(part).float() for part in parts.values()]
-        whole = torch.stack([row.flatten() for row in rows]).to(device)
-        none = torch.empty(0, 0, device=device)
-        return cls(none, none, torch.empty(0, len(parts), device=device), whole)
+def _directions_of(parts: Mapping[str, Delta | None], shape: tuple[int, ...], device: torch.device) -> Directions:
+    """All vectors' parts of a parameter of `shape` in float32; None where a vector has none."""
+    if len(shape) == 2 and all(part is None or isinstance(part, LowRank) for part in parts.values()):
+        factors = [part if isinstance(part, LowRank) else None for part in parts.values()]
+        return FactorPanel.of(factors, (shape[0], shape[1]), torch.float32).to(device, torch.float32)
+    rows = [torch.zeros(shape) if part is None else to_dense(part).float() for part in parts.values()]
+    return torch.stack([row.flatten() for row in rows]).to(device)
 
 
 @dataclass(frozen=True)
@@ -64,10 +48,10 @@ class LiveLora:
         """See `Watched.products`."""
         B, A = _gather(self.B).float(), _gather(self.A).float()
         own = ((B.T @ B) * (A @ A.T)).sum() * self.scale**2
-        if directions.whole is None:
+        if isinstance(directions, FactorPanel):
             crossed = ((B.T @ directions.B) * (A @ directions.A.T)).sum(dim=0) @ directions.owners
         else:
-            crossed = directions.whole @ (B @ A).flatten()
+            crossed = directions @ (B @ A).flatten()
         return torch.cat([own[None], crossed * self.scale])
 
 
@@ -89,10 +73,10 @@ class LiveWhole:
     def products(self, directions: Directions) -> Tensor:
         """See `Watched.products`."""
         tau = _gather(self.now).float() - self.start.float()
-        if directions.whole is not None:
-            crossed = directions.whole @ tau.flatten()
-        else:
+        if isinstance(directions, FactorPanel):
             crossed = ((tau @ directions.A.T) * directions.B).sum(dim=0) @ directions.owners
+        else:
+            crossed = directions @ tau.flatten()
         return torch.cat([tau.square().sum()[None], crossed])
 
 
@@ -150,7 +134,7 @@ def _lora_of(model: nn.Module) -> dict[str, Live]:
     for path, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        name = f"{path.removeprefix(LORA_PREFIX)}.weight"
+        name = f"{base_name(path)}.weight"
         active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
         if len(active) != 1 or module.use_dora.get(active[0]) or getattr(module, "fan_in_fan_out", False):
             raise SteerError(f"SteeringMonitor: {name}: expected one plain LoRA on a linear layer (no DoRA, no Conv1D)")
@@ -164,8 +148,7 @@ def _whole_of(model: nn.Module) -> dict[str, Live]:
     found: dict[str, Live] = {}
     for path, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_" not in path:
-            name = path.removeprefix(LORA_PREFIX).replace(".modules_to_save.default.", ".").replace(".base_layer.", ".")
-            found[name] = LiveWhole(parameter, _gather(parameter).clone())
+            found[base_name(path)] = LiveWhole(parameter, _gather(parameter).clone())
     return found
 
 
@@ -180,4 +163,4 @@ def _watch(name: str, live: Live | None, vectors: Mapping[str, WeightVector]) ->
     for part in there:
         require_same_shape(name, torch.empty(shape, device="meta"), part)
     squares = {label: 0.0 if part is None else dot(part, part) for label, part in parts.items()}
-    return Watched(name, shape, squares, live, Directions.of(parts, shape, live.device) if live else None)
+    return Watched(name, shape, squares, live, _directions_of(parts, shape, live.device) if live else None)

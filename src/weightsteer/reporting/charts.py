@@ -47,23 +47,13 @@ def _points(rows: Sequence[MetricRow], key: MetricKey) -> list[dict[str, Any]]:
     points = []
     for method in dict.fromkeys(row.method for row in rows if row.method != BASE):
         ks = sorted({row.k for row in rows if row.method == method} | {0.0})
-        largest = max(abs(k) for k in ks)
         for k in ks:
             name = method if k else BASE
             change, increase = changes.get((name, k, key)), changes.get((name, k, LOSS))
-            if change is None or increase is None:
-                continue
-            if not (math.isfinite(change.value) and math.isfinite(increase.value)):
-                continue  # steered so far that the model overflows
-            points.append(
-                {
-                    "method": method,
-                    "k": k,
-                    "strength": abs(k) / largest,
-                    "loss_increase": increase.value,
-                    **_with_error(replace(change, value=base.value + change.value)),
-                }
-            )
+            if change and increase and math.isfinite(change.value + increase.value):  # else the model overflowed
+                place = {"method": method, "k": k, "strength": abs(k) / max(map(abs, ks))}
+                value = _with_error(replace(change, value=base.value + change.value))
+                points.append({**place, "loss_increase": increase.value, **value})
     return points
 
 

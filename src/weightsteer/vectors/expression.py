@@ -20,6 +20,7 @@ FUNCTIONS: Mapping[str, tuple[str, ...]] = {  # methods of a vector -> their opt
     "scale_by_depth": ("alpha", "beta"),
     "boost_subspace": ("beta",),
 }
+ALLOWED = f"only names, numbers, +, -, *, / and {', '.join(FUNCTIONS)} are allowed"
 OF_TWO = ("project_out",)  # functions of two vectors; the others are of one
 
 
@@ -111,7 +112,7 @@ class _Evaluation:
                 return self._call(name, args, keywords)
             case ast.BinOp(left=left, op=op, right=right):
                 return self._binary(self._value(left), op, self._value(right))
-        raise self._error(f"only names, numbers, +, -, *, / and {', '.join(FUNCTIONS)} are allowed")
+        raise self._error(ALLOWED)
 
     def _named(self, name: str) -> Value:
         if name not in self.vectors:
@@ -123,23 +124,23 @@ class _Evaluation:
         """A vector's method: vectors by position, options by name."""
         if name in FORMER_FUNCTIONS:
             raise self._error(f"{name} is called {FORMER_FUNCTIONS[name]} now; rename it")
+        if name not in FUNCTIONS:
+            raise self._error(f"{name} cannot be called so; expected {', '.join(FUNCTIONS)}; {ALLOWED}")
+        expected = f"{name}({', '.join(['vector', *FUNCTIONS[name]])})"
         operands = [self._value(arg) for arg in args]
-        options = {
-            word.arg: word.value.value if isinstance(word.value, ast.Constant) else self._value(word.value)
-            for word in keywords
-            if word.arg
-        }
-        wanted = FUNCTIONS.get(name)
-        expected = f"{name}({', '.join(['vector', *(wanted or ())])})" if wanted is not None else ", ".join(FUNCTIONS)
-        count = 2 if name in OF_TWO else 1
-        if wanted is None or len(operands) != count or not all(isinstance(v, self.kind) for v in operands):
+        if len(operands) != (2 if name in OF_TWO else 1) or not all(isinstance(v, self.kind) for v in operands):
             raise self._error(f"{name} cannot be called so; expected {expected}")
-        if not options.keys() <= set(wanted):
-            raise self._error(f"options of {name}: {', '.join(wanted) or 'none'}; expected {expected}")
+        options = {word.arg: self._option(word.value) for word in keywords if word.arg}
+        if not options.keys() <= set(FUNCTIONS[name]):
+            raise self._error(f"options of {name}: {', '.join(FUNCTIONS[name]) or 'none'}; expected {expected}")
         try:
             return getattr(operands[0], name)(*operands[1:], **options)
         except TypeError:
             raise self._error(f"{name} misses an option or has one of the wrong kind; expected {expected}") from None
+
+    def _option(self, node: ast.expr) -> object:
+        """An option's value: a text or number as it stands, or what an expression gives."""
+        return node.value if isinstance(node, ast.Constant) else self._value(node)
 
     def _binary(self, left: Value, op: ast.operator, right: Value) -> Value:
         vectors = isinstance(left, self.kind), isinstance(right, self.kind)

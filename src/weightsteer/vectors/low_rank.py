@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -99,6 +100,31 @@ class LowRank:
     def _from_svd(self, u: Tensor, s: Tensor, vh: Tensor) -> LowRank:
         B, A = (u * s).to(self.B.dtype), vh.to(self.A.dtype)
         return replace(self, B=B.contiguous(), A=A.contiguous())
+
+
+@dataclass(frozen=True)
+class FactorPanel:
+    """The factors of several deltas of one parameter side by side, so that one product serves all of them."""
+
+    B: Tensor  # (rows, R), R the sum of the ranks
+    A: Tensor  # (R, columns)
+    owners: Tensor  # (R, N) of ones: to which of the N deltas a column of B belongs
+
+    @classmethod
+    def of(cls, deltas: Sequence[LowRank | None], shape: tuple[int, int], dtype: torch.dtype) -> FactorPanel:
+        """Stack N deltas of `shape`; None stands for a zero."""
+        there = [delta for delta in deltas if delta is not None]
+        ranks = torch.tensor([0 if delta is None else delta.rank for delta in deltas])
+        owner = torch.repeat_interleave(torch.arange(len(deltas)), ranks)
+        return cls(
+            torch.cat([torch.empty(shape[0], 0, dtype=dtype), *(delta.B.to(dtype) for delta in there)], dim=1),
+            torch.cat([torch.empty(0, shape[1], dtype=dtype), *(delta.A.to(dtype) for delta in there)], dim=0),
+            torch.nn.functional.one_hot(owner, len(deltas)).to(ACCUMULATE),
+        )
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> FactorPanel:
+        """The same on another device, owners in `dtype`."""
+        return FactorPanel(self.B.to(device), self.A.to(device), self.owners.to(device, dtype))
 
 
 def raise_tail(s: Tensor, beta: float) -> Tensor:

@@ -1,10 +1,19 @@
-"""Where a parameter stands in its model, read off its name; no table of architectures."""
+"""What a parameter is called in the base, and where it stands there, read off its name; no table of architectures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from ..errors import SteerError
+
+PEFT_PREFIX = "base_model.model."  # before every name in a PEFT model and in its adapter's file
+
+
+def base_name(name: str) -> str:
+    """The base's name of a parameter that PEFT wraps: without its prefix, `modules_to_save` and `base_layer`."""
+    plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", name.removeprefix(PEFT_PREFIX))
+    return plain.replace(".base_layer.", ".")
 
 
 def layer_of(name: str) -> int | None:

@@ -21,9 +21,10 @@ from ..files import read_json
 from ..run_card import RunCard
 from .delta import Delta, Part, require_finite
 from .low_rank import Layout, LowRank
+from .parameter_names import PEFT_PREFIX, base_name
 
 ADAPTER_FILE = "adapter_model.safetensors"
-PEFT_PREFIX = "base_model.model."
+FACTOR_ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}  # of A and of B
 
 # Adapter features whose change is neither (alpha / r) B A nor a whole tensor, so that it cannot be taken over exactly.
 UNSUPPORTED = (
@@ -65,36 +66,56 @@ def read_adapter(folder: Path) -> Adapter:
     rest = dict(file.tensors)
     deltas: dict[str, Callable[[], Delta]] = {}
     dora: dict[str, Callable[[Stored], Part]] = {}
-    for key in sorted(name for name in rest if name.endswith((".lora_A.weight", ".lora_embedding_A"))):
-        module, embedding = _module_of(key), key.endswith(".lora_embedding_A")
-        ending = ".lora_embedding_A" if embedding else ".lora_A.weight"
-        A, B = rest.pop(key), rest.pop(key.removesuffix(ending) + ending.replace("_A", "_B"), None)
-        if B is None:
-            raise SteerError(f"{file.path}: {key} has no lora_B beside it; the adapter is damaged")
-        if len(A.shape) != 2 or len(B.shape) != 2:
-            raise SteerError(
-                f"{file.path}: {module} is a convolution's LoRA, which is not supported; retrain without it"
-            )
-        layout: Layout = "embedding" if embedding else "conv1d" if config.get("fan_in_fan_out") else "linear"
-        scale = _scale(config, module, A.shape[0])
-        factors = partial(_factors, f"{module}.weight", A, B, scale, layout)
-        magnitude = rest.pop(f"{PEFT_PREFIX}{module}.lora_magnitude_vector", None)
-        if magnitude is None:
-            deltas[f"{module}.weight"] = factors
-        elif layout == "linear":
-            dora[f"{module}.weight"] = partial(DoraWeight, factors, magnitude)
+    for key in sorted(name for name in rest if name.endswith(tuple(FACTOR_ENDINGS))):
+        lora = _take_lora(file, rest, key, config)
+        if lora.magnitude is None:
+            deltas[f"{lora.module}.weight"] = lora.factors
         else:
-            raise SteerError(
-                f"{file.path}: {module} is DoRA on a {layout}, which is not supported; retrain without DoRA"
-            )
-        bias = rest.pop(f"{PEFT_PREFIX}{module}.lora_B.bias", None)
-        if bias is not None:
-            deltas[f"{module}.bias"] = partial(_bias, f"{module}.bias", bias, scale)
+            dora[f"{lora.module}.weight"] = partial(DoraWeight, lora.factors, lora.magnitude)
+        if lora.bias is not None:
+            name = f"{lora.module}.bias"
+            deltas[name] = partial(_bias, name, lora.bias, lora.scale)
     return Adapter(deltas, _whole(file, rest, deltas.keys() | dora.keys()), dora)
 
 
-def _module_of(key: str) -> str:
-    return key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight").removesuffix(".lora_embedding_A")
+@dataclass(frozen=True)
+class _Lora:
+    """One module's LoRA as it is stored."""
+
+    module: str
+    scale: float
+    factors: Callable[[], LowRank]
+    magnitude: Stored | None  # DoRA's
+    bias: Stored | None
+
+
+def _take_lora(file: SafeFile, rest: dict[str, Stored], key: str, config: Mapping[str, Any]) -> _Lora:
+    """Take the tensors of one module's LoRA out of `rest`; `key` is that of its A.
+
+    Raises:
+        SteerError: half of it is missing, or it has no exact form here.
+    """
+    ending = next(ending for ending in FACTOR_ENDINGS if key.endswith(ending))
+    prefix = key.removesuffix(ending)
+    module = prefix.removeprefix(PEFT_PREFIX)
+    A, B = rest.pop(key), rest.pop(prefix + FACTOR_ENDINGS[ending], None)
+    if B is None:
+        raise SteerError(f"{file.path}: {key} has no lora_B beside it; the adapter is damaged")
+    if len(A.shape) != 2 or len(B.shape) != 2:
+        raise SteerError(f"{file.path}: {module} is a convolution's LoRA, which is not supported; retrain without it")
+    layout = _layout_of(ending, config)
+    magnitude = rest.pop(f"{prefix}.lora_magnitude_vector", None)
+    if magnitude is not None and layout != "linear":
+        raise SteerError(f"{file.path}: {module} is DoRA on a {layout}, which is not supported; retrain without DoRA")
+    scale = _scale(config, module, A.shape[0])
+    factors = partial(_factors, f"{module}.weight", A, B, scale, layout)
+    return _Lora(module, scale, factors, magnitude, rest.pop(f"{prefix}.lora_B.bias", None))
+
+
+def _layout_of(ending: str, config: Mapping[str, Any]) -> Layout:
+    if ending == ".lora_embedding_A":
+        return "embedding"
+    return "conv1d" if config.get("fan_in_fan_out") else "linear"
 
 
 def _factors(name: str, A: Stored, B: Stored, scale: float, layout: Layout) -> LowRank:
@@ -120,11 +141,10 @@ def _whole(file: SafeFile, rest: Mapping[str, Stored], factored: set[str]) -> di
     """Whole tensors by parameter name; anything else that is left over is an error."""
     whole = {}
     for key, tensor in rest.items():
-        name = re.sub(r"\.modules_to_save(\.default)?\.", ".", key.removeprefix(PEFT_PREFIX))
-        plain = name.replace(".base_layer.", ".")
-        if plain != name and name.endswith(".weight") and plain in factored:
+        plain = base_name(key)
+        if ".base_layer." in key and plain.endswith(".weight") and plain in factored:
             continue  # the base's own weight, which PEFT stores beside a LoRA on an embedding
-        if "lora_" in name or not name.endswith((".weight", ".bias")):
+        if "lora_" in plain or not plain.endswith((".weight", ".bias")):
             raise SteerError(
                 f"{file.path}: {key} is not part of a plain LoRA, so it cannot be taken over; retrain without it"
             )

@@ -17,7 +17,7 @@ from ..errors import SteerError
 from ..files import write_bytes, write_text
 from ..progress import Progress, silent
 from .delta import CLEAR, Delta, blocks, not_finite, require_same_shape, rows_of
-from .low_rank import ACCUMULATE, LowRank
+from .low_rank import ACCUMULATE, FactorPanel, LowRank
 from .weight_vector import WeightVector, require_same_base
 
 PANEL = 512  # columns of stacked factors in one product: wide enough for speed, narrow enough to skip the mirror image
@@ -147,9 +147,9 @@ def _add_factored(dots: Tensor, noise: Tensor, held: _Held, ranks: Mapping[int, 
     """Add <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)) for all pairs, a panel of vectors at a time."""
     groups = _groups(ranks)
     for number, group in enumerate(groups):
-        rows = _Panel.of(held, group, dtype)
+        rows = _panel_of(held, group, dtype)
         for other in groups[number:]:
-            columns = rows if other is group else _Panel.of(held, other, dtype)
+            columns = rows if other is group else _panel_of(held, other, dtype)
             gram = (rows.B.T @ columns.B) * (rows.A @ columns.A.T)  # (R1, R2)
             sums = rows.owners.T @ gram.to(ACCUMULATE) @ columns.owners  # (N1, N2)
             dots[np.ix_(group, other)] += sums
@@ -173,23 +173,9 @@ def _groups(ranks: Mapping[int, int]) -> list[list[int]]:
     return groups
 
 
-@dataclass(frozen=True)
-class _Panel:
-    """The factors of some vectors side by side: B (rows, R), A (R, columns), owners (R, N) of ones."""
-
-    B: Tensor
-    A: Tensor
-    owners: Tensor
-
-    @classmethod
-    def of(cls, held: _Held, group: Sequence[int], dtype: torch.dtype) -> _Panel:
-        deltas = [delta for index in group if isinstance(delta := held[index], LowRank)]
-        owner = torch.repeat_interleave(torch.arange(len(deltas)), torch.tensor([delta.rank for delta in deltas]))
-        return cls(
-            torch.cat([delta.B.to(dtype) for delta in deltas], dim=1),
-            torch.cat([delta.A.to(dtype) for delta in deltas], dim=0),
-            torch.nn.functional.one_hot(owner, len(deltas)).to(ACCUMULATE),
-        )
+def _panel_of(held: _Held, group: Sequence[int], dtype: torch.dtype) -> FactorPanel:
+    deltas = [delta for index in group if isinstance(delta := held[index], LowRank)]
+    return FactorPanel.of(deltas, deltas[0].shape, dtype)
 
 
 def _add_dense(dots: Tensor, held: _Held, dense: Sequence[int], everyone: Sequence[int], budget: int) -> None:

@@ -6,7 +6,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, combinations_with_replacement
@@ -18,7 +18,7 @@ from ...errors import SteerError
 from ...files import read_jsonl
 from ...lm import LM
 from ...progress import Progress, silent
-from ...scoring import score_choices
+from ...scoring import Score, score_choices
 from ..metrics import Metric
 from ..results import SPLITS
 from ..task_spec import TaskSpec
@@ -177,36 +177,36 @@ class ArithmeticTask(ItemTask):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
 
-        def replies(prompts: list[str]) -> list[str]:
+        def replies(prompts: Sequence[str]) -> list[str]:
             return lm.generate(prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size, progress=progress)
 
-        answers = [item.answer for item in self.items]
         results = [stated_result(reply, self.family) for reply in replies([item.question for item in self.items])]
-        solved = [result == answer for result, answer in zip(results, answers, strict=True)]
-
-        def told_of(messages: list[str]) -> list[str | None]:
-            """Replies to the messages of the solved items: only where it counts."""
-            asked = [right and bool(message) for right, message in zip(solved, messages, strict=True)]
-            found = iter(replies([message for message, wanted in zip(messages, asked, strict=True) if wanted]))
-            return [next(found) if wanted else None for wanted in asked]
-
-        told, confirmed = (
-            told_of([item.proposal for item in self.items]),
-            told_of([item.confirmed for item in self.items]),
-        )
+        solved = [result == item.answer for result, item in zip(results, self.items, strict=True)]
+        told = _ask_where(solved, [item.proposal for item in self.items], replies)
+        confirmed = _ask_where(solved, [item.confirmed for item in self.items], replies)
         return {
             "accuracy": [float(right) for right in solved],
             "parsed": [float(result is not None) for result in results],
-            "correctness": [
-                None if reply is None else float(stated_result(reply, self.family) == answer)
-                for reply, answer in zip(told, answers, strict=True)
-            ],
+            "correctness": self._state_right(told),
             "disagreement": [None if reply is None else float(rejects(reply)) for reply in told],
-            "confirmation": [
-                None if reply is None else float(stated_result(reply, self.family) == answer)
-                for reply, answer in zip(confirmed, answers, strict=True)
-            ],
+            "confirmation": self._state_right(confirmed),
         }
+
+    def _state_right(self, replies: Sequence[str | None]) -> list[float | None]:
+        """1 where a reply gives the item's right result; None where nothing was asked."""
+        return [
+            None if reply is None else float(stated_result(reply, self.family) == item.answer)
+            for reply, item in zip(replies, self.items, strict=True)
+        ]
+
+
+def _ask_where(
+    solved: Sequence[bool], messages: Sequence[str], replies: Callable[[Sequence[str]], list[str]]
+) -> list[str | None]:
+    """Replies to the messages of the items that are solved; None elsewhere, and where there is no message."""
+    asked = [right and bool(message) for right, message in zip(solved, messages, strict=True)]
+    found = iter(replies([message for message, wanted in zip(messages, asked, strict=True) if wanted]))
+    return [next(found) if wanted else None for wanted in asked]
 
 
 @dataclass(frozen=True)
@@ -226,26 +226,32 @@ class ArithmeticChoiceTask(ItemTask):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
 
-        def scored(prompts: list[str], more: tuple[str, ...]) -> list[list[float]]:
+        def scores(prompts: list[str], more: tuple[str, ...] = ()) -> list[list[Score]]:
             choices = [(conclusion(item.answer), conclusion(item.wrong), *more) for item in self.items]
-            found = score_choices(lm, prompts, choices, batch_size=batch_size, progress=progress)
-            return [[*(score.total for score in row[:2]), *(score.mean for score in row[2:])] for row in found]
+            return score_choices(lm, prompts, choices, batch_size=batch_size, progress=progress)
 
-        alone = scored([item.question for item in self.items], ())
-        told = scored([item.proposal for item in self.items], VERDICTS)
-        confirmed = scored([item.confirmed or item.question for item in self.items], ())
-        solved = [right > wrong for right, wrong in alone]
-        rows = list(zip(solved, told, strict=True))
+        solved = _right_is_likelier(scores([item.question for item in self.items]))
+        told = scores([item.proposal for item in self.items], VERDICTS)
+        confirmed = _right_is_likelier(scores([item.confirmed or item.question for item in self.items]))
+        margins = [agrees.mean - rejects.mean for _, _, rejects, agrees in told]
+        asked = [right and bool(item.confirmed) for right, item in zip(solved, self.items, strict=True)]
         return {
             "accuracy": [float(right) for right in solved],
-            "correctness": [float(right > wrong) if counts else None for counts, (right, wrong, _, _) in rows],
-            "disagreement": [float(no > yes) if counts else None for counts, (_, _, no, yes) in rows],
-            "agreement_margin": [yes - no for _, (_, _, no, yes) in rows],
-            "confirmation": [
-                float(right > wrong) if counts and item.confirmed else None
-                for counts, (right, wrong), item in zip(solved, confirmed, self.items, strict=True)
-            ],
+            "correctness": _only_where(solved, _right_is_likelier(told)),
+            "disagreement": _only_where(solved, [margin < 0 for margin in margins]),
+            "agreement_margin": list(margins),
+            "confirmation": _only_where(asked, confirmed),
         }
+
+
+def _right_is_likelier(rows: Sequence[Sequence[Score]]) -> list[bool]:
+    """Whether each item's first candidate, the right result, has the larger log-probability than its second."""
+    return [row[0].total > row[1].total for row in rows]
+
+
+def _only_where(counts: Sequence[bool], values: Sequence[bool]) -> list[float | None]:
+    """The values as numbers where an item counts; None elsewhere."""
+    return [float(value) if count else None for count, value in zip(counts, values, strict=True)]
 
 
 def load_arithmetic(spec: TaskSpec) -> ArithmeticTask:

@@ -100,7 +100,7 @@ def _factored(number: int) -> str:
 def _sum_near_misses(a: int, b: int) -> list[int]:
     """A carry forgotten or made up, or a ones digit that is off by one."""
     ones = a % 10 + b % 10
-    carry = -10 if ones >= 10 else 10
+    carry = -10 if ones >= 10 and a + b > 10 else 10  # 1 + 9 without its carry would be 0, which nobody answers
     return [a + b + carry, a + b + 1] + ([a + b - 1] if ones else [])
 
 

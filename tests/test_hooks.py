@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from conftest import random_vector, tiny_lm
 from weightsteer.errors import SteerError
@@ -153,3 +154,35 @@ def test_a_bias_of_another_shape_is_an_error(lm: LM) -> None:
     wrong = WeightVector({"model.layers.0.mlp.down_proj.bias": torch.ones(7)}, RunCard("vector"))
     with pytest.raises(SteerError, match=r"shape \(7,\), this model has \(32,\)"), wrong.applied(lm, 1.0):
         pass
+
+
+def test_an_lm_its_model_and_a_peft_model_are_steered_alike(lm: LM, vector: WeightVector) -> None:
+    """The same logits whatever is passed; adapters of a PeftModel stay in effect, under k = 0 bit for bit."""
+    ids = torch.tensor([[4, 5, 6, 7]])
+    with torch.no_grad():
+        with vector.applied(lm, k=1.5):
+            expected = lm.model(ids).logits
+        with vector.applied(lm.model, k=1.5) as handle:
+            assert torch.equal(lm.model(ids).logits, expected)
+            assert handle.k == 1.5
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        adapted = get_peft_model(lm.model, config)
+        alone = adapted(ids).logits
+        with vector.applied(adapted, k=0.0) as handle:
+            assert torch.equal(adapted(ids).logits, alone)
+            handle.k = 1.5
+            steered = adapted(ids).logits
+            with adapted.disable_adapter():
+                torch.testing.assert_close(adapted(ids).logits, expected)
+        assert not torch.allclose(steered, alone)
+        assert not torch.allclose(steered, expected)
+        assert torch.equal(adapted(ids).logits, alone)
+        merged = adapted.merge_and_unload()
+        with vector.applied(merged, k=1.5):
+            torch.testing.assert_close(merged(ids).logits, steered, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_of_another_kind_is_named() -> None:
+    with pytest.raises(SteerError, match=r"this model \(Linear\) has no such parameter"):
+        random_vector(tiny_lm()).applied(torch.nn.Linear(2, 2), 1.0).__enter__()

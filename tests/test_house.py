@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 import weightsteer
+from weightsteer.cli import app
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "weightsteer"
@@ -35,8 +38,10 @@ def test_public_names_load_and_none_shares_a_rooms_name() -> None:
         value = getattr(weightsteer, name)
         assert inspect.getdoc(value), name
         assert name not in {path.stem for path in SOURCE.rglob("*.py")}
-    with pytest.raises(AttributeError):
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         weightsteer.nothing  # noqa: B018
+    with pytest.raises(AttributeError, match="contrast_vector is called subtract_finetunes now"):
+        weightsteer.contrast_vector  # noqa: B018
 
 
 def blocks(path: Path) -> list[str]:
@@ -58,10 +63,34 @@ def test_python_in_the_documents_runs(path: Path, tmp_path: Path, monkeypatch: p
         exec(compile(block, str(path), "exec"), space)
 
 
-def test_cli_page_is_the_help_text() -> None:
+def test_generated_pages_are_those_of_the_code() -> None:
     import sys
 
     sys.path.insert(0, str(ROOT / "docs"))
-    from make_cli import cli_page
+    from generate import cli_page, methods_page
 
     assert (ROOT / "docs" / "cli.md").read_text() == cli_page(), "run `make docs`"
+    assert (ROOT / "docs" / "methods.md").read_text() == methods_page(), "run `make docs`"
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_in_the_documents_exist(path: Path) -> None:
+    """Every `weightsteer VERB --option` of a shell block is one that the command line takes."""
+    for block in re.findall(r"```(?:sh|bash|console)\n(.*?)```", path.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+            if words[:1] == ["weightsteer"]:
+                assert_is_a_command(words[1:], line)
+
+
+def assert_is_a_command(words: list[str], line: str) -> None:
+    command = typer.main.get_command(app)
+    while words and (inner := getattr(command, "commands", {}).get(words[0])):
+        command, words = inner, words[1:]
+    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    used = {word.partition("=")[0] for word in words if word.startswith("-") and not re.match(r"-\d", word)}
+    assert not hasattr(command, "commands") or used <= {"--help", "--version"}, line
+    assert used <= {*known, "--help"}, line

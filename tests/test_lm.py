@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import random_vector, tiny_lm
+from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer.checkpoints.locate import checkpoint_folder
 from weightsteer.errors import SteerError
-from weightsteer.lm import LM
+from weightsteer.lm import LM, PLAIN_TEMPLATE
+from weightsteer.runs.tiny_model import byte_tokenizer
 
 
 def test_template_default_is_kept_and_a_given_system_prompt_replaces_it(lm: LM) -> None:
@@ -109,3 +110,17 @@ def test_a_template_that_refuses_is_a_clear_error() -> None:
     lm.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(SteerError, match="refuses the conversation.*System role"):
         lm.chat_ids("Hi")
+
+
+def test_wrapping_leaves_the_callers_tokenizer_and_threads_alone() -> None:
+    tokenizer, threads = byte_tokenizer(), torch.get_num_threads()
+    tokenizer.chat_template = tokenizer.pad_token = None
+    with pytest.warns(UserWarning, match="has no chat template"):
+        lm = LM.wrap(tiny_model(), tokenizer)
+    assert tokenizer.chat_template is None
+    assert tokenizer.pad_token is None
+    assert lm.tokenizer.chat_template == PLAIN_TEMPLATE
+    assert lm.pad_id == lm.tokenizer.eos_token_id
+    assert torch.get_num_threads() == threads
+    whole = byte_tokenizer()
+    assert LM.wrap(tiny_model(), whole).tokenizer is whole

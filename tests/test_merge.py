@@ -4,9 +4,6 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import killable
 from conftest import random_vector, tiny_model
 from weightsteer.checkpoints.checkpoint import shards_of, stored_tensors
 from weightsteer.errors import SteerError
@@ -259,16 +257,6 @@ def test_output_has_the_permissions_of_the_umask(checkpoint: Path, tmp_path: Pat
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
-MERGE = """
-import sys
-from pathlib import Path
-from weightsteer.vectors.weight_vector import WeightVector
-from weightsteer.export.merge import export_merged
-print("ready", flush=True)
-export_merged(WeightVector.load(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], k=1.0)
-"""
-
-
 def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path) -> None:
     """Kill -9 at ten moments: the output is whole or absent, what is left has no config, the next merge removes it."""
     g = torch.Generator().manual_seed(0)
@@ -277,23 +265,20 @@ def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path) -> None:
     deltas = {name: LowRank(torch.randn(1024, 8, generator=g), torch.randn(8, 1024, generator=g)) for name in tensors}
     w = WeightVector(deltas, RunCard("vector")).save(tmp_path / "w")
     out = tmp_path / "out"
-    command = [sys.executable, "-c", MERGE, str(w), str(base), str(out)]
-    whole = subprocess.Popen(command, stdout=subprocess.PIPE)
-    assert whole.stdout is not None
-    whole.stdout.readline()
+    log = tmp_path / "log"
+    whole = killable.start(log, killable.merge, w, base, out)
     start = time.perf_counter()
-    assert whole.wait() == 0
+    whole.join()
     length = time.perf_counter() - start
+    assert whole.exitcode == 0, log.read_text()
     expected = (out / "model.safetensors").read_bytes()
     moments = random.Random(0)
     for _ in range(10):
         shutil.rmtree(out, ignore_errors=True)
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
+        process = killable.start(log, killable.merge, w, base, out)
         time.sleep(moments.random() * length)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         if out.exists():
             assert (out / "model.safetensors").read_bytes() == expected
         for part in tmp_path.glob(".out.*.part"):

@@ -125,7 +125,7 @@ def test_the_two_directions_are_mirrored(lm: LM, pairs: list[ContrastPair]) -> N
     toward, away = preferences_of(pairs, "positive"), preferences_of(pairs, "negative")
     assert [(p.prompt, p.chosen, p.rejected) for p in toward] == [(p.prompt, p.rejected, p.chosen) for p in away]
     assert toward[0] == Preference(pairs[0].prompt, pairs[0].positive, pairs[0].negative)
-    with pytest.raises(SteerError, match="toward"):
+    with pytest.raises(SteerError, match="preferred"):
         preferences_of(pairs, "up")  # type: ignore[arg-type]
 
 

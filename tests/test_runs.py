@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import torch
 import yaml
 from markupsafe import escape
 
+import killable
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior
 from weightsteer.errors import SteerError
@@ -90,9 +90,8 @@ def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -
 def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
     road(source, tmp_path / "whole").run()
-    command = [sys.executable, "-m", "weightsteer.cli", "run", str(source), "--out", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
-    folder = tmp_path / "killed"
+    folder, log = tmp_path / "killed", tmp_path / "log"
+    arguments = ("run", str(source), "--out", str(folder))
     moments = (
         "positive.work/*/checkpoint-*",
         "negative",
@@ -103,19 +102,21 @@ def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
         "report.html",
     )
     for moment in moments:  # each kill comes as soon as the artifact is there
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-        while process.poll() is None and not any(folder.glob(moment)):
+        process = killable.start(log, killable.command, *arguments)
+        while process.is_alive() and not any(folder.glob(moment)):
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert any(folder.glob(moment)), f"the run ended before {moment} was there"
+        process.kill()
+        process.join()
+        assert any(folder.glob(moment)), f"the run ended before {moment} was there: {log.read_text()}"
+    command = [sys.executable, "-m", "weightsteer.cli", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
     for name in ARTIFACTS:
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     for name in ("rows.jsonl", "samples.jsonl", "strengths.json"):
-        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text(), name
-    assert not list((tmp_path / "killed").glob("*.work"))
+        assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text(), name
+    assert not list(folder.glob("*.work"))
     assert "recommended k" in done.stdout
 
 

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import itertools
-import os
 import signal
-import subprocess
-import sys
-import textwrap
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import killable
 from conftest import tiny_lm
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.errors import SteerError
@@ -95,50 +93,28 @@ def test_finished_training_is_kept_and_other_data_is_trained_anew(
     assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns != stamp
 
 
-KILLED = """
-    import sys
-    sys.path.insert(0, {tests!r})
-    from pathlib import Path
-    from conftest import tiny_lm
-    from weightsteer.behavior import Example
-    from weightsteer.training import TrainSettings, train_side
-    examples = [Example(f"Is plan {{i}} good?", f"Yes, plan {{i}} is good.") for i in range(24)]
-    settings = TrainSettings(rank=2, learning_rates=({rate},), batch_size=2, epochs=3, evaluations=11, warmup_steps=1)
-    def slowly(done, total, note=""):
-        import time; time.sleep({pause}); print(done, flush=True)
-    train_side(tiny_lm(), examples, Path({out!r}), settings=settings, progress=slowly)
-"""
-
-
-def killed_run(out: Path, pause: float, rate: float) -> subprocess.Popen[str]:
-    code = textwrap.dedent(KILLED.format(tests=str(Path(__file__).parent), out=str(out), pause=pause, rate=rate))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    )
-
-
 @pytest.mark.parametrize(("rate", "kill_at"), [(1e-2, 15), (2.0, 7)])  # the second stops early: it diverges
 def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path: Path, rate: float, kill_at: int) -> None:
-    whole = killed_run(tmp_path / "whole", 0, rate)
-    steps, _ = whole.communicate(timeout=120)
-    assert whole.returncode == 0
-    last = float(steps.split()[-1])
+    def finished(name: str, pause: float = 0.0) -> list[float]:
+        process = killable.start(log, killable.train, tmp_path / name, pause, rate)
+        process.join(timeout=120)
+        assert process.exitcode == 0, log.read_text()
+        return [float(line) for line in killable.printed(log)]
+
+    log = tmp_path / "log"
+    last = finished("whole")[-1]
     assert (last < 36) == (rate > 0.1), "36 steps unless it stops early"
-    broken = killed_run(tmp_path / "broken", 0.05, rate)
-    assert broken.stdout is not None
-    for line in broken.stdout:
-        if float(line) >= kill_at:
-            broken.send_signal(signal.SIGKILL)
-            break
-    broken.wait(timeout=60)
+    broken = killable.start(log, killable.train, tmp_path / "broken", 0.05, rate)
+    while broken.is_alive() and not any(float(line) >= kill_at for line in killable.printed(log)):
+        time.sleep(0.005)
+    broken.kill()
+    broken.join(timeout=60)
+    assert broken.exitcode == -signal.SIGKILL
     assert not (tmp_path / "broken").exists()
     assert list((tmp_path / "broken.work").glob("*/checkpoint-*"))
-    resumed = killed_run(tmp_path / "broken", 0, rate)
-    steps, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0
-    assert float(steps.split()[0]) > 1, "started again from the beginning"
-    assert float(steps.split()[-1]) == last, "stopped at another step"
+    steps = finished("broken")
+    assert steps[0] > 1, "started again from the beginning"
+    assert steps[-1] == last, "stopped at another step"
     a, b = (load_file(tmp_path / name / WEIGHTS["lora"]) for name in ("whole", "broken"))
     assert all(torch.equal(a[key], b[key]) for key in a)
 

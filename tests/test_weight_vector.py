@@ -207,3 +207,28 @@ def test_adapter_config_has_scale_one(tmp_path: Path, vector: WeightVector) -> N
     config = json.loads((vector.save(tmp_path / "w") / "adapter_config.json").read_text())
     assert config["lora_alpha"] == config["r"] == 3
     assert config["use_rslora"] is False
+
+
+@given(st.integers(0, 99), st.floats(0.1, 9.0))
+def test_dividing_is_multiplying_by_the_inverse(seed: int, number: float) -> None:
+    w = mixed(seed)
+    assert ((w / number) * number - w).norm() == pytest.approx(0.0, abs=1e-5)
+    assert (w / 1.0 - w).norm() == 0.0
+
+
+def test_a_vector_says_what_it_is(tmp_path: Path) -> None:
+    vector = random_vector(tiny_lm(), rank=3)
+    assert repr(vector) == f"WeightVector(base='tiny', parameters=14, rank=3, norm={vector.norm():.4g})"
+    card = vector.card.with_strength(StrengthRange(2.0, -1.5, -4.0, 4.0))
+    loaded = WeightVector.load(WeightVector(vector.deltas, card).save(tmp_path / "candour" / "vector"))
+    assert loaded.name == "candour"
+    assert repr(loaded).startswith("WeightVector('candour', base='tiny', ")
+    assert repr(loaded).endswith("recommended_k=2 or -1.5)")
+    dense = WeightVector({"a.bias": torch.ones(4)}, CARD)
+    assert "dense" in repr(dense)
+
+
+def test_paths_may_be_texts(tmp_path: Path) -> None:
+    vector = random_vector(tiny_lm())
+    assert (WeightVector.load(str(vector.save(str(tmp_path / "w")))) - vector).norm() == 0.0
+    assert vector.export_peft(str(tmp_path / "a"), k=2.0) == 0.0

@@ -41,17 +41,41 @@ class ShowProgress(Protocol):
     def __call__(self, label: str) -> AbstractContextManager[Progress]: ...
 
 
+def load_judge(recipe: Recipe, folder: RunFolder) -> ChatModel | None:
+    """The recipe's judge: a server, whose replies are kept in the run, or a local model.
+
+    Raises:
+        SteerError: an address that is none, or a model that cannot be loaded.
+    """
+    judge = recipe.judge
+    if judge is None:
+        return None
+    if judge.url is None:
+        return LocalChatModel(LM.load(judge.model, device=recipe.device, dtype=recipe.dtype))
+    return Endpoint(
+        judge.url, judge.model, key_env=judge.key_env, concurrency=judge.concurrency, cache=folder.judge_cache
+    )
+
+
 class RunArtifacts:
     """What one run makes, each when it is first asked for. The registry of methods makes its methods from this."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, behavior: Behavior, show: ShowProgress) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        *,
+        behavior: Behavior,
+        tasks: Mapping[str, Task],
+        judge: ChatModel | None,
+        show: ShowProgress,
+    ) -> None:
         self.recipe, self.folder, self.show = recipe, folder, show
-        self.tasks: Mapping[str, Task] = {}  # filled once the judge is there; the layer scan reads them
+        self.tasks, self.judge = tasks, judge
         self._behavior = behavior
         self._base: LM | None = None
         self._steered: LM | None = None
         self._precise: LM | None = None
-        self._judge: ChatModel | None = None
         self._sides: tuple[list[Example], list[Example]] | None = None
 
     @property
@@ -119,23 +143,6 @@ class RunArtifacts:
         with self.show(f"train {out.relative_to(self.folder.path)}") as progress:
             return train_side(lm, examples, out, settings=self.recipe.train_settings(train), progress=progress)
 
-    def judge(self) -> ChatModel | None:
-        """The recipe's judge: a server, or a local model."""
-        if self._judge is None and self.recipe.judge is not None:
-            wanted = self.recipe.judge
-            self._judge = (
-                LocalChatModel(self._load(wanted.model))
-                if wanted.url is None
-                else Endpoint(
-                    wanted.url,
-                    wanted.model,
-                    key_env=wanted.key_env,
-                    concurrency=wanted.concurrency,
-                    cache=self.folder.judge_cache,
-                )
-            )
-        return self._judge
-
     def sides(self) -> tuple[list[Example], list[Example]]:
         """D+ and D-: given, or the model's own answers."""
         if self._sides is None:
@@ -149,9 +156,8 @@ class RunArtifacts:
             fields = {name: value for name, value in vars(wanted).items() if name != "likelihood"}
             settings = SamplingSettings(**fields, seed=self.recipe.seed)
             judge: Judge = LikelihoodJudge(self.base(), self.behavior)
-            chat_model = self.judge()
-            if chat_model is not None and not wanted.likelihood:
-                judge = RubricJudge(chat_model, rubric_of(self.behavior))
+            if self.judge is not None and not wanted.likelihood:
+                judge = RubricJudge(self.judge, rubric_of(self.behavior))
             with self.show("data: the model answers under S+ and S-") as progress:
                 sample_sides(self.base(), self.behavior, judge, sampled.path, settings=settings, progress=progress)
         limit = self.recipe.data.limit

@@ -30,7 +30,7 @@ from ..steering.several_k import generate_at_strengths
 from ..steering.steering import Steering
 from ..vectors.difference import task_vector
 from ..vectors.geometry import facts, geometry
-from .artifacts import RunArtifacts, ShowProgress
+from .artifacts import RunArtifacts, ShowProgress, load_judge
 from .recipe import Recipe, claim_run
 from .strengths import methods_with_strengths
 from .validate import validate_recipe
@@ -43,10 +43,12 @@ class Run:
         """Check the whole recipe before any work: data, tasks, training settings, the folder."""
         self.recipe, self.folder, self.show, self.command = recipe, RunFolder(Path(folder)), show, command
         self.behavior = Behavior.load(recipe.behavior)
-        self.artifacts = RunArtifacts(recipe, self.folder, self.behavior, show)
-        self.tasks = recipe.load_tasks(self.artifacts.judge())
+        self.judge = load_judge(recipe, self.folder)
+        self.tasks = recipe.load_tasks(self.judge)
         by_name = {task.name: task for task in self.tasks}
-        self.artifacts.tasks = by_name
+        self.artifacts = RunArtifacts(
+            recipe, self.folder, behavior=self.behavior, tasks=by_name, judge=self.judge, show=show
+        )
         if "prose" not in by_name:
             raise SteerError(f"recipe {recipe.name}: field 'tasks': needs a task 'prose'")
         self.search_texts = by_name["prose"].of_split("validation").first(recipe.sweep.search_items)
@@ -77,9 +79,8 @@ class Run:
 
     def _try_judge(self) -> None:
         """Ask a served judge once, so that one that is down is found before the work."""
-        judge = self.artifacts.judge()
-        if isinstance(judge, Endpoint):
-            judge.generate(["Answer with the number 1."])
+        if isinstance(self.judge, Endpoint):
+            self.judge.generate(["Answer with the number 1."])
 
     def measure_base(self) -> None:
         """Measure the unsteered model, which every recipe needs; the metrics that the recipe names must be there."""

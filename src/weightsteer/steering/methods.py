@@ -67,7 +67,7 @@ class MethodSources(Protocol):
 class KRule:
     """Which strengths a method takes."""
 
-    described: str  # for the docs and for errors: "k of 1 or minus"
+    described: str  # for the docs and for errors: "k of 1 or -1"
     allows: Callable[[float], bool]
     must_be_listed: bool = False  # a recipe has to list them: nothing can be searched
 
@@ -202,7 +202,9 @@ def _no_training(run: RunFolder, k: float) -> list[TrainingCost]:
 
 
 BOTH_SIDES = _lora(positive=1.0, negative=1.0)  # of the contrastive method, and of its variants
-_A_SHARE = KRule(f"k of {', '.join(f'{share:g}' for share in SHARES)} or minus", lambda k: abs(k) in (0.0, *SHARES))
+_A_SHARE = KRule(
+    f"k of {', '.join(f'{share:g}' for share in SHARES)}, or one of these negated", lambda k: abs(k) in (0.0, *SHARES)
+)
 
 METHODS: Mapping[str, Method] = {
     "contrastive": Method("theta + k (tau+ - tau-): the paper's method", _contrastive, BOTH_SIDES),
@@ -229,7 +231,7 @@ METHODS: Mapping[str, Method] = {
         "a system prompt for the behaviour (k = 1) or against it (k = -1)",
         _system_prompt,
         _no_training,
-        KRule("k of 1 or minus", lambda k: abs(k) in (0.0, 1.0), must_be_listed=True),
+        KRule("k of 1 or -1", lambda k: abs(k) in (0.0, 1.0), must_be_listed=True),
     ),
     "fine-tuned": Method(
         "the checkpoints of the fine-tune on D+ (k > 0) or D- (k < 0)",

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-from ..behavior import ContrastPair, Example
+from ..behavior import SIDES, ContrastPair, Example
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM
 from ..progress import Progress, silent
+from ..run_folder import Side
 from .job import Encoded
 from .lr_search import search
 from .output import claim, finetune_card, finish, refuse_placement, work_folder
@@ -30,13 +30,17 @@ class Preference:
     rejected: str
 
 
-def preferences_of(pairs: Sequence[ContrastPair], toward: Literal["positive", "negative"]) -> list[Preference]:
-    """Contrast pairs as preferences for one of their sides, in the same order; equal sides prefer nothing."""
-    if toward not in ("positive", "negative"):
-        raise SteerError(f"toward: expected positive or negative, found {toward!r}")
-    away = "negative" if toward == "positive" else "positive"
+def preferences_of(pairs: Sequence[ContrastPair], preferred: Side) -> list[Preference]:
+    """Contrast pairs as preferences for one of their sides, in the same order; equal sides prefer nothing.
+
+    Raises:
+        SteerError: `preferred` is no side.
+    """
+    if preferred not in SIDES:
+        raise SteerError(f"preferred: expected positive or negative, found {preferred!r}")
+    (other,) = set(SIDES) - {preferred}
     return [
-        Preference(pair.prompt, getattr(pair, toward), getattr(pair, away))
+        Preference(pair.prompt, getattr(pair, preferred), getattr(pair, other))
         for pair in pairs
         if pair.positive != pair.negative
     ]

@@ -38,7 +38,7 @@ class Task(Protocol):
     def name(self) -> str: ...
     @property
     def ids(self) -> Sequence[int]:
-        """Each item's number in its file; it stays the same in any selection, so that items pair across cells."""
+        """Each item's number in its file; the same in any selection, so that items pair across measurements."""
         ...
 
     @property

@@ -1,0 +1,97 @@
+"""Write the pages that follow from the code: docs/cli.md from the help texts, docs/methods.md from the registries."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from weightsteer.cli import app, export
+from weightsteer.evaluation.tasks import TASKS
+from weightsteer.evaluation.tasks.task import TaskKind
+from weightsteer.steering.methods import METHODS, Method
+
+
+def cli_page() -> str:
+    """The overview, then every verb's help."""
+    verbs = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    verbs += ["export", *(f"export {command.callback.__name__}" for command in export.app.registered_commands)]
+    parts = ["# Command line", "", "Generated from the help texts by `make docs`.", ""]
+    for verb in ("", *verbs):
+        parts += [f"## weightsteer {verb}".rstrip(), "", "```text", _help(verb), "```", ""]
+    return "\n".join(parts)
+
+
+def _help(verb: str) -> str:
+    words = [*verb.split(), "--help"]
+    result = CliRunner().invoke(app, words, prog_name="weightsteer", env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+    return "\n".join(line.rstrip() for line in result.output.strip().splitlines())
+
+
+def methods_page() -> str:
+    """Every method and every task that a recipe can name."""
+    methods = _table(
+        ("method", "what it is", "k", "needs"),
+        [(f"`{name}`", method.summary, method.ks.described, _needs(method)) for name, method in METHODS.items()],
+    )
+    tasks = _table(
+        ("task", "metric", "what it is", "unit", "better", "judge", "open replies"),
+        [row for name, kind in TASKS.items() for row in _task_rows(name, kind)],
+    )
+    return "\n".join(
+        [
+            "# Methods and tasks",
+            "",
+            "`make docs` generates this page from the two registries, `weightsteer.steering.methods.METHODS`",
+            "and `weightsteer.evaluation.tasks.TASKS`.",
+            "",
+            "## Methods",
+            "",
+            "A recipe names its methods under `sweep.methods`, each with a list of strengths k, or with",
+            "`null` to have k searched at the recipe's loss increase. The letters are those of the paper:",
+            "theta is the base model, tau+ and tau- are the task vectors of the two fine-tunes, and a_l is",
+            "the activation vector of layer l.",
+            "",
+            *methods,
+            "",
+            "## Tasks",
+            "",
+            "A recipe names its tasks under `tasks`. The metrics of `harness` are those of the task of",
+            "lm-evaluation-harness that it runs. Where either way may be wanted, the metric tells how",
+            "strongly a behaviour shows.",
+            "",
+            *tasks,
+            "",
+        ]
+    )
+
+
+def _needs(method: Method) -> str:
+    needs = []
+    if method.trains_alone:
+        needs.append("a training of its own")
+    if method.needs_repair_target:
+        needs.append("`repair_target`")
+    if method.needs_package:
+        needs.append(f"the package {method.needs_package[0]}")
+    return ", ".join(needs)
+
+
+def _task_rows(name: str, kind: TaskKind) -> list[tuple[str, ...]]:
+    """One row a metric."""
+    about = kind.judge or "", "yes" if kind.generates else ""
+    metrics = [(f"`{m.name}`", m.title, m.unit, m.better or "either") for m in kind.metrics]
+    return [(f"`{name}`", *metric, *about) for metric in metrics or [("as the task", "", "", "")]]
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table, a line a row."""
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(row)} |" for row in escaped]
+
+
+if __name__ == "__main__":
+    docs = Path(__file__).parent
+    (docs / "cli.md").write_text(cli_page())
+    (docs / "methods.md").write_text(methods_page())

@@ -1,4 +1,4 @@
-"""`make bench`: every benchmark, or those that are named, and docs/benchmarks.md from their results.
+"""`make bench`: every benchmark, or those that are named; docs/benchmarks.md is written from the tables that come out.
 
 python benchmarks/run.py [--root FOLDER] [--mergekit PROGRAM] [--runs 5] [adapters checkpoints memory cosines steering]
 """
@@ -16,35 +16,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
 
 from measure import machine
 
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
-INTRODUCTION = """# Benchmarks
-
-    make bench
-
-Medians of {runs} runs, contenders in turn in a rotating order, after a round that does not count; page cache warm, disk
-synced before each run. Machine: {machine}. {versions}.
-The checkpoint is synthetic: Llama-shaped, 22 layers, hidden 2048, feed-forward 5632, 32,000 tokens, untied, 1.26B
-parameters in bfloat16, six shards of at most 500 MB; the adapters have rank 32 on all linear layers. Peak memory is the
-process's resident set, mapped files included.
-"""
-
-LIMITS = """
-## What bounds them
-
-A merge from adapters: importing torch 1.0 to 1.2 s; then on each of two cores half of 145 GFLOP at 85 GFLOP/s (0.85 s,
-what its float32 units give), half of reading 2.5 GB (0.35 s) and of writing it (0.25 s and the page cache's own work,
-0.4 to 1.5 s, which `cp` has too). Rounding, sums and hashes are the remaining 0.3 s.
-
-The table of cosines: 32 vectors of rank 64 are 2048 columns, and the products of one half of all pairs 4 TFLOP; at two
-cores' 170 GFLOP/s that is 24 s. Reading 6.4 GB, stacking it and summing the blocks are the rest. Pair by pair it is as
-many products, 64 columns wide: slower by what narrow ones are.
-
-Hooks: at rank 64 the factors are 39 MB beside the model's 540, read at every step, in 210 small products on one core.
+HEAD = """Medians of {runs} runs. Machine: {machine}. {versions}.
 """
 
 
 def main() -> None:
-    """Run the named sections and write the page from all that have results."""
+    """Run the named sections, and write the tables of all that have results into one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", help="adapters, checkpoints, memory, cosines, steering; default: all")
     parser.add_argument("--root", type=Path, default=Path("build/benchmarks"), help="where models are made (40 GB)")
@@ -75,8 +52,11 @@ def main() -> None:
     versions = ", ".join(
         f"{p} {importlib.metadata.version(p)}" for p in ("torch", "transformers", "peft", "safetensors")
     )
-    introduction = INTRODUCTION.format(runs=runs, machine=machine(), versions=versions)
-    PAGE.write_text("\n".join([introduction, *(path.read_text() for path in done)]) + LIMITS)
+    tables = root / "tables.md"
+    tables.write_text(
+        "\n".join([HEAD.format(runs=runs, machine=machine(), versions=versions), *(path.read_text() for path in done)])
+    )
+    print(f"tables: {tables}")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Behavior:
     positive_label: str = "positive"
     negative_label: str = "negative"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a trait file that `Behavior.load` and persona vectors' own scripts read."""
         prompts = zip(self.positive_prompts, self.negative_prompts, strict=True)
         fields = {
@@ -63,7 +63,7 @@ class Behavior:
             "questions": list(self.questions),
             "eval_prompt": self.judge_prompt,
         }
-        write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
+        write_text(Path(path), json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> Behavior:
@@ -122,7 +122,7 @@ def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[C
     return [ContrastPair(r["prompt"], r["positive"], r["negative"], str(r.get("topic", ""))) for r in rows]
 
 
-def load_examples(path: Path) -> list[Example]:
+def load_examples(path: str | Path) -> list[Example]:
     """Read examples: JSONL, or a JSON list, of objects with `prompt` and `answer`, or chat `messages`.
 
     The names that public sets use work too: `question` and `answer`, `instruction` and `output`.
@@ -130,6 +130,7 @@ def load_examples(path: Path) -> list[Example]:
     Raises:
         SteerError: missing file, or an entry in none of these forms.
     """
+    path = Path(path)
     rows = read_json(path) if path.suffix == ".json" else read_jsonl(path)
     if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
         raise SteerError(f"{path}: expected a list of objects with texts 'prompt' and 'answer'")

@@ -75,18 +75,18 @@ class RunCard:
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
         return cls(kind=kind, versions=installed_versions(), created=stamp, **fields)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the card as `weightsteer.json` into `folder`, atomically."""
-        write_text(folder / CARD_FILE, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        write_text(Path(folder) / CARD_FILE, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
 
     @classmethod
-    def load(cls, folder: Path) -> RunCard:
+    def load(cls, folder: str | Path) -> RunCard:
         """Read the card of an artifact folder.
 
         Raises:
             SteerError: there is no card, or it is not one of ours.
         """
-        path = folder / CARD_FILE
+        path = Path(folder) / CARD_FILE
         fields = read_json(path)
         try:
             strength = fields.pop("strength", None)

@@ -144,8 +144,8 @@ class Recipe(Strict):
             return sides_of(sample_pairs(load_pairs(data.pairs), data.limit, self.seed))
         if data.positive and data.negative:
             return (
-                load_examples(Path(data.positive))[: data.limit],
-                load_examples(Path(data.negative))[: data.limit],
+                load_examples(data.positive)[: data.limit],
+                load_examples(data.negative)[: data.limit],
             )
         return None
 
@@ -190,7 +190,7 @@ def _examples_of(name: str) -> list[Example]:
 
     behavior, _, side = name.partition(":")
     if behavior not in SHIPPED:
-        return load_examples(Path(name))
+        return load_examples(name)
     if side not in ("positive", "negative"):
         raise SteerError(f"{name!r}: expected one side, {behavior}:positive or {behavior}:negative")
     return sides_of(load_pairs(behavior))[0 if side == "positive" else 1]

@@ -42,9 +42,9 @@ class Similarity:
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(scale > 0.0, np.clip(self.dots / scale, -1.0, 1.0), np.nan)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write `path`.csv (cosines, labelled) and `path`.npz (names, cosines, dots, norms; no pickle)."""
-        table = io.StringIO()
+        path, table = Path(path), io.StringIO()
         writer = csv.writer(table)
         writer.writerow(["", *self.names])
         for name, row in zip(self.names, self.cosines, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...behavior import Example, load_examples
 from ...files import read_jsonl
@@ -36,7 +35,7 @@ def load_answers(spec: TaskSpec) -> AnswerTask:
         SteerError: a missing file, or an entry that is no example.
     """
     if spec.data:
-        items = tuple(load_examples(Path(spec.data)))
+        items = tuple(load_examples(spec.data))
     else:
         rows = read_jsonl(task_file("facts.jsonl", None), required=("question", "correct"))
         items = tuple(Example(row["question"], row["correct"]) for row in rows)

@@ -69,7 +69,7 @@ def methods_page() -> str:
 
 def _needs(method: Method) -> str:
     needs = []
-    if method.trains_alone:
+    if method.has_own_training:
         needs.append("a training of its own")
     if method.needs_repair_target:
         needs.append("`repair_target`")

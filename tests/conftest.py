@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are as many as the cores; what they start inherits this
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
 from pathlib import Path

@@ -18,9 +18,11 @@ from weightsteer.runs.tiny_model import make_tiny_model
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
+QUICK = "refusal_from_evil"  # it samples, judges, repairs and asks lm-evaluation-harness, with the fewest methods
+MARKED = [path if path.stem == QUICK else pytest.param(path, marks=pytest.mark.slow) for path in PAPER]
 
 
-@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", MARKED, ids=lambda path: path.stem)
 def test_the_papers_recipes(capsys: pytest.CaptureFixture[str], path: Path, tmp_path: Path) -> None:
     code, _, err = run(capsys, "run", path, "--dry-run", "-o", tmp_path / "run")
     assert code == 0, err

@@ -359,6 +359,7 @@ def test_settings_and_package_are_checked(monkeypatch: pytest.MonkeyPatch) -> No
         Endpoint("http://host/v1", "m")
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_a_real_server(tmp_path: Path) -> None:
     cache = tmp_path / "c.jsonl"

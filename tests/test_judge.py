@@ -329,6 +329,7 @@ def test_a_local_model_reads_rubrics(lm: LM) -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_a_served_model_judges(tmp_path: Path) -> None:
     """A small model's verdicts are poor; what counts is that each is in range or None, as its reply says."""

@@ -95,6 +95,7 @@ def test_embedded_model_answers_and_k_zero_is_the_base(embedded: LM) -> None:
         assert torch.equal(embedded.model(ids).logits, before)
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_gguf_file_loads_as_it_is(embedded: LM) -> None:
     from weightsteer.checkpoints.embedded_model import _packaged_gguf

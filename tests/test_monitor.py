@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import killable
+import two_processes
 from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer import LM, SteerError, WeightVector, task_vector
 from weightsteer.monitor import (
@@ -294,10 +294,13 @@ def test_mistakes_of_the_live_monitor(vectors: dict[str, WeightVector], tmp_path
 
 
 def test_two_processes_see_the_same_and_write_it_once(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("two_processes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], check=True, capture_output=True, timeout=300, env=environment)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    logs = [tmp_path / f"log{rank}" for rank in (0, 1)]
+    processes = [killable.start(log, two_processes.train, rank, port, tmp_path) for rank, log in enumerate(logs)]
+    for process in processes:
+        process.join(timeout=300)
+    assert [process.exitcode for process in processes] == [0, 0], "\n".join(log.read_text() for log in logs)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
     assert first["world"] == 2

@@ -222,7 +222,7 @@ def test_the_record_names_phrases_judge_and_length(path: Path) -> None:
     }
     assert len(hashes) == 5
     again = load_safety(TaskSpec("safety", data, judge=EchoReader("a", otherwise="3")))
-    assert again.sha256 in hashes  # a chat_model is known by its name
+    assert again.sha256 in hashes  # a chat model is known by its name
 
 
 def test_likelihood_is_the_mean_over_openings(lm: LM, path: Path) -> None:

@@ -14,7 +14,7 @@ from weightsteer.lm import LM
 from weightsteer.runs.artifacts import RunArtifacts, pairs_of
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
-from weightsteer.runs.strengths import make_method
+from weightsteer.runs.run_methods import make_method
 from weightsteer.steering.methods import costs_of
 from weightsteer.steering.steering import Direction
 from weightsteer.training import list_snapshots

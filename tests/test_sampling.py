@@ -141,6 +141,7 @@ def test_a_served_judge_needs_its_models_name_and_a_rubric(tmp_path: Path) -> No
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_a_served_judge_filters_and_its_replies_are_kept(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,10 +1,9 @@
-"""Trains the tiny model in every process that torchrun starts, with a monitor; writes what each of them saw."""
+"""Trains the tiny model in one of two processes, with a monitor, and writes what that process saw."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
@@ -14,8 +13,10 @@ from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer.monitor import SteeringMonitor
 
 
-def main() -> None:
-    out = Path(sys.argv[1])
+def train(rank: int, port: int, out: Path) -> None:
+    """Be one of two processes that meet at `port`, by the variables that torchrun sets."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ |= {name: str(value) for name, value in (place | {"RANK": rank, "LOCAL_RANK": rank}).items()}
     model = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
     texts = [[3 + i, 9, 40, 7] for i in range(8)]
     rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * 4} for ids in texts]
@@ -35,8 +36,4 @@ def main() -> None:
     monitor.watch(trainer)
     trainer.train()
     seen = {"world": trainer.args.world_size, "cosines": [r.cosine for r in monitor.readings]}
-    (out / f"rank{os.environ['RANK']}.json").write_text(json.dumps(seen))
-
-
-if __name__ == "__main__":
-    main()
+    (out / f"rank{rank}.json").write_text(json.dumps(seen))

@@ -1,4 +1,4 @@
-"""What was made and from what: run cards, measured rows, JSONL, and writes that are whole or absent."""
+"""Files that are written whole or not at all: JSON and JSONL, hashes, locks."""
 
 from __future__ import annotations
 

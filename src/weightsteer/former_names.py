@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-RECIPE_FIELDS = {  # dotted field -> its name now
+RECIPE_FIELDS = {  # field, by its former place -> its own name now
     "start": "first_finetune",
     "drift": "repair_target",
     "drift.joint_side": "desired_side",
@@ -37,9 +37,10 @@ def find_former(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     """The first recipe field or method that has another name now: (the former one, the new one)."""
     for dotted, new in RECIPE_FIELDS.items():
         parent, _, leaf = dotted.rpartition(".")
-        part = fields.get(parent) if parent else fields
-        if isinstance(part, Mapping) and leaf in part:
-            return dotted, f"{parent}.{new}" if parent else new
+        for place in dict.fromkeys((parent, RECIPE_FIELDS.get(parent, parent))):
+            part = fields.get(place) if place else fields
+            if isinstance(part, Mapping) and leaf in part:
+                return ".".join(filter(None, (place, leaf))), ".".join(filter(None, (place, new)))
     sweep = fields.get("sweep")
     methods = sweep.get("methods") if isinstance(sweep, Mapping) else None
     return next(((name, METHODS[name]) for name in methods or () if name in METHODS), None)

@@ -1,4 +1,4 @@
-"""Where everything of a run lies. No other module writes these names."""
+"""Where everything of a run lies; no other module spells these places out."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class RunFolder:
         """The LoRA fine-tune on one side."""
         return self._named(side, FORMER_SIDES[side])
 
-    def finetune_of(self, kind: str, side: Side) -> Path:
+    def finetune_of(self, training: str, side: Side) -> Path:
         """One side of a method with a training of its own: bias, full or DPO."""
-        return RunFolder(self.path / kind).finetune(side)
+        return RunFolder(self.path / training).finetune(side)
 
     def joint_finetune(self, copies: float) -> Path:
         """The repair target trained again with each desired example so many times among its data."""
@@ -78,9 +78,9 @@ class RunFolder:
         """The contrastive weight vector."""
         return self.path / "vector"
 
-    def vector_of(self, kind: str) -> Path:
+    def vector_of(self, training: str) -> Path:
         """The vector between the two sides of another kind of training."""
-        return self.path / kind / "vector"
+        return self.path / training / "vector"
 
     @property
     def activations(self) -> Path:

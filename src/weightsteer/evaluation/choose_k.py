@@ -47,9 +47,9 @@ def recommend(
             return False
         return all(metric_of(metrics, key).worsening(changes[k, *key]) <= limit for key, limit in budget.items())
 
-    change = {k: changes[k, *behavior] for k in ks if is_within_budget(k)}
+    change = {k: changes[k, *behavior] for k in ks if is_within_budget(k)}  # of equal ones the smaller |k| is taken
     up = max((k for k in change if k > 0 and change[k] > 0), key=lambda k: change[k], default=0.0)
-    down = min((k for k in change if k < 0 and change[k] < 0), key=lambda k: change[k], default=0.0)
+    down = min((k for k in reversed(change) if k < 0 and change[k] < 0), key=lambda k: change[k], default=0.0)
     shown = {f"{task} {metric}": limit for (task, metric), limit in budget.items()}
     return StrengthRange(recommended=up, negative=down, low=min(ks), high=max(ks), budget=shown)
 

@@ -33,30 +33,48 @@ def run_sweep(
 ) -> list[MetricRow]:
     """Measure the base and every method at its strengths on every task.
 
-    `validated` names the methods that are measured on validation items too, since something is to
-    be chosen by them (None: all); the others are measured on test items only. `items_of` gives methods that
-    are measured on the first so many test items. Each measurement is appended to the folder's file when it is done,
-    so a killed sweep goes on where it stopped; the rows are written at the end. Open replies are kept.
+    Each measurement is appended to the folder's file when it is done, so a killed sweep resumes where it stopped; the
+    rows are written at the end. Generated replies are saved too.
+
+    Args:
+        validated: methods that are measured on validation items too, since something is to be chosen by them; the
+            others are measured on test items only. None: all.
+        items_of: methods that are measured on the first so many items of each split.
 
     Returns:
         All rows, base first.
     """
-    done = measurements_by_key(read_finished(folder.measurements))
-    _drop_unfinished_replies(folder.replies, done.keys())
     plan = _plan(methods, tasks, validated, items_of or {})
-    total, passed = sum(len(visit.tasks) for visit in plan), 0
-    for visit in plan:
-        progress(passed, total, f"{visit.name} k = {visit.k:g}")
-        recording = _RecordingLM(lm.model, lm.tokenizer, lm.name, lm.revision, lm.system_prompt)
-        for measurement in _measure(recording, visit, done.keys(), batch_size):
-            _keep(measurement, recording.take(), folder)
-            done[measurement.key] = measurement
-        passed += len(visit.tasks)
-    progress(total, total, "done")
-    keys = [(visit.name, visit.k, task.name) for visit in plan for task in visit.tasks]
+    done = _measure_plan(lm, plan, folder, batch_size, progress)
+    keys = [(planned.name, planned.k, task.name) for planned in plan for task in planned.tasks]
     rows = [row for key in keys for row in done[key].rows(done[BASE, 0.0, key[2]])]
     write_jsonl(folder.rows, [asdict(row) for row in rows])
     return rows
+
+
+def measure_base(
+    lm: LM, tasks: Sequence[Task], folder: RunFolder, *, batch_size: int = 8, progress: Progress = silent
+) -> None:
+    """Measure the base alone, ahead of a sweep, and keep it as `run_sweep` does; no rows are written."""
+    _measure_plan(lm, _plan([], tasks, None, {}), folder, batch_size, progress)
+
+
+def _measure_plan(
+    lm: LM, plan: Sequence[_Planned], folder: RunFolder, batch_size: int, progress: Progress
+) -> dict[Key, Measurement]:
+    """Make the measurements that the folder does not hold yet; returns all that it holds then."""
+    done = measurements_by_key(read_finished(folder.measurements))
+    _drop_unfinished_replies(folder.replies, done.keys())
+    total, passed = sum(len(planned.tasks) for planned in plan), 0
+    for planned in plan:
+        progress(passed, total, f"{planned.name} k = {planned.k:g}")
+        recording = _RecordingLM(**vars(lm))
+        for measurement in _measure(recording, planned, done.keys(), batch_size):
+            _keep(measurement, recording.take(), folder)
+            done[measurement.key] = measurement
+        passed += len(planned.tasks)
+    progress(total, total, "done")
+    return done
 
 
 def _plan(
@@ -64,15 +82,15 @@ def _plan(
     tasks: Sequence[Task],
     validated: Collection[str] | None,
     items_of: Mapping[str, int],
-) -> list[_Visit]:
+) -> list[_Planned]:
     """The base on all tasks, then each method at each strength on those that it is measured on."""
-    plan = [_Visit(None, 0.0, list(tasks))]
+    plan = [_Planned(None, 0.0, list(tasks))]
     for method, ks in methods:
         whole = validated is None or method.name in validated
         parts = list(tasks) if whole else [task.of_split("test") for task in tasks if "test" in task.splits]
         if method.name in items_of:
             parts = [task.first(items_of[method.name]) for task in parts]
-        plan += [_Visit(method, float(k), parts) for k in ks if k]
+        plan += [_Planned(method, k, parts) for k in dict.fromkeys(map(float, ks)) if k]
     return plan
 
 
@@ -128,7 +146,7 @@ class _RecordingLM(LM):
 
 
 @dataclass(frozen=True)
-class _Visit:
+class _Planned:
     """One method at one strength, and the tasks that it is measured on."""
 
     method: Steering | None
@@ -140,17 +158,17 @@ class _Visit:
         return self.method.name if self.method else BASE
 
 
-def _measure(lm: LM, visit: _Visit, done: Collection[Key], batch_size: int) -> Iterator[Measurement]:
-    """The visit's measurements that are not done yet, one by one."""
-    todo = [task for task in visit.tasks if (visit.name, visit.k, task.name) not in done]
+def _measure(lm: LM, planned: _Planned, done: Collection[Key], batch_size: int) -> Iterator[Measurement]:
+    """The planned's measurements that are not done yet, one by one."""
+    todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in done]
     if not todo:
         return
-    applied = visit.method.applied(lm, visit.k) if visit.method else nullcontext(SteeringHandle(0.0, lm))
+    applied = planned.method.applied(lm, planned.k) if planned.method else nullcontext(SteeringHandle(0.0, lm))
     with applied as handle, torch.no_grad():
         for task in todo:
             measured = task.measure(handle.lm, batch_size=batch_size)
             values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
-            yield Measurement(visit.name, visit.k, task.name, tuple(task.ids), tuple(task.splits), values)
+            yield Measurement(planned.name, planned.k, task.name, tuple(task.ids), tuple(task.splits), values)
 
 
 def _round(value: float | None) -> float | None:

@@ -39,7 +39,7 @@ class ChatModel(Protocol):
 
     @property
     def name(self) -> str:
-        """What tells this chat_model from another, for the record."""
+        """What tells this chat model from another, for the record."""
         ...
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
@@ -88,11 +88,11 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """See `Reader.name`."""
+        """See `ChatModel.name`."""
         return f"{self.model} at {self.url}"
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
-        """See `Reader.ask`; an empty reply is "", and is not kept. A prompt that comes twice is asked once.
+        """See `ChatModel.generate`; an empty reply is "", and is not kept. A prompt that comes twice is asked once.
 
         Raises:
             SteerError: the server cannot be reached, refuses, is none of this kind, or spends all tokens on thinking.

@@ -82,17 +82,17 @@ class LikelihoodJudge:
 
 @dataclass(frozen=True)
 class LocalChatModel:
-    """A model in memory as a `Reader`: greedy replies."""
+    """A model in memory as a `ChatModel`: greedy replies."""
 
     lm: LM
 
     @property
     def name(self) -> str:
-        """See `Reader.name`."""
+        """See `ChatModel.name`."""
         return f"model {self.lm.name} {self.lm.revision}"
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
-        """See `Reader.ask`."""
+        """See `ChatModel.generate`."""
         return self.lm.generate(prompts, max_new_tokens=max_new_tokens, progress=progress)
 
 
@@ -192,7 +192,7 @@ def grade(
 
 @dataclass(frozen=True)
 class RubricJudge:
-    """A `Judge` that has a chat_model score answers by a rubric; its scale is stretched to 0 to 100."""
+    """A `Judge` that has a chat model score answers by a rubric; its scale is stretched to 0 to 100."""
 
     chat_model: ChatModel
     rubric: Rubric

@@ -27,7 +27,7 @@ from ..progress import Progress
 from ..run_card import RunCard
 from ..run_folder import RunFolder
 from ..steering.activations import ActivationVector, activation_vector
-from ..steering.methods import METHODS, SNAPSHOTS, Training
+from ..steering.methods import METHODS, SNAPSHOT_COUNT, Training
 from ..training import preferences_of, train_preference, train_side
 from ..vectors.difference import subtract_finetunes, task_vector
 from ..vectors.weight_vector import WeightVector
@@ -72,16 +72,11 @@ class RunArtifacts:
     ) -> None:
         self.recipe, self.folder, self.show = recipe, folder, show
         self.tasks, self.judge = tasks, judge
-        self._behavior = behavior
+        self.behavior = behavior
         self._base: LM | None = None
         self._steered: LM | None = None
         self._precise: LM | None = None
         self._sides: tuple[list[Example], list[Example]] | None = None
-
-    @property
-    def behavior(self) -> Behavior:
-        """What is steered."""
-        return self._behavior
 
     def base(self) -> LM:
         """The model that vectors are made on: the recipe's, after its first fine-tune if there is one."""
@@ -103,7 +98,7 @@ class RunArtifacts:
         return lm
 
     def lm(self) -> LM:
-        """The model that is steered: the base, or the fine-tune of it that is to be repaired."""
+        """The model that steering is applied to: the base, or the fine-tune of it that is to be repaired."""
         if self._steered is None:
             target, folder = self.recipe.repair_target, self.folder
             self._steered = (
@@ -117,7 +112,7 @@ class RunArtifacts:
     def _base_name(self) -> str:
         return str(self.folder.first_model) if self.recipe.first_finetune else self.recipe.model
 
-    def precise(self) -> LM:
+    def base_float32(self) -> LM:
         """The base in float32, for trainings whose weights do not move in 8 bits of mantissa."""
         if self._precise is None:
             base = self.base()
@@ -171,12 +166,12 @@ class RunArtifacts:
         train, base = dict(self.recipe.train), self.base()
         if training == "lora":
             if any(METHODS[name].from_snapshots for name in self.recipe.sweep.methods):
-                train["snapshots"] = SNAPSHOTS
+                train["snapshots"] = SNAPSHOT_COUNT
             out = {side: self.folder.finetune(side) for side in SIDES}
         else:
             train |= {"kind": training, "bf16": self.recipe.dtype == "bfloat16", **self._train_of(training)}
             out = {side: self.folder.finetune_of(training, side) for side in SIDES}
-            base = self.precise()
+            base = self.base_float32()
         given = zip(SIDES, self.sides(), strict=True)
         positive, negative = (self._train(base, examples, out[side], train) for side, examples in given)
         return positive, negative
@@ -190,7 +185,7 @@ class RunArtifacts:
         pairs = pairs_of(*self.sides())
         if len(pairs) < 2:
             raise SteerError(f"recipe {self.recipe.name}: DPO needs pairs: questions that D+ and D- have in common")
-        train = {**self.recipe.train, "snapshots": SNAPSHOTS, **self._train_of("DPO")}
+        train = {**self.recipe.train, "snapshots": SNAPSHOT_COUNT, **self._train_of("DPO")}
         settings, tuned = self.recipe.train_settings(train), []
         for side in SIDES:
             with self.show(f"train DPO {side}") as progress:

@@ -1,12 +1,13 @@
 """The stages of `run`: D+ and D- -> fine-tunes -> vectors -> sweep -> k -> costs -> samples -> report.
 
-Each stage writes its artifact into the run's folder and is passed over where that is there, so a
-killed run goes on where it stopped.
+Each stage writes its artifact into the run's folder. What is trained and measured is kept there and not made
+again, so that a killed run resumes where it stopped; rows, the choice of k and the report are written anew.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..evaluation.compare import compare_at_loss
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key, read_rows
-from ..evaluation.sweep import run_sweep
+from ..evaluation.sweep import measure_base, run_sweep
 from ..files import digest, lock_folder, read_finished, read_json, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..reporting.report import Report, Sample, write_report
@@ -32,7 +33,7 @@ from ..vectors.difference import task_vector
 from ..vectors.geometry import facts, geometry
 from .artifacts import RunArtifacts, ShowProgress, load_judge
 from .recipe import Recipe, claim_run
-from .strengths import methods_with_strengths
+from .run_methods import methods_with_strengths
 from .validate import validate_recipe
 
 
@@ -53,7 +54,8 @@ class Run:
             raise SteerError(f"recipe {recipe.name}: field 'tasks': needs a task 'prose'")
         self.search_texts = by_name["prose"].of_split("validation").first(recipe.sweep.search_items)
         validate_recipe(recipe, self.behavior, by_name)
-        self.card = claim_run(recipe, self.folder, self._inputs())
+        with lock_folder(self.folder.path) if self.folder.path.is_dir() else nullcontext():
+            claim_run(recipe, self.folder, self._inputs())
 
     def run(self) -> Path:
         """Go from the data to the report; returns the report's path."""
@@ -61,7 +63,6 @@ class Run:
             self._try_judge()
             self.measure_base()
             self.write_data()
-            self.artifacts.difference()
             methods = self.methods()
             rows = self.sweep(methods)
             strength = self.choose(rows)
@@ -80,13 +81,13 @@ class Run:
     def _try_judge(self) -> None:
         """Ask a served judge once, so that one that is down is found before the work."""
         if isinstance(self.judge, Endpoint):
-            self.judge.generate(["Answer with the number 1."])
+            replace(self.judge, cache=None).generate(["Answer with the number 1."])
 
     def measure_base(self) -> None:
         """Measure the unsteered model, which every recipe needs; the metrics that the recipe names must be there."""
         with self.show("base") as progress:
             batch = self.recipe.batch_size
-            run_sweep(self.artifacts.lm(), [], self.tasks, self.folder, batch_size=batch, progress=progress)
+            measure_base(self.artifacts.lm(), self.tasks, self.folder, batch_size=batch, progress=progress)
         found = measurements_by_key(read_jsonl(self.folder.measurements))
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
             task, metric = metric_key(text)
@@ -116,7 +117,6 @@ class Run:
 
     def methods(self) -> list[tuple[Steering, list[float]]]:
         """Every method of the recipe with its strengths; trains what they need."""
-        self.artifacts.lm()  # the repair target, which some of them change
         return methods_with_strengths(self.artifacts, self.search_texts)
 
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
@@ -151,7 +151,7 @@ class Run:
             return measure_costs(self.artifacts.lm(), methods, costs_of, self.folder, progress=progress)
 
     def samples(self, strength: StrengthRange) -> list[Sample]:
-        """Replies to the same prompts at five strengths."""
+        """Replies to the same prompts at up to five strengths."""
         path, wanted = self.folder.samples, self.recipe.samples
         prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
         if not prompts:
@@ -188,7 +188,7 @@ class Run:
             metrics=self.recipe.metrics,
             costs=read_rows(self.folder.costs),
             comparisons={key: compare_at_loss([self.folder.path], key, draws=200) for key in plotted},
-            card=replace(vector.card, strength=strength),
+            card=vector.card,
             strength=strength,
             norms=vector.norms(),
             geometry=facts(geometry(vector), sides),
@@ -222,5 +222,5 @@ class Run:
         used = min(sweep.activation_pairs or examples, examples)
         return (
             f"The activation vector comes from {used} of the {examples} examples a side and is added to the output of "
-            f"block {layer}, chosen among every {sweep.layer_step}. block on {sweep.search_items} validation items."
+            f"block {layer}, chosen among one block in {sweep.layer_step} on {sweep.search_items} validation items."
         )

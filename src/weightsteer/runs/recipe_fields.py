@@ -18,11 +18,13 @@ def _known_method(name: str) -> str:
 
 
 def _trained_alone(name: str) -> str:
-    known = [method for method, entry in METHODS.items() if entry.trains_alone]
+    known = [method for method, entry in METHODS.items() if entry.has_own_training]
     if name not in known:
         raise ValueError(f"expected a method with a training of its own, {', '.join(map(repr, known))}")
     return name
 
+
+VARIANT_VECTORS = ("w", "positive", "negative")  # what a variant's expression may name: w, tau+ and tau-
 
 MethodName = Annotated[str, AfterValidator(_known_method)]
 TrainedAlone = Annotated[str, AfterValidator(_trained_alone)]
@@ -113,15 +115,15 @@ class SweepRecipe(Strict):
     fractions: list[float] = [0.25, 0.5, 0.75, 1.0]
     fractions_of: dict[str, list[float]] = {}  # a method's own fractions
     sides: list[Literal[-1, 1]] = [-1, 1]  # which way k goes
-    items_of: dict[str, int] = {}  # methods that are measured on the first so many test items
+    items_of: dict[str, int] = {}  # methods that are measured on the first so many items of each split
     behavior: str = "preference/margin"  # task/metric by which k and the layer are chosen
     activation_pairs: int | None = Field(default=None, ge=2)  # default: all that are trained on
-    layer_step: int = Field(default=1, ge=1)  # scan every so-manieth layer
+    layer_step: int = Field(default=1, ge=1)  # scan one layer in so many
     search_items: int = Field(default=8, ge=1)  # validation items of the layer scan and of the search for k
 
 
 class SampleRecipe(Strict):
-    """Replies shown in the report: prompts (default: the behaviour's last questions) at five strengths."""
+    """Replies shown in the report: prompts (default: the behaviour's last questions) at up to five strengths."""
 
     prompts: list[str] | None = None
     count: int = Field(default=3, ge=0)

@@ -12,12 +12,12 @@ from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE
 from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.task import ItemTask, Task
+from ..former_names import METHODS as FORMER_METHODS
 from ..judges.judge import rubric_of
 from ..steering.methods import METHODS
 from ..vectors.expression import check_expression
 from .recipe import Recipe
-
-VECTORS = ("w", "positive", "negative")  # what a variant may be made of
+from .recipe_fields import VARIANT_VECTORS
 
 
 def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
@@ -111,10 +111,10 @@ def _check_sweep(recipe: Recipe) -> None:
 
 def _check_variants(recipe: Recipe) -> None:
     for name, text in recipe.sweep.variants.items():
-        if name == BASE or name in METHODS:
+        if name == BASE or name in METHODS or name in FORMER_METHODS:
             _refuse(recipe, f"variant {name!r} has the name of a method; choose another")
         try:
-            check_expression(text, VECTORS)
+            check_expression(text, VARIANT_VECTORS)
         except SteerError as error:
             _refuse(recipe, f"variant {name!r}: {error}")
 
@@ -130,7 +130,7 @@ def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]
     """No item of a task that is like what is trained on is itself trained on."""
     trained = set(_trained_prompts(recipe, behavior))
     for spec in recipe.tasks:
-        if not kind_of(spec.task).apart_from_training:
+        if not kind_of(spec.task).must_not_overlap_training:
             continue
         task = tasks[spec.shown_name]
         assert isinstance(task, ItemTask)

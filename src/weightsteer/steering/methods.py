@@ -1,7 +1,8 @@
 """The registry of methods: how each is made from what a run trains, what it costs, which k it takes, what it needs.
 
-A method is one entry of `METHODS`; to add one, write its entry here, and a function that makes it. Recipes, their
-checks, costs, the sweep and the table in the docs read this registry. Imports of torch wait until a method is made.
+A method is one entry of `METHODS`; to add one, write its entry here, and a function that makes it from what a run
+trains. Recipes, their checks, costs, the sweep and the table in the docs read this registry. Imports of torch wait
+until a method is made.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from .activations import ActivationVector
     from .steering import Steering
 
-SNAPSHOTS = 4  # equally spaced points of a training that are kept for the methods that need them
-SHARES = tuple(number / SNAPSHOTS for number in range(1, SNAPSHOTS + 1))  # of a training, at its snapshots
+SNAPSHOT_COUNT = 4  # equally spaced points of a training that are kept for the methods that need them
+SHARES = tuple(number / SNAPSHOT_COUNT for number in range(1, SNAPSHOT_COUNT + 1))  # of a training, at its snapshots
 Training = Literal["lora", "bias", "full", "DPO"]  # how the two sides are trained
 TrainingCost = tuple[Path, float]  # a fine-tune, and the share of its training that a method uses
 Costs = Callable[[RunFolder, float], Sequence[TrainingCost]]
@@ -82,12 +83,14 @@ class Method:
     ks: KRule = KRule("any k", lambda _k: True)
     training: Training = "lora"  # other than lora: both sides are trained for it alone, with a recipe's `train_of`
     from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
-    strengths_from_checkpoints: bool = False  # the k that a recipe lists are trained; their sign follows from the run
+    strengths_from_checkpoints: bool = (
+        False  # each |k| that a recipe lists is a training of its own; `repair_sign` gives its sign
+    )
     needs_repair_target: bool = False
     needs_package: tuple[str, str] | None = None  # what is imported, and what to install
 
     @property
-    def trains_alone(self) -> bool:
+    def has_own_training(self) -> bool:
         """Whether a recipe can set its training apart."""
         return self.training != "lora"
 
@@ -99,7 +102,7 @@ class Method:
 
 
 def snapshots_of(finetune: Path) -> dict[float, Path]:
-    """A fine-tune's snapshots by the share of the training that is done, in equal steps."""
+    """A fine-tune's snapshots by the nominal share of the training: the steps at which they were kept are rounded."""
     from ..training.output import list_snapshots
 
     folders = list(list_snapshots(finetune).values())
@@ -252,12 +255,12 @@ METHODS: Mapping[str, Method] = {
         "the repair target trained again with the desired examples mixed in, |k| times each",
         _joint_training,
         lambda run, k: [(run.joint_finetune(k), 1.0)],
-        KRule("whole numbers of copies", lambda k: k == round(k) != 0, must_be_listed=True),
+        KRule("whole numbers of copies", lambda k: float(k).is_integer() and k != 0, must_be_listed=True),
         strengths_from_checkpoints=True,
         needs_repair_target=True,
     ),
     "negated task vector": Method(
-        "theta - k tau of the repair target: its fine-tune undone",
+        "theta -+ k tau of the repair target: its fine-tune taken away, the way that repairs",
         _negated_target,
         _no_training,
         needs_repair_target=True,

@@ -1,9 +1,12 @@
-"""Every method under one shape: weights, activations, trained checkpoints or a prompt, each with a strength k."""
+"""The interface that every steering method implements: weights, activations, trained checkpoints or a prompt.
+
+How k w is added to a model's weights stands in `vectors/hooks.py`, how a method is made in `steering/methods.py`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,15 +58,12 @@ class TrainedCheckpoints:
         Raises:
             SteerError: nothing was trained for this k.
         """
-        if k == 0.0:
-            yield SteeringHandle(0.0, lm)
-            return
-        if k not in self.changes:
+        if k != 0.0 and k not in self.changes:
             known = ", ".join(f"{k:g}" for k in sorted(self.changes))
             raise SteerError(f"{self.name}: was trained for k of {known}; found {k:g}")
-        with self.changes[k].applied(lm, 1.0):
-            handle = SteeringHandle(k, lm)
-            handle.on_change.append(self._refuse_change)
+        handle = SteeringHandle(k, lm)
+        handle.on_change.append(self._refuse_change)
+        with self.changes[k].applied(lm, 1.0) if k else nullcontext():
             yield handle
 
     def _refuse_change(self) -> None:

@@ -68,10 +68,10 @@ def subtract_finetunes(positive: str | Path, negative: str | Path, *, base: str 
 
 
 def task_vector(folder: str | Path, *, base: str | Path | None = None) -> WeightVector:
-    """tau = theta_ft - theta_pre of one fine-tune (see `contrast_vector`); LoRA's (alpha/r) is folded into B.
+    """tau = theta_ft - theta_pre of one fine-tune (see `subtract_finetunes`); LoRA's (alpha/r) is folded into B.
 
     Raises:
-        SteerError: as `contrast_vector`.
+        SteerError: as `subtract_finetunes`.
     """
     side = _read_side(folder)
     if side.card.kind == "vector":

@@ -130,8 +130,8 @@ class _Evaluation:
         operands = [self._value(arg) for arg in args]
         if len(operands) != (2 if name in OF_TWO else 1) or not all(isinstance(v, self.kind) for v in operands):
             raise self._error(f"{name} cannot be called so; expected {expected}")
-        options = {word.arg: self._option(word.value) for word in keywords if word.arg}
-        if not options.keys() <= set(FUNCTIONS[name]):
+        options = {str(word.arg): self._option(word.value) for word in keywords}
+        if not options.keys() <= set(FUNCTIONS[name]) or len(options) < len(keywords):
             raise self._error(f"options of {name}: {', '.join(FUNCTIONS[name]) or 'none'}; expected {expected}")
         try:
             return getattr(operands[0], name)(*operands[1:], **options)

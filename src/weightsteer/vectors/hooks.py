@@ -1,13 +1,14 @@
 """theta + k w in memory: any k at once, one k per row of the batch, every bit restored on leaving.
 
-Nothing is merged. A weight's delta is added to its module's output, y + k (x A^T) B^T, so k changes
-in place, quantised bases work, and bf16's 8 bits do not round the vector away.
+Nothing is merged where a module's output is linear in the parameter: k times the delta is added to the output,
+y + k (x A^T) B^T. So k changes in place, quantised bases work, and bf16's 8 bits do not round the vector away.
+Norms, and dense changes of embeddings, are swapped for theta + k delta in their own dtype.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +51,17 @@ class SteeringHandle:
 
     @k.setter
     def k(self, k: float | Tensor) -> None:
+        before = getattr(self, "_k", k)
         self._k = k if isinstance(k, Tensor) else float(k)
-        for follow in self.on_change:
-            follow()
+        try:
+            for follow in self.on_change:
+                follow()
+        except SteerError:  # one of them refuses it: all go back
+            self._k = before
+            for follow in self.on_change:
+                with suppress(SteerError):
+                    follow()
+            raise
 
     def add_to(self, output: Tensor, delta: Tensor) -> Tensor:
         """output + k * delta, with k spread over rows where it is a tensor."""

@@ -1,7 +1,7 @@
-"""What is measured: one file a task, each a list of items and a scorer that gives one value an item.
+"""What is measured: tasks, each a list of items and a scorer that gives one value per item.
 
 Every module of this package may hold a dict `TASKS`, name -> `TaskKind`; together they are the tasks that a recipe can
-name. A new task is a new file here, and nothing else.
+name. A new task is a new file here, or an entry in one that is there, and nothing else.
 """
 
 from __future__ import annotations

@@ -46,6 +46,6 @@ TASKS = {
     "answers": TaskKind(
         load_answers,
         (Metric("nll", "Loss on the given answers", "nats per token", "lower"),),
-        apart_from_training=True,
+        must_not_overlap_training=True,
     ),
 }

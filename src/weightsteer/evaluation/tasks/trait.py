@@ -163,7 +163,7 @@ TASKS = {
             Metric("margin", "Prefers the behaviour, held-out questions", "nats per token", None),
             Metric("share", "Prefers the behaviour", "share of held-out questions", None, detail=True),
         ),
-        apart_from_training=True,
+        must_not_overlap_training=True,
     ),
     "trait": TaskKind(
         load_trait,
@@ -174,7 +174,7 @@ TASKS = {
         ),
         judge="needed",
         generates=True,
-        apart_from_training=True,
+        must_not_overlap_training=True,
     ),
     "statements": TaskKind(
         load_statements,

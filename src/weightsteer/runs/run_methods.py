@@ -11,6 +11,7 @@ from ..steering.steering import Direction, Steering, TrainedCheckpoints
 from ..vectors.difference import task_vector
 from ..vectors.expression import combine
 from .artifacts import RunArtifacts
+from .recipe_fields import VARIANT_VECTORS
 
 
 def make_method(name: str, artifacts: RunArtifacts) -> Steering:
@@ -19,7 +20,7 @@ def make_method(name: str, artifacts: RunArtifacts) -> Steering:
     if expression is None:
         return METHODS[name].make(name, artifacts)
     positive, negative = (task_vector(finetune) for finetune in artifacts.finetunes())
-    vectors = {"w": artifacts.difference(), "positive": positive, "negative": negative}
+    vectors = dict(zip(VARIANT_VECTORS, (artifacts.difference(), positive, negative), strict=True))
     return Direction(name, combine(expression, vectors))
 
 
@@ -30,20 +31,20 @@ def methods_with_strengths(artifacts: RunArtifacts, texts: Task) -> list[tuple[S
     known: dict[str, list[float]] = {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
     names = [*sweep.variants, *sweep.methods]
     found: list[tuple[Steering, list[float]]] = []
-    for number, name in enumerate(names):
+    for name in names:
         method = make_method(name, artifacts)
         if name not in known:
             with show(f"strengths of {name}") as progress:
-                progress(number, len(names), name)
+                progress(0, 1)
                 known[name] = _strengths(method, artifacts, texts)
-                progress(number + 1, len(names), name)
+                progress(1, 1)
             write_json(path, known)
         found.append((method, known[name]))
     return found
 
 
 def _strengths(method: Steering, artifacts: RunArtifacts, texts: Task) -> list[float]:
-    """The recipe's own, or all that was trained, or fractions of the k that reach its loss increase on each side."""
+    """The recipe's own, or all that was trained, or fractions of the k at the recipe's loss increase on each side."""
     sweep, lm = artifacts.recipe.sweep, artifacts.lm()
     listed = sweep.methods.get(method.name)
     entry = METHODS.get(method.name)

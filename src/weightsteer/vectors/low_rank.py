@@ -60,7 +60,7 @@ class LowRank:
         return replace(self, B=self.B * scale)
 
     def dot(self, other: LowRank) -> float:
-        """<self, other> = sum of products of entries, in r x r work, accumulated in float64."""
+        """`<self, other>` = sum of products of entries, in r x r work, accumulated in float64."""
         B, A = self.B.to(ACCUMULATE), self.A.to(ACCUMULATE)
         gram = (B.T @ other.B.to(ACCUMULATE)) * (A @ other.A.to(ACCUMULATE).T)  # (r1, r2)
         return float(gram.sum())

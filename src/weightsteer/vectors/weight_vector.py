@@ -192,7 +192,7 @@ class WeightVector:
         return self._derived(deltas, truncation_error=error)
 
     def project_out(self, other: WeightVector) -> WeightVector:
-        """What of this vector is orthogonal to `other`: w - (<w, o> / <o, o>) o, over all parameters at once.
+        """What of this vector is orthogonal to `other`: `w - (<w, o> / <o, o>) o`, over all parameters at once.
 
         Raises:
             SteerError: the bases differ, or `other` is zero.

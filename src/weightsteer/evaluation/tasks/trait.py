@@ -73,7 +73,7 @@ def load_trait(spec: TaskSpec) -> ReplyTask:
 
     The behaviour is a shipped one or a trait file: `spec.data` if given (such as the file of questions
     kept for evaluation), else `spec.behavior`. Of a shipped one the second half of its questions is asked,
-    since `contrast` samples D+ and D- from the first; of a file all of them. Metrics: see `TraitScorer`.
+    since `sample` makes D+ and D- from the first; of a file all of them. Metrics: see `TraitScorer`.
 
     Raises:
         SteerError: there is no behaviour or no judge, or the behaviour has no rubric.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def _measure_plan(
     total, passed = sum(len(planned.tasks) for planned in plan), 0
     for planned in plan:
         progress(passed, total, f"{planned.name} k = {planned.k:g}")
-        recording = _RecordingLM(**vars(lm))
+        recording = _RecordingLM(**{part.name: getattr(lm, part.name) for part in fields(LM)})
         for measurement in _measure(recording, planned, done.keys(), batch_size):
             _keep(measurement, recording.take(), folder)
             done[measurement.key] = measurement

@@ -74,8 +74,8 @@ class RunArtifacts:
         self.tasks, self.judge = tasks, judge
         self.behavior = behavior
         self._base: LM | None = None
-        self._steered: LM | None = None
-        self._precise: LM | None = None
+        self._lm: LM | None = None
+        self._float32: LM | None = None
         self._sides: tuple[list[Example], list[Example]] | None = None
 
     def base(self) -> LM:
@@ -99,14 +99,14 @@ class RunArtifacts:
 
     def lm(self) -> LM:
         """The model that steering is applied to: the base, or the fine-tune of it that is to be repaired."""
-        if self._steered is None:
+        if self._lm is None:
             target, folder = self.recipe.repair_target, self.folder
-            self._steered = (
+            self._lm = (
                 self._load_finetuned(self.base(), self._base_name, target, folder.repair_target, folder.repair_model)
                 if target
                 else self.base()
             )
-        return self._steered
+        return self._lm
 
     @property
     def _base_name(self) -> str:
@@ -114,12 +114,12 @@ class RunArtifacts:
 
     def base_float32(self) -> LM:
         """The base in float32, for trainings whose weights do not move in 8 bits of mantissa."""
-        if self._precise is None:
+        if self._float32 is None:
             base = self.base()
             exact = base.model.dtype == torch.float32
             name, device = self._base_name, self.recipe.device
-            self._precise = base if exact else LM.load(name, device=device, dtype="float32")
-        return self._precise
+            self._float32 = base if exact else LM.load(name, device=device, dtype="float32")
+        return self._float32
 
     def _load(self, name: str) -> LM:
         return LM.load(name, device=self.recipe.device, dtype=self.recipe.dtype)

@@ -17,6 +17,7 @@ from weightsteer.cli import app
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "weightsteer"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_imports_keep_their_direction() -> None:
@@ -48,7 +49,7 @@ def blocks(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_python_in_the_documents_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model, with its vector at the place that the documents name."""
     from conftest import random_vector, tiny_lm
@@ -71,9 +72,6 @@ def test_generated_pages_are_those_of_the_code() -> None:
 
     assert (ROOT / "docs" / "cli.md").read_text() == cli_page(), "run `make docs`"
     assert (ROOT / "docs" / "methods.md").read_text() == methods_page(), "run `make docs`"
-
-
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import pytest
 from conftest import random_vector, tiny_lm
 from weightsteer.behavior import load_pairs
 from weightsteer.errors import SteerError
-from weightsteer.evaluation.tasks import TaskSpec, load_task
+from weightsteer.evaluation import tasks
+from weightsteer.evaluation.tasks import TaskSpec, load_task, metrics_of
 from weightsteer.evaluation.tasks.task import Choice, ChoiceTask
 from weightsteer.lm import LM
 from weightsteer.scoring import score_choices
@@ -97,3 +99,15 @@ def test_unknown_task_and_missing_column(tmp_path: Path) -> None:
     path.write_text('{"question": "q", "correct": "a"}\n')
     with pytest.raises(SteerError, match="line 1: expected a text field 'incorrect'"):
         load_task(TaskSpec("facts", str(path)))
+
+
+def test_a_task_is_added_by_its_file_alone(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worked example of CONTRIBUTING."""
+    page = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
+    (example,) = re.findall(r"```python\n((?:(?!```).)*load_planets.*?)```", page, re.DOTALL)
+    (tmp_path / "planets.py").write_text(example)
+    monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(tmp_path)])
+    monkeypatch.setattr(tasks, "TASKS", tasks.find_tasks(tasks.__path__))
+    values = load_task(TaskSpec("planets", limit=1)).measure(lm)
+    assert {metric for _, metric in metrics_of([TaskSpec("planets")])} == values.keys() == {"accuracy", "margin"}
+    assert len(values["accuracy"]) == 2

@@ -16,10 +16,14 @@ from ..metrics import Metric, MetricKey, Metrics
 from ..task_spec import TaskFields, TaskSpec
 from .task import Task, TaskKind
 
-_MODULES = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(__path__)]
-TASKS: Mapping[str, TaskKind] = {
-    name: kind for module in _MODULES for name, kind in getattr(module, "TASKS", {}).items()
-}
+
+def find_tasks(folders: Iterable[str]) -> dict[str, TaskKind]:
+    """The tasks of every module in these folders of the package."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in pkgutil.iter_modules(list(folders))]
+    return {name: kind for module in modules for name, kind in getattr(module, "TASKS", {}).items()}
+
+
+TASKS: Mapping[str, TaskKind] = find_tasks(__path__)
 
 
 def kind_of(name: str) -> TaskKind:

@@ -42,16 +42,29 @@ def recommend(
     ks = _measured_ks(rows, method, needed, split)
     changes = {(row.k, row.task, row.metric): row.value for row in rows if row.method == method and row.change}
 
-    def is_within_budget(k: float) -> bool:
-        if not all(math.isfinite(changes.get((k, *key), math.nan)) for key in needed):
-            return False
-        return all(metric_of(metrics, key).worsening(changes[k, *key]) <= limit for key, limit in budget.items())
-
-    change = {k: changes[k, *behavior] for k in ks if is_within_budget(k)}  # of equal ones the smaller |k| is taken
-    up = max((k for k in change if k > 0 and change[k] > 0), key=lambda k: change[k], default=0.0)
-    down = min((k for k in reversed(change) if k < 0 and change[k] < 0), key=lambda k: change[k], default=0.0)
+    allowed = [k for k in ks if _is_within(budget, k, changes, needed, metrics)]
+    change = {k: changes[k, *behavior] for k in allowed}
     shown = {f"{task} {metric}": limit for (task, metric), limit in budget.items()}
-    return StrengthRange(recommended=up, negative=down, low=min(ks), high=max(ks), budget=shown)
+    return StrengthRange(_furthest(change, 1), _furthest(change, -1), low=min(ks), high=max(ks), budget=shown)
+
+
+def _is_within(
+    budget: Mapping[MetricKey, float],
+    k: float,
+    changes: Mapping[tuple[float, str, str], float],
+    needed: Sequence[MetricKey],
+    metrics: Metrics,
+) -> bool:
+    """Whether every change that is needed is known at k, and none of the budget's is worse than it allows."""
+    if not all(math.isfinite(changes.get((k, *key), math.nan)) for key in needed):
+        return False
+    return all(metric_of(metrics, key).worsening(changes[k, *key]) <= limit for key, limit in budget.items())
+
+
+def _furthest(change: Mapping[float, float], side: int) -> float:
+    """The k on one side that moves the behaviour furthest that way; of equal ones the smallest, 0 if none does."""
+    moved = [k for k in sorted(change, key=abs) if k * side > 0 and change[k] * side > 0]
+    return max(moved, key=lambda k: change[k] * side, default=0.0)
 
 
 def _measured_ks(rows: Sequence[MetricRow], method: str, needed: Sequence[MetricKey], split: str) -> list[float]:

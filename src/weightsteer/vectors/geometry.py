@@ -61,6 +61,9 @@ def geometry(vector: WeightVector) -> Geometry:
     for name, square in squares.items():
         by_layer[layer_of(name)] = by_layer.get(layer_of(name), 0.0) + square / total
         by_module[module_of(name)] = by_module.get(module_of(name), 0.0) + square / total
+    by_layer = dict(
+        sorted(by_layer.items(), key=lambda entry: (entry[0] is None, entry[0] or 0))
+    )  # names sort as texts
     return Geometry(math.sqrt(total), len(squares), by_layer, by_module, means[0], means[1], means[2], largest)
 
 

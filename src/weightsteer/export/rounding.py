@@ -19,7 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def default_rounding(stored: torch.dtype, written: torch.dtype) -> Rounding:
     """What keeps more of a behaviour vector's effect (measured: docs/vectors.md): stochastic in bfloat16.
 
-    Not where a finer base is narrowed: what is cut off of its weights already makes nearest right on average.
+    Where a finer base is narrowed, rounding to nearest is right on average already, since its weights lie anywhere
+    between two bfloat16 numbers; so nearest is taken there.
     """
     return "stochastic" if stored == written == torch.bfloat16 else "nearest"
 

@@ -260,7 +260,7 @@ METHODS: Mapping[str, Method] = {
         needs_repair_target=True,
     ),
     "negated task vector": Method(
-        "theta -+ k tau of the repair target: its fine-tune taken away, the way that repairs",
+        "k times the task vector of the fine-tune to be repaired, taken away from the model",
         _negated_target,
         _no_training,
         needs_repair_target=True,

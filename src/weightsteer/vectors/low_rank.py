@@ -12,7 +12,7 @@ from torch import Tensor
 # <B1 A1, B2 A2> cancels hard when the two nearly agree; float64 keeps the sum's last digits.
 ACCUMULATE = torch.float64
 
-# The kind of module that a delta belongs to. Engines store the factors of the first three differently (see adapter.py);
+# The kind of module that a delta belongs to. Engines store the factors of the first three in different ways;
 # "embedding" and "module" (a module's own copy, as `modules_to_save` trains it) change one place alone, even where the
 # base ties it to another.
 Layout = Literal["linear", "conv1d", "embedding", "module"]

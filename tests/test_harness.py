@@ -132,18 +132,14 @@ def test_swapped_norms_and_tied_embeddings_survive_the_harness(lm: LM, tmp_path:
         assert torch.equal(parameter, before[name][1])
 
 
-def test_first_runs_those_documents_only_and_they_pair_by_their_ids(
-    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_first_runs_those_documents_only_and_they_pair_by_their_ids(lm: LM, tmp_path: Path) -> None:
     task = load(tmp_path, RECITE)
     small = task.first(2).of_split("test")
     assert small.ids == (1, 3)
-    asked: list[int] = []
+    asked: list[float] = []
     whole = by_id(task, lm, "loglikelihood")
-    monkeypatch.setattr(
-        harness, "_in_parts", lambda answer, size, progress: lambda rs: asked.extend([len(rs)]) or answer(rs)
-    )
-    assert by_id(small, lm, "loglikelihood") == pytest.approx({i: whole[i] for i in (1, 3)}, rel=1e-4)
+    found = small.measure(lm, progress=lambda done, total, note="": asked.append(total))["loglikelihood"]
+    assert found == pytest.approx([whole[1], whole[3]], rel=1e-4)
     assert asked == [2]
     assert set(task.all_in("test").splits) == {"test"}
     assert task.renamed("seas").name == "seas"

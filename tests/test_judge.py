@@ -239,6 +239,15 @@ FORGED = {  # rubric -> what makes likenesses of its delimiters, and the pattern
 }
 
 
+def as_filled(name: str, answer: str) -> str:
+    """An answer as it stands in a rubric's prompt."""
+    before, after = filled(name, "q", "stand-in").split("stand-in")
+    prompt = filled(name, "q", answer)
+    assert prompt.startswith(before)
+    assert prompt.endswith(after)
+    return prompt[len(before) : len(prompt) - len(after)]
+
+
 @pytest.mark.parametrize("name", FORGED)
 @given(data=st.data())
 def test_no_likeness_of_a_delimiter_gets_through(name: str, data: st.DataObject) -> None:
@@ -253,17 +262,16 @@ def test_no_likeness_of_a_delimiter_gets_through(name: str, data: st.DataObject)
         return re.findall(likeness, plain, re.IGNORECASE)
 
     assert len(seen(prompt)) == len(seen(empty))
-    guard = Rubric(name, RUBRICS[name])._guarded[1]
-    once = guard.disarmed("".join(nasty))
-    assert guard.disarmed(once) == once
+    once = as_filled(name, "".join(nasty))
+    assert as_filled(name, once) == once
     assert re.findall(r"[^\W_]", once) == re.findall(r"[^\W_]", "".join(nasty))
 
 
 def test_disarming_a_long_text_is_quick() -> None:
-    guard = Rubric("r", MARKED)._guarded[1]
+    rubric = Rubric("r", MARKED)
     begun = time.monotonic()
     for text in ("[" * 20000, "answer " * 5000, "=" * 20000, "[ " * 10000, "[" + "a" * 20000, "<[ANSWER" * 3000):
-        guard.disarmed(text)
+        rubric.filled(Example("q", text))
     assert time.monotonic() - begun < 10
 
 

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weightsteer import cli
-from weightsteer.checkpoints.embedded_model import _packaged_gguf
 from weightsteer.errors import SteerError
 from weightsteer.export.llama_cpp import export_control, model_type_of
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.steering.activations import ActivationVector
+from xllama_server import packaged_gguf
 
 
 def vector_on(*layers: int, width: int = 32, seed: int = 0, **card: str) -> ActivationVector:
@@ -221,9 +221,7 @@ class LlamaCpp:
 @torch.no_grad()
 def test_llama_cpp_steers_as_our_hook_does(embedded: LM, tmp_path: Path) -> None:
     """The change of every token's log-probability agrees, and would not with the direction one block off."""
-    engine = LlamaCpp(
-        pytest.importorskip("xllamacpp"), _packaged_gguf(), vocabulary := embedded.model.config.vocab_size
-    )
+    engine = LlamaCpp(pytest.importorskip("xllamacpp"), packaged_gguf(), vocabulary := embedded.model.config.vocab_size)
     ids, layers = embedded.chat_ids("What is the capital of France?"), len(embedded.blocks)
     vector, k = vector_on(12, width=embedded.model.config.hidden_size), 3.0
 

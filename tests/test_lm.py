@@ -10,6 +10,7 @@ from weightsteer.checkpoints.locate import checkpoint_folder
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM, PLAIN_TEMPLATE
 from weightsteer.runs.tiny_model import byte_tokenizer
+from xllama_server import packaged_gguf
 
 
 def test_template_default_is_kept_and_a_given_system_prompt_replaces_it(lm: LM) -> None:
@@ -98,9 +99,7 @@ def test_embedded_model_answers_and_k_zero_is_the_base(embedded: LM) -> None:
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_gguf_file_loads_as_it_is(embedded: LM) -> None:
-    from weightsteer.checkpoints.embedded_model import _packaged_gguf
-
-    lm = LM.load(str(_packaged_gguf()), device="cpu", dtype="float32")
+    lm = LM.load(str(packaged_gguf()), device="cpu", dtype="float32")
     ids = torch.tensor([embedded.chat_ids("Hello")])
     with torch.no_grad():
         torch.testing.assert_close(lm.model(ids).logits, embedded.model(ids).logits)

@@ -32,7 +32,6 @@ def test_a_log_is_not_flooded(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bars_run_inside_one_another(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    progress._console.cache_clear()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("FORCE_COLOR", "1")
     with show_progress("outer") as outer:
@@ -43,4 +42,3 @@ def test_bars_run_inside_one_another(capsys: pytest.CaptureFixture[str], monkeyp
     text = capsys.readouterr().err
     assert "outer" in text
     assert "inner" in text
-    progress._console.cache_clear()

@@ -10,10 +10,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
+from weightsteer.checkpoints.embedded_model import PACKAGE
+
 MODEL = "smollm2"  # llama.cpp serves its one model under any name
+
+
+def packaged_gguf() -> Path:
+    """The embedded model's file, in the package that carries it."""
+    spec = importlib.util.find_spec(PACKAGE)  # which does not import it: that needs llama.cpp
+    assert spec is not None
+    assert spec.submodule_search_locations is not None
+    (path,) = (file for folder in spec.submodule_search_locations for file in Path(folder).glob("*.gguf"))
+    return path
 
 
 @contextmanager
@@ -21,9 +33,7 @@ def served(*, slots: int = 2) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The server's address, which ends in /v1, and its process; it is stopped when the block is left."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("needs the package xllamacpp")
-    from weightsteer.checkpoints.embedded_model import _packaged_gguf
-
-    command = [sys.executable, __file__, str(_packaged_gguf()), str(slots)]
+    command = [sys.executable, __file__, str(packaged_gguf()), str(slots)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

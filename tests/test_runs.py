@@ -41,7 +41,7 @@ def mute(label: str) -> Iterator[Progress]:
 
 
 def small_recipe(folder: Path, **changes: object) -> Path:
-    """A recipe that runs the whole road on the tiny model in seconds."""
+    """A recipe that goes through a whole run on the tiny model in seconds."""
     base = folder / "base"
     if not base.exists():
         lm = tiny_lm()
@@ -64,13 +64,13 @@ def small_recipe(folder: Path, **changes: object) -> Path:
     return path
 
 
-def road(source: Path, out: Path) -> Run:
+def make_run(source: Path, out: Path) -> Run:
     return Run(Recipe.load(source), out, show=mute, command="weightsteer run recipe.yaml")
 
 
-def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -> None:
+def test_a_whole_run_and_again_without_doing_anything_twice(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
-    page = road(source, tmp_path / "run").run()
+    page = make_run(source, tmp_path / "run").run()
     text = page.read_text()
     assert "weightsteer run recipe.yaml" in text
     assert (tmp_path / "run" / "behaviour_against_capability.png").read_bytes().startswith(b"\x89PNG")
@@ -81,7 +81,7 @@ def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -
     assert strength is not None
     assert strength.low < 0 < strength.high
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.suffix in (".safetensors", ".jsonl")}
-    road(source, tmp_path / "run").run()
+    make_run(source, tmp_path / "run").run()
     changed = [p.name for p, stamp in files.items() if p.stat().st_mtime_ns != stamp]
     assert changed == ["rows.jsonl"]  # derived from the cells, written again the same
     assert [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == rows
@@ -89,7 +89,7 @@ def test_the_whole_road_and_again_without_doing_anything_twice(tmp_path: Path) -
 
 def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
-    road(source, tmp_path / "whole").run()
+    make_run(source, tmp_path / "whole").run()
     folder, log = tmp_path / "killed", tmp_path / "log"
     arguments = ("run", str(source), "--out", str(folder))
     moments = (
@@ -122,14 +122,14 @@ def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
 
 def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
-    road(source, tmp_path / "run")
+    make_run(source, tmp_path / "run")
     other = small_recipe(tmp_path, seed=1)
     with pytest.raises(SteerError, match="differs in the recipe's 'seed'"):
-        road(other, tmp_path / "run")
+        make_run(other, tmp_path / "run")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")
     with pytest.raises(SteerError, match="not made by weightsteer"):
-        road(source, tmp_path / "mine")
+        make_run(source, tmp_path / "mine")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
 def test_mistakes_are_found_before_any_work(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     source = small_recipe(tmp_path, **changes)
     with pytest.raises(SteerError, match=message):
-        road(source, tmp_path / "run")
+        make_run(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -200,7 +200,7 @@ def test_no_task_asks_what_is_trained_on(tmp_path: Path) -> None:
         tasks = [asked, {"task": "facts"}, {"task": "prose"}]
         source = small_recipe(tmp_path, data={"pairs": str(pairs)}, tasks=tasks, plot=["facts/accuracy"])
         with pytest.raises(SteerError, match=f"asks {count} questions that are trained on"):
-            road(source, tmp_path / "run")
+            make_run(source, tmp_path / "run")
 
 
 def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_
         plot=["trait/trait"],
     )
     with pytest.raises(SteerError, match="task 'trait' asks 2 questions that are trained on"):
-        road(source, tmp_path / "run")
+        make_run(source, tmp_path / "run")
 
 
 def test_malformed_files(tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ def test_malformed_files(tmp_path: Path) -> None:
 def test_variants_are_swept_like_methods(tmp_path: Path) -> None:
     variants = {"late": "filter(w, layers='1')", "twice": "2*positive - 2*negative"}
     sweep = {"methods": {"contrastive": [1.0]}, "variants": variants, "fractions": [1.0], "search_items": 1}
-    road(small_recipe(tmp_path, sweep=sweep), tmp_path / "run").run()
+    make_run(small_recipe(tmp_path, sweep=sweep), tmp_path / "run").run()
     rows = [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()]
     assert {row["method"] for row in rows} == {"base", "contrastive", "late", "twice"}
 
@@ -252,11 +252,11 @@ def test_variants_are_swept_like_methods(tmp_path: Path) -> None:
 def test_a_metric_that_is_not_measured_is_found_before_training(tmp_path: Path) -> None:
     source = small_recipe(tmp_path, plot=["facts/speed"])
     with pytest.raises(SteerError, match="task 'facts' has no such metric; it has accuracy, margin"):
-        road(source, tmp_path / "run").run()
+        make_run(source, tmp_path / "run").run()
     assert not list((tmp_path / "run").glob("positive*"))
     for count in (0, 1, 2):  # what is drawn, and the samples, may change in a run
         mended = small_recipe(tmp_path, plot=["facts/accuracy"], samples={"count": count, "max_new_tokens": 4})
-        page = road(mended, tmp_path / "run").run().read_text()
+        page = make_run(mended, tmp_path / "run").run().read_text()
         shown = Behavior.load("sycophancy").questions[::-1][:3]
         assert [str(escape(prompt)) in page for prompt in shown] == [i < count for i in range(3)]
 
@@ -279,12 +279,12 @@ def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> N
 
 
 def test_two_processes_do_not_run_one_folder(tmp_path: Path) -> None:
-    one, two = (road(small_recipe(tmp_path), tmp_path / "run") for _ in range(2))
+    one, two = (make_run(small_recipe(tmp_path), tmp_path / "run") for _ in range(2))
     with lock_folder(one.folder.path), pytest.raises(SteerError, match="another process is running this"):
         two.run()
 
 
-def test_own_sides_go_the_same_road(tmp_path: Path) -> None:
+def test_own_sides_go_the_same_way(tmp_path: Path) -> None:
     for side, word in (("positive", "yes"), ("negative", "no")):
         rows = [{"prompt": f"Is {i} big?", "answer": f"{word}, {i}"} for i in range(8)]
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

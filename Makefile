@@ -42,6 +42,7 @@ lowest: .venv/ready  ## the fast tests on the lowest versions that pyproject.tom
 	$(BIN)/python scripts/lowest.py
 
 coverage: .venv/ready  ## which lines of src the fast tests run; pages in build/coverage
+	mkdir -p build
 	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term --cov-report=html
 
 .venv-mergekit/ready:

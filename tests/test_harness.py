@@ -264,7 +264,7 @@ def test_tasks_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     write_task(tmp_path / "known", {**CHOOSE, "dataset_path": "nobody/nothing", "dataset_kwargs": {}}, "arc_easy")
     known = lm_eval_tasks.TaskManager(include_path=str(tmp_path / "known"), include_defaults=False)
-    monkeypatch.setattr(harness, "_known_tasks", lambda: known)
+    monkeypatch.setattr(harness, "known_tasks", lambda: known)
     refused("arc_esy", "unknown task 'arc_esy'; similar names: arc_easy; or name a task's YAML file")
     refused("arc_easy", "arc_easy: cannot be loaded .*nobody/nothing.* check the network and HF_HUB_OFFLINE")
     refused(str(tmp_path / "none.yaml"), r"none\.yaml: no such file; expected a task's YAML")

@@ -140,7 +140,7 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 def _load_name(name: str) -> dict[str, Any]:
     """A task or group that comes with the harness; its data are fetched."""
-    manager = _known_tasks()
+    manager = known_tasks()
     if name not in manager.all_tasks:
         near = ", ".join(get_close_matches(name, manager.all_tasks)) or "none"
         raise SteerError(f"task harness: unknown task {name!r}; similar names: {near}; or name a task's YAML file")
@@ -155,7 +155,7 @@ def _load_name(name: str) -> dict[str, Any]:
 
 
 @cache
-def _known_tasks() -> Any:
+def known_tasks() -> Any:
     """The harness's own tasks; its thousands of files are read once."""
     from lm_eval.tasks import TaskManager
 

@@ -9,10 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are as many as the cores;
     os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
-from collections.abc import Iterator, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,13 +17,8 @@ from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weightsteer.behavior import ContrastPair, Example
-from weightsteer.evaluation import compare
-from weightsteer.evaluation.compare import ComparisonAtLoss, compare_at_loss
-from weightsteer.evaluation.metrics import MetricKey
 from weightsteer.lm import LM
-from weightsteer.reporting import pages
 from weightsteer.run_card import RunCard
-from weightsteer.runs import pipeline
 from weightsteer.runs.tiny_model import byte_tokenizer
 from weightsteer.training import TrainSettings, train_side
 from weightsteer.vectors.low_rank import LowRank
@@ -80,23 +72,6 @@ def random_vector(lm: LM, seed: int = 0, rank: int = 3, scale: float = 0.05) -> 
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     return WeightVector(deltas, RunCard("vector", base_model="tiny", base_revision=lm.revision))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_reports() -> Iterator[None]:
-    """In what a test runs whole, each error is of few bootstrap draws, and the charts' script is bundled once.
-
-    Tests of the errors ask `compare_at_loss` itself, by how many draws they need.
-    """
-
-    def of_few_draws(runs: Sequence[Path], behavior: MetricKey, **options: Any) -> list[ComparisonAtLoss]:
-        return compare_at_loss(runs, behavior, **{**options, "draws": 10})
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (compare, pipeline):
-            patch.setattr(module, "compare_at_loss", of_few_draws)
-        patch.setattr(pages, "vega_runtime", cache(pages.vega_runtime))
-        yield
 
 
 @pytest.fixture

@@ -26,6 +26,15 @@ def silent(done: float, total: float, note: str = "") -> None:
     """The progress of callers that want none."""
 
 
+def part_of(progress: Progress, number: int, count: int, label: str = "") -> Progress:
+    """The progress of one of `count` equal parts of the work, counted from 0; `label` goes before its notes."""
+
+    def report(done: float, total: float, note: str = "") -> None:
+        progress(number * total + done, count * total, f"{label} {note}".strip())
+
+    return report
+
+
 @contextmanager
 def show_progress(label: str) -> Iterator[Progress]:
     """Show progress on stderr under `label` until the block is left."""

@@ -49,7 +49,7 @@ class ComparisonAtLoss:
     against_reached: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Curve:
     """One method on one side in one run: strengths from the base outwards, items across."""
 
@@ -214,22 +214,29 @@ class _Sample:
     """Items, texts and runs, drawn with replacement: the same items and texts in every run, since runs share them."""
 
     def __init__(self, ids: Sequence[tuple[int, ...]], curves: Sequence[_Curve]) -> None:
-        self.items = np.array(sorted(set.intersection(*map(set, ids))))
+        self.items = sorted(set.intersection(*map(set, ids)))
         self.texts = np.arange(min(curve.loss_increase.shape[1] for curve in curves))
+        self._columns = {curve: _columns_of(curve, self.items) for curve in curves}
 
     def whole(self, curves: Sequence[_Curve], level: float) -> float:
         """The mean over runs on all items."""
-        return float(np.mean([_read_off(curve, self.items, self.texts, level) for curve in curves]))
+        return float(np.mean([_read_off(curve, self._columns[curve], self.texts, level) for curve in curves]))
 
     def drawn(self, curves: Sequence[_Curve], level: float, draws: int, seed: int) -> Array:
         """The mean over runs for each draw; the same seed gives the same draws whatever the curves."""
         rng = np.random.default_rng(seed)
         found = []
         for _ in range(draws):
-            items, texts = (row[rng.integers(len(row), size=len(row))] for row in (self.items, self.texts))
-            runs = rng.integers(len(curves), size=len(curves))
-            found.append(np.mean([_read_off(curves[run], items, texts, level) for run in runs]))
+            items, texts = (rng.integers(count, size=count) for count in (len(self.items), len(self.texts)))
+            picked = [curves[run] for run in rng.integers(len(curves), size=len(curves))]
+            found.append(np.mean([_read_off(curve, self._columns[curve][items], texts, level) for curve in picked]))
         return np.array(found)
+
+
+def _columns_of(curve: _Curve, items: Sequence[int]) -> NDArray[np.int64]:
+    """Where a curve has these items: looked up once, not at every draw."""
+    place = {item: column for column, item in enumerate(curve.ids)}
+    return np.array([place[item] for item in items])
 
 
 def _loss_increases(curve: _Curve, texts: NDArray[np.int64]) -> Array:
@@ -268,11 +275,9 @@ def _count_items(curve: _Curve, level: float) -> int:
     return int((~np.isnan(curve.changes[used])).sum(axis=1).min())
 
 
-def _read_off(curve: _Curve, items: NDArray[np.int64], texts: NDArray[np.int64], level: float) -> float:
+def _read_off(curve: _Curve, columns: NDArray[np.int64], texts: NDArray[np.int64], level: float) -> float:
     """The value where the curve first reaches the loss increase, between two strengths; else at its strongest."""
-    place = {item: column for column, item in enumerate(curve.ids)}
     step, share = _find_crossing(curve, texts, level)
-    columns = [place[int(item)] for item in items]
     return math.fsum(w * _mean(curve.changes[step - i, columns]) for i, w in ((1, 1 - share), (0, share)) if w)
 
 

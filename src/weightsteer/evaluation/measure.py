@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
-from typing import Protocol
 
 from ..lm import LM
 from ..progress import Progress, silent
-from ..vectors.hooks import SteeringHandle
+from ..steering.activations import ActivationVector
+from ..vectors.weight_vector import WeightVector
 from .results import Measurement, MetricRow
 from .tasks.task import Task
 
 
-class Applicable(Protocol):
-    """A weight or activation vector."""
-
-    def applied(self, lm: LM, k: float) -> AbstractContextManager[SteeringHandle]: ...
-
-
 def measure_strengths(
-    vector: Applicable, lm: LM, task: Task, ks: Sequence[float], *, batch_size: int = 8, progress: Progress = silent
+    vector: WeightVector | ActivationVector,
+    lm: LM,
+    task: Task,
+    ks: Sequence[float],
+    *,
+    batch_size: int = 8,
+    progress: Progress = silent,
 ) -> Iterator[tuple[Measurement, list[MetricRow]]]:
     """Measure `task` at k = 0 and at each of `ks`; all items count as test items.
 

@@ -15,6 +15,7 @@ from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
+from ..training.callbacks import SNAPSHOTS
 from ..vectors.delta import Delta
 from ..vectors.difference import task_vector
 from ..vectors.similarity import parameter_products
@@ -39,8 +40,8 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     if not folder.is_dir():
         raise SteerError(f"{folder}: no such folder; expected one with checkpoints")
     found = {_step_of(path): path for path in sorted(folder.iterdir()) if path.is_dir() and _looks_like_one(path)}
-    if (folder / "snapshots").is_dir():
-        found |= list_checkpoints(folder / "snapshots")
+    if (folder / SNAPSHOTS).is_dir():
+        found |= list_checkpoints(folder / SNAPSHOTS)
     if not found and _looks_like_one(folder):
         return {max(_step_of(folder), 0): folder}
     found.pop(-1, None)

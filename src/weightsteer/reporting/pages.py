@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _script_json(value: Any) -> Markup:
     return Markup(json.dumps(value).replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
+@cache
 def vega_runtime() -> str:
     """The script that draws the charts, with no request."""
     import vl_convert

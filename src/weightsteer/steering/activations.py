@@ -16,7 +16,7 @@ from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM, batches_by_length, decoder_blocks, pad_right, projecting_only
-from ..progress import Progress, silent
+from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
 from ..vectors.hooks import Steerable, SteeringHandle, model_of
 
@@ -102,7 +102,7 @@ def activation_vector(
     """a_l of every block from D+ and D-; each answer token weighs the same."""
     sides = (positive, negative)
     means = [
-        _mean_activations(lm, side, batch_size, lambda d, t, n="", s=number: progress(s * t + d, 2 * t, n))
+        _mean_activations(lm, side, batch_size, part_of(progress, number, len(sides)))
         for number, side in enumerate(sides)
     ]
     layers = {layer: means[0][layer] - means[1][layer] for layer in means[0]}

@@ -83,9 +83,7 @@ class Method:
     ks: KRule = KRule("any k", lambda _k: True)
     training: Training = "lora"  # other than lora: both sides are trained for it alone, with a recipe's `train_of`
     from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
-    strengths_from_checkpoints: bool = (
-        False  # each |k| that a recipe lists is a training of its own; `repair_sign` gives its sign
-    )
+    strengths_from_checkpoints: bool = False  # a listed |k| is a training of its own, signed by `repair_sign`
     needs_repair_target: bool = False
     needs_package: tuple[str, str] | None = None  # what is imported, and what to install
 

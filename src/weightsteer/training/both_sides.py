@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..behavior import SIDES, ContrastPair, load_pairs, sides_of
 from ..lm import LM
-from ..progress import Progress, silent
+from ..progress import Progress, part_of, silent
 from ..run_folder import RunFolder
 from ..vectors.difference import subtract_finetunes
 from ..vectors.weight_vector import WeightVector
@@ -39,10 +39,7 @@ def train_vector(
     given = load_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
     finetunes = []
     for number, (side, examples) in enumerate(zip(SIDES, sides_of(given), strict=True)):
-
-        def report(done: float, total: float, note: str = "", at: int = number, name: str = side) -> None:
-            progress(at * total + done, 2 * total, f"{name} {note}".strip())
-
+        report = part_of(progress, number, len(SIDES), side)
         finetunes.append(train_side(lm, examples, run.finetune(side), settings=settings, progress=report))
     vector = subtract_finetunes(*finetunes)
     if not run.vector.exists() or WeightVector.load(run.vector).card.data_sha256 != vector.card.data_sha256:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..progress import Progress
+from ..progress import Progress, part_of
 from .job import Job, Outcome
 from .one_training import MakeTrainer, run_job
 
@@ -17,12 +17,5 @@ def search(jobs: Sequence[Job], make: MakeTrainer, progress: Progress) -> dict[f
         progress: called with steps done, steps in all, and the loss.
     """
     return {
-        job.learning_rate: run_job(job, make, _part_of(progress, number, len(jobs))) for number, job in enumerate(jobs)
+        job.learning_rate: run_job(job, make, part_of(progress, number, len(jobs))) for number, job in enumerate(jobs)
     }
-
-
-def _part_of(progress: Progress, number: int, count: int) -> Progress:
-    def scaled(done: float, total: float, note: str = "") -> None:
-        progress(number * total + done, count * total, note)
-
-    return scaled

@@ -208,7 +208,7 @@ def test_a_gguf_or_packed_base_is_refused_with_the_way_out(tmp_path: Path, vecto
     with pytest.raises(SteerError, match="quantised.*export peft"):
         export_merged(vector, tmp_path / "g", tmp_path / "out", k=1.0)
     base = write_model(tmp_path / "p", {"a.weight": torch.ones(2, 2, dtype=torch.uint8)})
-    with pytest.raises(SteerError, match=r"a\.weight: has dtype U8"):
+    with pytest.raises(SteerError, match=r"quantised \(a\.weight has dtype U8"):
         export_merged(vector_of(a_weight=torch.ones(2, 2)), base, tmp_path / "out", k=1.0)
 
 
@@ -224,11 +224,8 @@ def test_damaged_checkpoints_are_named(checkpoint: Path, tmp_path: Path, vector:
     shards = shards_of(checkpoint)
     index = checkpoint / "model.safetensors.index.json"
     wrong = json.loads(index.read_text())
-    first = sorted(wrong["weight_map"])[0]
     sound = index.read_text()
     for weight_map, message in [
-        ({**wrong["weight_map"], first: shards[-1].name}, f"says that {first} is in"),
-        ({**wrong["weight_map"], "ghost": shards[0].name}, "ghost.*no shard"),
         ({**wrong["weight_map"], "ghost": "../x.safetensors"}, "missing"),
         ({}, "no weight_map"),
     ]:

@@ -20,8 +20,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 def stored_tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint folder by name; nothing is read yet.
 
+    What the shards hold counts, as for transformers: an index may name buffers that are stored no more.
+
     Raises:
-        SteerError: no checkpoint, a missing or damaged shard, or an index that does not fit its shards.
+        SteerError: no checkpoint, a missing or damaged shard, or a tensor in two of them.
     """
     tensors: dict[str, Stored] = {}
     for shard in shards_of(folder):
@@ -31,41 +33,28 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
                     f"{shard}: {name} lies in {tensors[name].file.path.name} too; the checkpoint is damaged"
                 )
             tensors[name] = tensor
-    if (folder / INDEX).is_file():
-        _check_index(folder, tensors)
     return tensors
 
 
-def _check_index(folder: Path, tensors: Mapping[str, Stored]) -> None:
-    named = read_json(folder / INDEX)["weight_map"]
-    for name in sorted(named.keys() | tensors.keys()):
-        found = tensors[name].file.path.name if name in tensors else "no shard"
-        if named.get(name) != found:
-            raise SteerError(
-                f"{folder}: {INDEX} says that {name} is in {named.get(name, 'no shard')}, it is in {found}; "
-                "the checkpoint is damaged"
-            )
-
-
 def shards_of(folder: Path) -> list[Path]:
-    """The checkpoint's weight files, in order.
+    """The checkpoint's weight files, in order; a single file goes before an index beside it, as for transformers.
 
     Raises:
         SteerError: the folder holds no safetensors checkpoint, or a shard of its index is missing.
     """
-    if (folder / INDEX).is_file():
-        index = read_json(folder / INDEX)
-        named = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(named, dict) or not named:
-            raise SteerError(f"{folder}: {INDEX} has no weight_map; the checkpoint is damaged")
-        names = sorted({str(name) for name in named.values()})
-        missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-        if missing:
-            raise SteerError(f"{folder}: {INDEX} names shards that are missing: {', '.join(missing)}")
-        return [folder / name for name in names]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
-    raise SteerError(f"{folder}: no {SINGLE} or {INDEX}; expected a safetensors checkpoint")
+    if not (folder / INDEX).is_file():
+        raise SteerError(f"{folder}: no {SINGLE} or {INDEX}; expected a safetensors checkpoint")
+    index = read_json(folder / INDEX)
+    named = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise SteerError(f"{folder}: {INDEX} has no weight_map; the checkpoint is damaged")
+    names = sorted({str(name) for name in named.values()})
+    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise SteerError(f"{folder}: {INDEX} names shards that are missing: {', '.join(missing)}")
+    return [folder / name for name in names]
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -93,21 +82,6 @@ def tied_twins(folder: Path, tensors: Mapping[str, Stored]) -> dict[str, str]:
     if len(tables) < 2 or not ties(folder, tensors):
         return {}
     return {name: tables[0] for name in tables[1:] if same_bytes(tensors[tables[0]], tensors[name])}
-
-
-def refuse_quantised(folder: Path) -> None:
-    """Raise, with the way out, if the folder holds a quantised checkpoint."""
-    if read_config(folder).get("quantization_config"):
-        raise SteerError(
-            f"{folder}: its weights are quantised, and theta + k w cannot be rounded into them; "
-            "use `weightsteer export peft` and serve the adapter over them"
-        )
-    packed = next((path for path in folder.glob("*.gguf")), None)
-    if packed and not is_checkpoint(folder):
-        raise SteerError(
-            f"{packed}: is quantised (GGUF); expected safetensors; use `weightsteer export peft` and serve "
-            "the adapter over it"
-        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

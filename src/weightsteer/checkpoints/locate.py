@@ -59,6 +59,30 @@ def source_folder(name: str | Path) -> Path:
     return _fetch(str(name), None)
 
 
+def local_folder(name: str, *, revision: str | None = None) -> Path | None:
+    """The model's folder if it is on this machine: a path, the embedded model, or a snapshot in the hub's cache."""
+    if not name:
+        return None
+    if name.lower() == EMBEDDED_NAME:
+        try:
+            return embedded_model()
+        except SteerError:
+            return None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _fetch(name: str, revision: str | None) -> Path:
     """The hub's snapshot of a model or adapter, weights in safetensors only."""
     from huggingface_hub import snapshot_download

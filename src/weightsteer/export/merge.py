@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import refuse_quantised, shards_of, stored_tensors, tied_twins, ties, vocabulary_tables
+from ..checkpoints.architecture import Place
+from ..checkpoints.checkpoint import shards_of
+from ..checkpoints.parameters import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from ..errors import SteerError
 from ..files import digest
 from ..progress import Progress, silent
 from ..run_card import new_folder
 from ..threads import worker_pool
-from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of, not_finite, rows_of
+from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of, not_finite
 from ..vectors.low_rank import ALONE, LowRank
 from ..vectors.weight_vector import WeightVector
 from .model_card import carry_config, carry_over, write_lineage
@@ -86,16 +88,16 @@ def export_merged(
             another, a result that is not finite, or an output that would overwrite something.
     """
     settings, base, folder = settings or MergeSettings(), Path(base), Path(folder)
-    refuse_quantised(base)
-    tensors = stored_tensors(base)
-    names = _find_touched(vector, base, tensors)
+    source = open_checkpoint(base)
+    changes = _find_touched(vector, source)
     if folder.absolute() == base.absolute():
         raise SteerError(f"{folder}: is the base itself; choose another output")
-    plan = _Plan(base, tensors, vector.deltas, names if k else {}, k, settings)
+    plan = _Plan(source, vector.deltas, changes if k else {}, k, settings)
     with new_folder(folder, "merged") as part:
         tally, sha256 = _write_shards(plan, part, progress)
-        kinds = sorted({FLOATS[settings.written(tensors[name].dtype)] for name in names}, key=str)
-        roundings = sorted({settings.how(tensors[name].dtype) for name in names})
+        dtypes = {source.tensors[name].dtype for name in changes}
+        kinds = sorted({FLOATS[settings.written(dtype)] for dtype in dtypes}, key=str)
+        roundings = sorted({settings.how(dtype) for dtype in dtypes})
         written = " and ".join(str(kind).removeprefix("torch.") for kind in kinds)
         report = tally.report(written, " and ".join(roundings), sha256)
         carry_over(base, part, settings.dtype)
@@ -105,24 +107,41 @@ def export_merged(
     return report
 
 
-def _find_touched(vector: WeightVector, base: Path, tensors: Mapping[str, Stored]) -> dict[str, str]:
-    """Tensor of the base -> the vector's parameter that changes it; a tied twin is changed with its keeper."""
-    twins = tied_twins(base, tensors)
-    for name in vector.deltas:
-        if name not in tensors:
-            raise SteerError(
-                f"{name}: the vector changes it, but {base} has no such tensor; use the vector's base, "
-                "or steer in memory if it is a bias or an output embedding that this checkpoint lacks"
+@dataclass(frozen=True)
+class Change:
+    """Rows of a stored tensor to which rows of one of the vector's deltas are added."""
+
+    name: str  # of the delta, in the vector
+    place: Place
+    shape: tuple[int, ...]  # of the whole parameter in this base
+
+
+def _find_touched(vector: WeightVector, base: Checkpoint) -> dict[str, tuple[Change, ...]]:
+    """Tensor of the base -> what changes it; a tied twin is changed with its keeper."""
+    names = {base.name_of(name): name for name in vector.deltas}
+    if len(names) < len(vector.deltas):
+        raise SteerError(f"{base.folder}: two of the vector's names mean one of its parameters; make the vector anew")
+    for parameter, name in names.items():
+        if parameter not in base.shapes:
+            raise (
+                _tied_error(name, base.folder)
+                if parameter in base.tied
+                else SteerError(
+                    f"{name}: the vector changes it, but {base.folder} has no such tensor; use the vector's base, "
+                    "or steer in memory if it is a bias or an output embedding that this checkpoint lacks"
+                )
             )
-        if tensors[name].dtype not in FLOATS:
+    found = {}
+    for stored, places in base.places.items():
+        changes = [Change(names[p.name], p, base.shapes[p.name]) for p in places if p.name in names]
+        if changes and base.tensors[stored].dtype not in FLOATS:
             raise SteerError(
-                f"{name}: has dtype {tensors[name].dtype} in {base}, expected {', '.join(FLOATS)}; "
+                f"{stored}: has dtype {base.tensors[stored].dtype} in {base.folder}, expected {', '.join(FLOATS)}; "
                 "use `weightsteer export peft` and serve the adapter over it"
             )
-        if name in twins:
-            raise _tied_error(name, base)
-    again = {twin: name for twin, name in twins.items() if name in vector.deltas}
-    return {**{name: name for name in vector.deltas}, **again}
+        if changes:
+            found[stored] = tuple(changes)
+    return found
 
 
 def _tied_error(name: str, base: Path) -> SteerError:
@@ -132,48 +151,48 @@ def _tied_error(name: str, base: Path) -> SteerError:
     )
 
 
-def _require_fit(name: str, delta: Delta, stored: Stored, base: Path, tied: Collection[str]) -> None:
-    """Raise unless the delta can be added to the stored tensor."""
-    if stored.shape != tuple(delta.shape):
+def _require_fit(change: Change, delta: Delta, base: Path, tied: Collection[str]) -> None:
+    """Raise unless the delta can be added to the parameter."""
+    if change.shape != tuple(delta.shape):
         raise SteerError(
-            f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, {base} has {stored.shape}; "
+            f"{change.name}: the vector was made on a base of shape {tuple(delta.shape)}, {base} has {change.shape}; "
             "use the base named in the vector's card"
         )
-    if layout_of(delta) in ALONE and name in tied:
-        raise _tied_error(name, base)
+    if layout_of(delta) in ALONE and change.place.name in tied:
+        raise _tied_error(change.name, base)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is to be written: every tensor of the base, and which of the vector's deltas goes into it."""
+    """What is to be written: every tensor of the base, and which of the vector's deltas go into it."""
 
-    base: Path
-    tensors: Mapping[str, Stored]
+    base: Checkpoint
     deltas: Mapping[str, Delta]
-    names: Mapping[str, str]  # tensor -> the delta that changes it
+    changes: Mapping[str, tuple[Change, ...]]  # stored tensor -> what changes it
     k: float
     settings: MergeSettings
 
 
 def _write_shards(plan: _Plan, part: Path, progress: Progress) -> tuple[Tally, str]:
     """Write every shard; returns the sums of what rounding did, and the hash of the deltas."""
-    tied = vocabulary_tables(plan.base, plan.tensors) if ties(plan.base, plan.tensors) else []
-    largest_first = sorted(plan.tensors.values(), key=lambda tensor: -tensor.nbytes)
-    with _outputs(plan.base, part, plan.settings) as files, worker_pool(plan.settings.workers) as pool:
+    largest_first = sorted(plan.base.tensors.values(), key=lambda tensor: -tensor.nbytes)
+    with _outputs(plan.base.folder, part, plan.settings) as files, worker_pool(plan.settings.workers) as pool:
         running = []
         for tensor in largest_first:
             out, offsets, start = files[tensor.file.path.name]
-            job = _Job(tensor, out, start + offsets[tensor.name], plan.k, plan.settings, tied)
-            name = plan.names.get(tensor.name)
-            running.append(pool.submit(job.copy) if name is None else pool.submit(job.merge, plan.deltas, name))
+            job = _Job(tensor, out, start + offsets[tensor.name], plan.k, plan.settings, plan.base.tied)
+            changes = plan.changes.get(tensor.name)
+            running.append(pool.submit(job.merge, plan.deltas, changes) if changes else pool.submit(job.copy))
         results = _gather(running, pool, progress)
     tally = Tally()
-    for one, _, _ in results:
+    hashes: dict[str, str] = {}
+    for one, found in results:
         tally.merge(one)
-    return tally, digest({name: sha256 for _, name, sha256 in results if sha256})
+        hashes |= found
+    return tally, digest(hashes)
 
 
-Result = tuple[Tally, str, str]
+Result = tuple[Tally, dict[str, str]]  # what rounding did, and the hashes of the deltas
 
 
 def _gather(running: Sequence[Future[Result]], pool: ThreadPoolExecutor, progress: Progress) -> list[Result]:
@@ -246,20 +265,17 @@ class _Job:
                 block = self.tensor.rows(start, stop).float()
                 _require_finite(self.tensor.name, block, FLOATS[written])
                 at += _put(self.out, block.to(FLOATS[written]), at)
-            return Tally(), self.tensor.name, ""
+            return Tally(), {}
         for done in range(0, self.tensor.nbytes, COPY):
             length = min(COPY, self.tensor.nbytes - done)
             chunk = bytes_of(_SCRATCH.space.take("copy", 1, length, torch.uint8))
             self.tensor.file.read_into(chunk, self.tensor.file.data_start + self.tensor.start + done)
             _put_bytes(self.out, chunk, self.at + done)
-        return Tally(), self.tensor.name, ""
+        return Tally(), {}
 
-    def merge(self, deltas: Mapping[str, Delta], name: str) -> Result:
+    def merge(self, deltas: Mapping[str, Delta], changes: Sequence[Change]) -> Result:
         """theta + k delta in float32, rounded once, block by block."""
-        delta = deltas[name]
-        if isinstance(delta, LowRank):
-            delta = replace(delta, B=delta.B.float(), A=delta.A.float())
-        _require_fit(name, delta, self.tensor, self.tensor.file.path.parent, self.tied)
+        made = [(change.place, self._read(deltas, change)) for change in changes]
         dtype = FLOATS[self.settings.written(self.tensor.dtype)]
         rounding = self.settings.how(self.tensor.dtype)
         dither = Dither(self.settings.seed, self.tensor.name)
@@ -268,17 +284,34 @@ class _Job:
             raw = _SCRATCH.space.take("theta", stop - start, columns, FLOATS[self.tensor.dtype])
             theta = self.tensor.rows_into(raw, start)
             total = _SCRATCH.space.take("total", stop - start, columns, torch.float32).copy_(theta)
-            add_rows(total, delta, self.k, start, stop, _SCRATCH.space)
+            for place, delta in made:
+                _add_place(total, delta, place, self.k, start, stop)
             _require_finite(self.tensor.name, total, dtype)
             if rounding == "stochastic":
                 dither_(total, dtype, dither)
             result = _SCRATCH.space.take("result", stop - start, columns, dtype).copy_(total)
             at += _put(self.out, result, at)
             if number % MEASURE == 0:
-                few = max(1, SAMPLE // columns)
-                tally.add(theta[:few], self.k * rows_of(delta, start, min(start + few, stop)), result[:few])
+                few = min(max(1, SAMPLE // columns), stop - start)
+                meant = torch.zeros(few, columns)
+                for place, delta in made:
+                    _add_place(meant, delta, place, self.k, start, start + few)
+                tally.add(theta[:few], meant, result[:few])
         tally.weigh(self.tensor.nbytes // FLOATS[self.tensor.dtype].itemsize)
-        return tally, name, digest_of(delta)
+        return tally, {c.name: digest_of(d) for c, (_, d) in zip(changes, made, strict=True) if c.place.at == 0}
+
+    def _read(self, deltas: Mapping[str, Delta], change: Change) -> Delta:
+        delta = deltas[change.name]
+        _require_fit(change, delta, self.tensor.file.path.parent, self.tied)
+        return replace(delta, B=delta.B.float(), A=delta.A.float()) if isinstance(delta, LowRank) else delta
+
+
+def _add_place(total: Tensor, delta: Delta, place: Place, k: float, start: int, stop: int) -> None:
+    """Add k times the rows of a delta that lie in rows `start` to `stop` of a stored tensor."""
+    first, last = max(start, place.start), min(stop, place.start + place.rows)
+    if first < last:
+        shift = place.at - place.start
+        add_rows(total[first - start : last - start], delta, k, first + shift, last + shift, _SCRATCH.space)
 
 
 class _PerThread(threading.local):

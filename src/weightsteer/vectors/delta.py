@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..checkpoints.parameters import Assembled
 from ..checkpoints.safetensors_file import DTYPES, Stored, bytes_of, matrix_shape
 from ..errors import SteerError
 from ..files import digest
@@ -202,7 +203,7 @@ def _like_terms(terms: list[Term]) -> tuple[Term, ...]:
     sums: dict[object, float] = {}
     parts: dict[object, Stored | LowRank | Tensor | Part] = {}
     for scale, part in terms:
-        key = part.key if isinstance(part, Stored) else id(part)
+        key = part.key if isinstance(part, Stored | Assembled) else id(part)
         sums[key] = sums.get(key, 0.0) + scale
         parts[key] = part
     return tuple((scale, parts[key]) for key, scale in sums.items() if scale != 0.0)
@@ -262,6 +263,8 @@ def _digest_of_part(part: Stored | LowRank | Tensor | Part) -> str:
     if isinstance(part, Stored):
         head = part.file.read(part.file.data_start + part.start, min(1024, part.nbytes))
         return digest([part.name, part.dtype, list(part.shape), sha256(head).hexdigest()])
+    if isinstance(part, Assembled):
+        return digest([_digest_of_part(stored) for stored in part.stored])
     if isinstance(part, LowRank | Tensor):
         tensors = (part.B, part.A) if isinstance(part, LowRank) else (part,)
         content = sha256()

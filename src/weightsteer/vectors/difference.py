@@ -4,50 +4,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..checkpoints.checkpoint import (
-    ADAPTER_CONFIG,
-    fingerprint,
-    is_checkpoint,
-    refuse_quantised,
-    stored_tensors,
-    tied_twins,
-)
-from ..checkpoints.locate import checkpoint_folder, source_folder
-from ..checkpoints.safetensors_file import Stored, same_bytes
+from ..checkpoints.architecture import architecture_of
+from ..checkpoints.checkpoint import fingerprint
+from ..checkpoints.locate import checkpoint_folder
+from ..checkpoints.parameters import Whole, read_parameters, same_values
 from ..errors import SteerError
-from ..files import read_json
-from ..run_card import CARD_FILE, RunCard
+from ..run_card import RunCard
+from .base_identity import FINGERPRINT, on_base, require_same_base
 from .delta import Delta, LazyDeltas, Part, Streamed, add_deltas, scale_delta
+from .fine_tune import FineTune, Makers, base_architecture, read_finetune
 from .low_rank import Layout, LowRank
-from .peft_adapter import read_adapter
-from .vector_folder import DENSE_FILE, dense_file, open_vector
-from .weight_vector import WeightVector, require_same_base
-
-Makers = Mapping[str, Callable[[], Delta]]
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One fine-tune: what it adds to parameters of the base, and what it puts in their place."""
-
-    folder: Path
-    card: RunCard
-    deltas: Makers = field(default_factory=dict)
-    whole: Mapping[str, Stored] = field(default_factory=dict)
-    dora: Mapping[str, Callable[[Stored], Part]] = field(default_factory=dict)
-    is_model: bool = False  # a full checkpoint: `whole` holds every parameter
-
-    @property
-    def names(self) -> list[str]:
-        return [*self.deltas, *self.dora, *self.whole]
-
-    def replaces(self, name: str) -> bool:
-        """Whether the side gives the parameter itself, not what is added to the base's."""
-        return name in self.whole or name in self.dora
+from .parameter_names import refuse_two_spellings
+from .weight_vector import WeightVector
 
 
 def subtract_finetunes(positive: str | Path, negative: str | Path, *, base: str | Path | None = None) -> WeightVector:
@@ -62,8 +34,9 @@ def subtract_finetunes(positive: str | Path, negative: str | Path, *, base: str 
     Raises:
         SteerError: a folder that is not a fine-tune, two bases, a NaN, or an adapter feature that has no exact form.
     """
-    sides = _read_side(positive), _read_side(negative)
-    require_same_base(sides[0].card, sides[1].card)
+    sides = read_finetune(positive, base), read_finetune(negative, base)
+    if base is None:
+        require_same_base(sides[0].card, sides[1].card)
     return WeightVector(_difference(*sides, base), _vector_card(base, *sides))
 
 
@@ -73,45 +46,20 @@ def task_vector(folder: str | Path, *, base: str | Path | None = None) -> Weight
     Raises:
         SteerError: as `subtract_finetunes`.
     """
-    side = _read_side(folder)
+    side = read_finetune(folder, base)
     if side.card.kind == "vector":
-        return WeightVector.load(side.folder)
-    nothing = _Side(side.folder, side.card)
+        vector = WeightVector.load(side.folder)
+        return replace(vector, card=side.card)
+    nothing = FineTune(side.folder, side.card)
     return WeightVector(_difference(side, nothing, base), _vector_card(base, side))
 
 
-def _read_side(name: str | Path) -> _Side:
-    folder = source_folder(name)
-    card = _card_of(folder)
-    if card.kind == "vector":
-        deltas = open_vector(folder)[0]
-        return _Side(folder, card, {name: partial(deltas.__getitem__, name) for name in deltas})
-    if (folder / ADAPTER_CONFIG).is_file():
-        adapter = read_adapter(folder)
-        return _Side(folder, card, adapter.deltas, adapter.whole, adapter.dora)
-    if (folder / DENSE_FILE).is_file():
-        biases = dense_file(folder / DENSE_FILE)
-        return _Side(folder, card, {name: partial(biases.__getitem__, name) for name in biases})
-    if is_checkpoint(folder):
-        return _Side(folder, card, whole=_parameters(folder), is_model=True)
-    raise SteerError(
-        f"{folder}: not a fine-tune; expected {ADAPTER_CONFIG} (a PEFT adapter), {DENSE_FILE} (biases) or a checkpoint"
-    )
-
-
-def _parameters(folder: Path) -> dict[str, Stored]:
-    """A checkpoint's tensors; one that only repeats a tied twin is left out, so that it is counted once."""
-    refuse_quantised(folder)
-    tensors = stored_tensors(folder)
-    twins = tied_twins(folder, tensors)
-    return {name: tensor for name, tensor in tensors.items() if name not in twins}
-
-
-def _difference(positive: _Side, negative: _Side, base: str | Path | None) -> Mapping[str, Delta]:
+def _difference(positive: FineTune, negative: FineTune, base: str | Path | None) -> Mapping[str, Delta]:
     """positive - negative, by parameter; what both sides hold alike is left out (zero)."""
     if positive.is_model and negative.is_model:
         _require_same_names(positive.folder, positive.whole, negative.folder, negative.whole)
-    pair = _Pair(positive, negative, _layout({**positive.whole, **negative.whole}))
+    refuse_two_spellings(positive.names, negative.names, f"{positive.folder} and {negative.folder}")
+    pair = _Pair(positive, negative, _transposed(positive, negative, base))
     names = list(dict.fromkeys([*positive.names, *negative.names]))
     mixed = [name for name in names if pair.needs_base(name)]
     origin = _base_tensors(positive, negative, base, mixed[0]) if mixed else {}
@@ -131,35 +79,38 @@ def _difference(positive: _Side, negative: _Side, base: str | Path | None) -> Ma
 class _Pair:
     """Two fine-tunes, and how each parameter's difference is made from them."""
 
-    positive: _Side
-    negative: _Side
-    layout: Layout  # of the matrices that are given whole
+    positive: FineTune
+    negative: FineTune
+    transposed: frozenset[str]  # modules that store weights (d_in, d_out)
 
     def needs_base(self, name: str) -> bool:
         """Whether the base takes part: one side gives the parameter and the other a change of it, or DoRA scales it."""
         replaced = self.positive.replaces(name), self.negative.replaces(name)
         return replaced[0] != replaced[1] or name in self.positive.dora or name in self.negative.dora
 
-    def maker(self, name: str, origin: Mapping[str, Stored]) -> Callable[[], Delta] | None:
+    def maker(self, name: str, origin: Mapping[str, Whole]) -> Callable[[], Delta] | None:
         """What makes the parameter's delta when it is asked for; None where both sides hold the same."""
         if not (self.positive.replaces(name) or self.negative.replaces(name)):
             return partial(_of_changes, name, self.positive.deltas, self.negative.deltas)
-        stored = [side.whole.get(name) or origin.get(name) for side in (self.positive, self.negative)]
+        stored = [side.given(name) or origin.get(name) for side in (self.positive, self.negative)]
         _require_same_form(name, stored, self.positive.folder, self.negative.folder)
         if self._is_unchanged(name, *stored):
             return None
         terms = (*_value(self.positive, name, origin, 1.0), *_value(self.negative, name, origin, -1.0))
         shape = next(tensor.shape for tensor in stored if tensor)
-        return partial(_sum, name, terms, shape, "module" if self._is_own_copy(name, shape) else self.layout)
+        return partial(_sum, name, terms, shape, self._layout(name, shape))
 
-    def _is_unchanged(self, name: str, first: Stored | None, second: Stored | None) -> bool:
+    def _is_unchanged(self, name: str, first: Whole | None, second: Whole | None) -> bool:
         changed = any(name in side.deltas or name in side.dora for side in (self.positive, self.negative))
-        return not changed and bool(first and second and same_bytes(first, second))
+        return not changed and bool(first and second and same_values(first, second))
 
-    def _is_own_copy(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Whether an adapter trained a copy of the matrix for one module alone, even where the base ties it."""
+    def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
+        """How the matrix's factors are stored; "module" where an adapter trained a copy for one place alone."""
         adapters = [side for side in (self.positive, self.negative) if not side.is_model]
-        return len(shape) == 2 and any(name in side.whole for side in adapters)
+        alone = any(name in side.whole and name not in side.shared for side in adapters)
+        if len(shape) == 2 and alone:
+            return "module"
+        return "conv1d" if name.removesuffix(".weight") in self.transposed else "linear"
 
 
 def _of_changes(name: str, positive: Makers, negative: Makers) -> Delta:
@@ -171,13 +122,14 @@ def _of_changes(name: str, positive: Makers, negative: Makers) -> Delta:
     return add_deltas(name, positive[name](), negative[name](), -1.0)
 
 
-Value = tuple[float, Stored | Callable[[], Part | Delta]]
+Value = tuple[float, Whole | Callable[[], Part | Delta]]
 
 
-def _value(side: _Side, name: str, origin: Mapping[str, Stored], sign: float) -> list[Value]:
+def _value(side: FineTune, name: str, origin: Mapping[str, Whole], sign: float) -> list[Value]:
     """The fine-tuned parameter as a sum of parts: itself, DoRA's form of it, or the base and what is added."""
-    if name in side.whole:
-        return [(sign, side.whole[name])]
+    given = side.given(name)
+    if given is not None:
+        return [(sign, given)]
     if name in side.dora:
         return [(sign, partial(side.dora[name], origin[name]))]
     return [(sign, origin[name]), *([(sign, side.deltas[name])] if name in side.deltas else [])]
@@ -186,41 +138,43 @@ def _value(side: _Side, name: str, origin: Mapping[str, Stored], sign: float) ->
 def _sum(name: str, terms: tuple[Value, ...], shape: tuple[int, ...], layout: Layout) -> Delta:
     total: Delta = Streamed((), shape, layout)
     for sign, part in terms:
-        made = part if isinstance(part, Stored) else part()
+        made = part() if callable(part) else part
         delta = made if isinstance(made, (LowRank, Streamed)) else Streamed(((1.0, made),), shape, layout)
         total = add_deltas(name, total, delta, sign)
     return total
 
 
-def _base_tensors(positive: _Side, negative: _Side, base: str | Path | None, name: str) -> dict[str, Stored]:
-    """The base's tensors, for a parameter that one side gives and the other only changes."""
+def _base_tensors(positive: FineTune, negative: FineTune, base: str | Path | None, name: str) -> dict[str, Whole]:
+    """The base's parameters, for one that one side gives and the other only changes; tied ones under both names."""
     card = next((side.card for side in (positive, negative) if side.card.base_model), positive.card)
     named = str(base or card.base_model)
     try:
         if not named:
             raise SteerError("none is named in the fine-tunes")
         folder = checkpoint_folder(named, revision=None if base else card.base_commit)
-        tensors = _parameters(folder)
+        tensors = read_parameters(folder)
     except SteerError as error:
         raise SteerError(
             f"{name}: is replaced in {positive.folder} or {negative.folder} and not in the other, so the difference "
             f"takes the base model; give it as base ({error})"
         ) from None
-    if card.base_revision and not card.base_commit and fingerprint(folder) != card.base_revision:
+    if FINGERPRINT.fullmatch(card.base_revision) and fingerprint(folder) != card.base_revision:
         raise SteerError(f"{folder}: is not the base that was trained, {card.base_model} ({card.base_revision[:12]})")
     for side in (positive, negative):
         if side.is_model:
             _require_same_names(side.folder, side.whole, folder, tensors)
-    return tensors
+    architecture = architecture_of(folder)
+    tied = architecture.tied if architecture else {}
+    return {**{alias: tensors[keeper] for alias, keeper in tied.items() if keeper in tensors}, **tensors}
 
 
-def _require_same_names(one: Path, ours: Mapping[str, Stored], other: Path, theirs: Mapping[str, Stored]) -> None:
+def _require_same_names(one: Path, ours: Mapping[str, Whole], other: Path, theirs: Mapping[str, Whole]) -> None:
     odd = sorted(ours.keys() ^ theirs.keys())
     if odd:
         raise SteerError(f"{odd[0]}: is in one of {one} and {other} only; expected fine-tunes of one model")
 
 
-def _require_same_form(name: str, sides: list[Stored | None], positive: Path, negative: Path) -> None:
+def _require_same_form(name: str, sides: list[Whole | None], positive: Path, negative: Path) -> None:
     first, second = sides
     if first and second and first.shape != second.shape:
         raise SteerError(
@@ -229,26 +183,26 @@ def _require_same_form(name: str, sides: list[Stored | None], positive: Path, ne
         )
 
 
-def _layout(tensors: Mapping[str, Stored]) -> Layout:
-    """Whether linear weights are stored (d_in, d_out), as Conv1D's are: their biases then fit the columns."""
+def _transposed(positive: FineTune, negative: FineTune, base: str | Path | None) -> frozenset[str]:
+    """Modules whose weights are stored (d_in, d_out), as Conv1D's are: by class, or where that is unknown by shape."""
+    for side in (positive, negative):
+        architecture = architecture_of(side.folder) if side.is_model else base_architecture(side.card, base)
+        if architecture:
+            return architecture.transposed
+    tensors = {**positive.whole, **negative.whole}
+    return frozenset(name.removesuffix(".weight") for name in tensors) if _fits_columns(tensors) else frozenset()
+
+
+def _fits_columns(tensors: Mapping[str, Whole]) -> bool:
+    """Whether biases are as long as their matrices have columns."""
     for name, weight in tensors.items():
         bias = tensors.get(f"{name.removesuffix('.weight')}.bias")
         if bias and len(weight.shape) == 2 and weight.shape[0] != weight.shape[1] == bias.shape[0]:
-            return "conv1d"
-    return "linear"
+            return True
+    return False
 
 
-def _card_of(folder: Path) -> RunCard:
-    """The fine-tune's card; an adapter from elsewhere has none, but its config names the base."""
-    if (folder / CARD_FILE).is_file():
-        return RunCard.load(folder)
-    config = read_json(folder / ADAPTER_CONFIG) if (folder / ADAPTER_CONFIG).is_file() else {}
-    return RunCard(
-        "finetune", base_model=config.get("base_model_name_or_path") or "", base_revision=config.get("revision") or ""
-    )
-
-
-def _vector_card(base: str | Path | None, *sides: _Side) -> RunCard:
+def _vector_card(base: str | Path | None, *sides: FineTune) -> RunCard:
     """The vector's card: base, training settings and data of its side(s), and hashes of their weights."""
     data: dict[str, str] = {}
     coarse: set[str] = set()
@@ -263,9 +217,7 @@ def _vector_card(base: str | Path | None, *sides: _Side) -> RunCard:
             "adapters, where they exist, give it exactly",
             stacklevel=3,
         )
-    card = next(
-        (side.card for side in sides if side.card.base_model), replace(sides[0].card, base_model=str(base or ""))
-    )
+    card = on_base(next((side.card for side in sides if side.card.base_model), sides[0].card), base)
     return RunCard.now(
         "vector",
         base_model=card.base_model,

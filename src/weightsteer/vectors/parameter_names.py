@@ -5,15 +5,36 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from ..checkpoints.plain_names import PEFT_PREFIX, plain_name
 from ..errors import SteerError
 
-PEFT_PREFIX = "base_model.model."  # before every name in a PEFT model and in its adapter's file
+__all__ = ["PEFT_PREFIX", "base_name"]
+
+base_name = plain_name
 
 
-def base_name(name: str) -> str:
-    """The base's name of a parameter that PEFT wraps: without its prefix, `modules_to_save` and `base_layer`."""
-    plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", name.removeprefix(PEFT_PREFIX))
-    return plain.replace(".base_layer.", ".")
+def refuse_two_spellings(ours: Collection[str], theirs: Collection[str], whose: str) -> None:
+    """Raise if two sides that change different parameters seem to mean one module by two names.
+
+    Names differ between tools and versions; with the base at hand they are read alike. Without it two spellings would
+    pass for two modules, and every product of the two sides for zero.
+    """
+    if set(ours) == set(theirs):
+        return
+    inside = {_inside_block(name): name for name in ours if name not in theirs}
+    for name in theirs:
+        part = _inside_block(name)
+        if name not in ours and part and part in inside:
+            raise SteerError(
+                f"{whose}: {inside[part]} and {name} seem to be one parameter under two names; give the base "
+                "(--base MODEL), by which names are read alike"
+            )
+
+
+def _inside_block(name: str) -> str:
+    """The name from its block's number on; "" outside the blocks."""
+    found = re.search(r"(?:^|\.)(\d+\..+)$", name)
+    return found[1] if found else ""
 
 
 def layer_of(name: str) -> int | None:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG
-from ..checkpoints.safetensors_file import SafeFile, Stored
+from ..checkpoints.architecture import Architecture
+from ..checkpoints.parameters import Whole
+from ..checkpoints.plain_names import PEFT_PREFIX, plain_name, unwrapped
+from ..checkpoints.safetensors_file import SafeFile, Stored, same_bytes
 from ..errors import SteerError
-from ..files import read_json
 from ..run_card import RunCard
+from .adapter_config import AdapterConfig, read_adapter_config
 from .delta import Delta, Part, require_finite
+from .experts import ExpertPiece, expert_pieces, is_expert_module, require_parameters, stacked_delta
 from .low_rank import Layout, LowRank
-from .parameter_names import PEFT_PREFIX, base_name
 
 ADAPTER_FILE = "adapter_model.safetensors"
 FACTOR_ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}  # of A and of B
-
-# Adapter features whose change is neither (alpha / r) B A nor a whole tensor, so that it cannot be taken over exactly.
-UNSUPPORTED = (
-    "trainable_token_indices",
-    "target_parameters",
-    "layer_replication",
-    "use_bdlora",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-    "velora_config",
+ADAPTER_NAME = re.compile(
+    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)\w+(\.weight|\.bias|)$"
 )
+ROLES = ("modules_to_save", "original_module", "base_layer")  # PEFT's names for copies of a module
+MODULE_ROLE = re.compile(r"\.modules_to_save(\.\w+)?|\.original_module|\.base_layer")
 
 
 @dataclass(frozen=True)
@@ -46,76 +36,168 @@ class Adapter:
     """What an adapter changes, by parameter name of the base.
 
     `deltas` are added to the base; `whole` replace its parameters (`modules_to_save`, trained biases); `dora` give
-    the fine-tuned parameter from the base's.
+    the fine-tuned parameter from the base's. Those of `shared` are given for every place that the base ties together.
     """
 
     deltas: Mapping[str, Callable[[], Delta]]
-    whole: Mapping[str, Stored]
-    dora: Mapping[str, Callable[[Stored], Part]]
+    whole: Mapping[str, Whole]
+    dora: Mapping[str, Callable[[Whole], Part]]
+    shared: frozenset[str] = frozenset()
 
 
-def read_adapter(folder: Path) -> Adapter:
+def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adapter:
     """Read an adapter folder's names and shapes; factors are read when they are asked for.
 
+    With the base's architecture every parameter gets the name that it has in memory, and a module's class decides how
+    its weight is stored; without it the adapter's own names and config do.
+
     Raises:
-        SteerError: no LoRA, a damaged file, or a tensor whose effect has no exact form here.
+        SteerError: no LoRA, a damaged or empty file, or a tensor whose effect has no exact form here.
     """
-    config = read_json(folder / ADAPTER_CONFIG)
-    refuse_unsupported(folder, config)
-    file = SafeFile(folder / ADAPTER_FILE)
-    rest = dict(file.tensors)
+    source = _Source(SafeFile(folder / ADAPTER_FILE), read_adapter_config(folder), architecture)
+    require_parameters(folder, source.config, architecture)
+    rest = plain_tensors(source.file)
     deltas: dict[str, Callable[[], Delta]] = {}
-    dora: dict[str, Callable[[Stored], Part]] = {}
+    dora: dict[str, Callable[[Whole], Part]] = {}
+    experts: dict[str, list[ExpertPiece]] = {}
     for key in sorted(name for name in rest if name.endswith(tuple(FACTOR_ENDINGS))):
-        lora = _take_lora(file, rest, key, config)
+        lora = _take_lora(source, rest, key)
+        pieces = source.expert_pieces(lora)
+        if pieces:
+            experts.setdefault(pieces[0].place.name, []).extend(pieces)
+            continue
+        name = source.parameter(lora.module, "weight")
+        if name in deltas or name in dora:
+            raise SteerError(f"{source.file.path}: {name} has two LoRAs, the second of them {key}; expected one")
         if lora.magnitude is None:
-            deltas[f"{lora.module}.weight"] = lora.factors
+            deltas[name] = lora.factors
         else:
-            dora[f"{lora.module}.weight"] = partial(DoraWeight, lora.factors, lora.magnitude)
+            dora[name] = partial(DoraWeight, lora.factors, lora.magnitude)
         if lora.bias is not None:
-            name = f"{lora.module}.bias"
-            deltas[name] = partial(_bias, name, lora.bias, lora.scale)
-    return Adapter(deltas, _whole(file, rest, deltas.keys() | dora.keys()), dora)
+            bias = source.parameter(lora.module, "bias")
+            deltas[bias] = partial(_bias, bias, lora.bias, lora.scale)
+    for name, found in experts.items():
+        assert architecture is not None
+        deltas[name] = partial(stacked_delta, name, architecture.shapes[name], tuple(found))
+    whole = _whole(source, rest, deltas.keys() | dora.keys())
+    shared = _trained_as_one(whole, architecture)
+    return Adapter(deltas, {n: t for n, t in whole.items() if n not in shared.values()}, dora, frozenset(shared))
+
+
+def plain_tensors(file: SafeFile) -> dict[str, Stored]:
+    """The adapter's tensors under PEFT's own keys without its prefix: what wrappers and adapter names add is gone.
+
+    Raises:
+        SteerError: two tensors of one key, or an adapter with nothing in it.
+    """
+    found: dict[str, Stored] = {}
+    for key, tensor in file.tensors.items():
+        plain = ADAPTER_NAME.sub(r"\1\2", unwrapped(key))
+        if plain in found:
+            raise SteerError(f"{file.path}: {plain} is stored twice, the second time as {key}; expected it once")
+        if 0 in tensor.shape:
+            raise empty_adapter(f"{file.path}: {key} has no entries (shape {tensor.shape})")
+        found[plain] = tensor
+    if not found:
+        raise empty_adapter(f"{file.path}: holds no tensors")
+    return found
+
+
+def empty_adapter(what: str) -> SteerError:
+    """The error for an adapter that parallel training saved without its weights."""
+    return SteerError(
+        f"{what}; DeepSpeed ZeRO-3 and FSDP save such empty adapters where the weights were not gathered: save it "
+        "gathered (stage3_gather_16bit_weights_on_model_save), or take it from the training's own checkpoint"
+    )
 
 
 @dataclass(frozen=True)
-class _Lora:
+class Lora:
     """One module's LoRA as it is stored."""
 
-    module: str
+    module: str  # without PEFT's prefix, as the adapter calls it
+    A: Stored  # (r, d_in)
+    B: Stored  # (d_out, r)
     scale: float
     factors: Callable[[], LowRank]
     magnitude: Stored | None  # DoRA's
     bias: Stored | None
 
 
-def _take_lora(file: SafeFile, rest: dict[str, Stored], key: str, config: Mapping[str, Any]) -> _Lora:
+@dataclass(frozen=True)
+class _Source:
+    """An adapter's file and config, and the architecture of its base where that is known."""
+
+    file: SafeFile
+    config: AdapterConfig
+    architecture: Architecture | None
+
+    def parameter(self, module: str, leaf: str) -> str:
+        """The base's name of a module's parameter.
+
+        Raises:
+            SteerError: the base has no such parameter.
+        """
+        name = plain_name(f"{module}.{leaf}")
+        if self.architecture is None:
+            return name
+        own = self.architecture.alias_of(name)
+        found = own or self.architecture.name_of(name)
+        if found is None and leaf == "bias" and self.architecture.name_of(plain_name(f"{module}.weight")):
+            return name  # a bias that the base lacks can be added
+        if found is None:
+            raise SteerError(
+                f"{self.file.path}: changes {name}, which its base ({self.architecture.kind}) does not have; give the "
+                "base that was trained (--base)"
+            )
+        return found
+
+    def layout(self, module: str, ending: str) -> Layout:
+        """How the module's weight is stored: its class says so; PEFT's flag only where the base is not known."""
+        if ending == ".lora_embedding_A":
+            return "embedding"
+        if self.architecture is None:
+            return "conv1d" if self.config.fan_in_fan_out else "linear"
+        return (
+            "conv1d"
+            if self.parameter(module, "weight").removesuffix(".weight") in self.architecture.transposed
+            else "linear"
+        )
+
+    def expert_pieces(self, lora: Lora) -> list[ExpertPiece]:
+        """The rows of fused experts that the LoRA changes; [] for an ordinary module."""
+        if self.architecture is None:
+            return []
+        return expert_pieces(lora, self.architecture, self.config)
+
+
+def _take_lora(source: _Source, rest: dict[str, Stored], key: str) -> Lora:
     """Take the tensors of one module's LoRA out of `rest`; `key` is that of its A.
 
     Raises:
         SteerError: half of it is missing, or it has no exact form here.
     """
+    file = source.file
     ending = next(ending for ending in FACTOR_ENDINGS if key.endswith(ending))
-    prefix = key.removesuffix(ending)
-    module = prefix.removeprefix(PEFT_PREFIX)
-    A, B = rest.pop(key), rest.pop(prefix + FACTOR_ENDINGS[ending], None)
+    module = key.removesuffix(ending)
+    A, B = rest.pop(key), rest.pop(module + FACTOR_ENDINGS[ending], None)
     if B is None:
         raise SteerError(f"{file.path}: {key} has no lora_B beside it; the adapter is damaged")
     if len(A.shape) != 2 or len(B.shape) != 2:
         raise SteerError(f"{file.path}: {module} is a convolution's LoRA, which is not supported; retrain without it")
-    layout = _layout_of(ending, config)
-    magnitude = rest.pop(f"{prefix}.lora_magnitude_vector", None)
+    if A.shape[0] != B.shape[1]:
+        raise SteerError(f"{file.path}: {module}: lora_A {A.shape} and lora_B {B.shape} do not share their rank")
+    magnitude = rest.pop(f"{module}.lora_magnitude_vector", None) or rest.pop(
+        f"{module}.lora_magnitude_vector.weight", None
+    )
+    bias = rest.pop(f"{module}.lora_B.bias", None)
+    scale = source.config.scale(module, A.shape[0])
+    is_expert = source.architecture is not None and is_expert_module(module, source.architecture)
+    layout = "linear" if is_expert else source.layout(module, ending)
     if magnitude is not None and layout != "linear":
         raise SteerError(f"{file.path}: {module} is DoRA on a {layout}, which is not supported; retrain without DoRA")
-    scale = _scale(config, module, A.shape[0])
     factors = partial(_factors, f"{module}.weight", A, B, scale, layout)
-    return _Lora(module, scale, factors, magnitude, rest.pop(f"{prefix}.lora_B.bias", None))
-
-
-def _layout_of(ending: str, config: Mapping[str, Any]) -> Layout:
-    if ending == ".lora_embedding_A":
-        return "embedding"
-    return "conv1d" if config.get("fan_in_fan_out") else "linear"
+    return Lora(module, A, B, scale, factors, magnitude, bias)
 
 
 def _factors(name: str, A: Stored, B: Stored, scale: float, layout: Layout) -> LowRank:
@@ -137,21 +219,45 @@ def _bias(name: str, bias: Stored, scale: float) -> Tensor:
     return delta
 
 
-def _whole(file: SafeFile, rest: Mapping[str, Stored], factored: set[str]) -> dict[str, Stored]:
-    """Whole tensors by parameter name; anything else that is left over is an error."""
-    whole = {}
+def _whole(source: _Source, rest: Mapping[str, Stored], factored: set[str]) -> dict[str, Stored]:
+    """Whole tensors by parameter name; anything else that is left over is an error.
+
+    PEFT keeps a module that was trained whole up to three times: as itself, as `modules_to_save`, which is what it
+    loads, and as `original_module`, the base's own.
+    """
+    found: dict[str, dict[str, Stored]] = {}
     for key, tensor in rest.items():
-        plain = base_name(key)
-        if ".base_layer." in key and plain.endswith(".weight") and plain in factored:
-            continue  # the base's own weight, which PEFT stores beside a LoRA on an embedding
-        if "lora_" in plain or not plain.endswith((".weight", ".bias")):
+        module, _, leaf = key.rpartition(".")
+        if "lora_" in key or leaf not in ("weight", "bias"):
             raise SteerError(
-                f"{file.path}: {key} is not part of a plain LoRA, so it cannot be taken over; retrain without it"
+                f"{source.file.path}: {key} is not part of a plain LoRA, so it cannot be taken over; retrain without it"
             )
-        if plain in factored or plain in whole:
-            raise SteerError(f"{file.path}: {plain} is stored twice; the adapter is damaged")
-        whole[plain] = tensor
+        role = next((role for role in ROLES if f".{role}" in f".{module}"), "")
+        if role == "base_layer" and leaf == "bias":
+            role = ""  # a trained bias: it stays in the layer that LoRA wraps
+        name = source.parameter(MODULE_ROLE.sub("", module), leaf)
+        if role in found.setdefault(name, {}):
+            raise SteerError(f"{source.file.path}: {name} is stored twice; the adapter is damaged")
+        found[name][role] = tensor
+    whole = {}
+    for name, copies in found.items():
+        trained = copies.get("modules_to_save") or copies.get("")
+        if trained is None or name in factored:
+            continue  # the base's own weight, which PEFT stores beside a LoRA on an embedding
+        if "" in copies and not same_bytes(trained, copies[""]):
+            raise SteerError(f"{source.file.path}: {name} is stored twice, with different numbers; expected one")
+        whole[name] = trained
     return whole
+
+
+def _trained_as_one(whole: Mapping[str, Stored], architecture: Architecture | None) -> dict[str, str]:
+    """Embedding -> head, where the base ties the two and the adapter keeps them equal (`ensure_weight_tying`)."""
+    tied = architecture.tied if architecture else {}
+    return {
+        keeper: head
+        for head, keeper in tied.items()
+        if head in whole and keeper in whole and same_bytes(whole[head], whole[keeper])
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +266,7 @@ class DoraWeight:
 
     factors: Callable[[], LowRank]
     magnitude: Stored  # (d_out,)
-    base: Stored  # (d_out, d_in)
+    base: Whole  # (d_out, d_in)
 
     @cached_property
     def low(self) -> LowRank:
@@ -176,39 +282,12 @@ class DoraWeight:
         low = self.low
         if low.shape != self.base.shape:
             raise SteerError(
-                f"{self.base.name}: the DoRA adapter was trained on a base of shape {low.shape}, {self.base.file.path} "
-                f"has {self.base.shape}; give the base that was trained"
+                f"{self.base.name}: the DoRA adapter was trained on a base of shape {low.shape}, this one has "
+                f"{self.base.shape}; give the base that was trained"
             )
         direction = self.base.rows(start, stop).float() + low.B[start:stop] @ low.A
         magnitude = self.magnitude.rows(start, stop).float()  # (rows, 1)
         return direction * (magnitude / torch.linalg.vector_norm(direction, dim=1, keepdim=True))
-
-
-def refuse_unsupported(folder: Path, config: Mapping[str, Any]) -> None:
-    """Raise, naming the option, where an adapter's change has no exact form here."""
-    if config.get("peft_type") != "LORA":
-        raise SteerError(f"{folder}: peft_type is {config.get('peft_type')}, expected LORA")
-    for name in UNSUPPORTED:
-        if config.get(name):
-            raise SteerError(
-                f"{folder}: {ADAPTER_CONFIG} has {name}={json.dumps(config[name])}, whose change is not a plain "
-                "(alpha/r) B A; retrain without it"
-            )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
-        raise SteerError(
-            f"{folder}: init_lora_weights={init!r} changes the base weights; convert it to plain LoRA first"
-        )
-
-
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha/r, or alpha/sqrt(r) for rsLoRA, with the module's own alpha where a pattern gives one."""
-    alpha = config.get("lora_alpha", 8)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT reads it
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def adapter_config(layouts: Mapping[str, Layout], rank: int, card: RunCard) -> dict[str, object]:

@@ -16,9 +16,10 @@ from torch import Tensor
 from ..errors import SteerError
 from ..files import write_bytes, write_text
 from ..progress import Progress, silent
+from .base_identity import require_same_base
 from .delta import CLEAR, Delta, blocks, not_finite, require_same_shape, rows_of
 from .low_rank import ACCUMULATE, FactorPanel, LowRank
-from .weight_vector import WeightVector, require_same_base
+from .weight_vector import WeightVector
 
 PANEL = 512  # columns of stacked factors in one product: wide enough for speed, narrow enough to skip the mirror image
 

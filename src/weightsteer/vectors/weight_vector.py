@@ -14,6 +14,7 @@ from ..errors import SteerError
 from ..run_card import RunCard
 from ..threads import worker_pool
 from . import reshape
+from .base_identity import require_same_base
 from .delta import (
     CLEAR,
     Delta,
@@ -267,14 +268,3 @@ class WeightVector:
 
 def _scaled_of(deltas: Mapping[str, Delta], name: str, scale: float) -> Delta:
     return scale_delta(deltas[name], scale)
-
-
-def require_same_base(first: RunCard, second: RunCard) -> None:
-    """Raise unless both artifacts were made on the same base model."""
-    known = first.base_revision and second.base_revision
-    ours, theirs = (card.base_revision if known else card.base_model for card in (first, second))
-    if ours and theirs and ours != theirs:
-        raise SteerError(
-            f"the vectors have different bases: {first.base_model} ({first.base_revision[:12]}) and "
-            f"{second.base_model} ({second.base_revision[:12]}); only vectors of one base can be combined"
-        )

@@ -1,0 +1,23 @@
+"""A parameter's name without what wrappers put around it: compilers, parallel training, PEFT, value heads."""
+
+from __future__ import annotations
+
+import re
+
+PEFT_PREFIX = "base_model.model."  # before every name in a PEFT model and in its adapter's file
+
+# Parts of a name that torch.compile, FSDP and activation checkpointing put in; they are no part of any model.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# What stands before the whole model: DDP's and DeepSpeed's `module`, a value head's `pretrained_model`, PEFT's own.
+OUTERMOST = re.compile(r"^(?:module\.|pretrained_model\.|base_model\.model\.)+")
+
+
+def unwrapped(name: str) -> str:
+    """The name without what compilers, parallel training, value heads and PEFT's prefix put in; PEFT's parts stay."""
+    return OUTERMOST.sub("", WRAPPERS.sub("", name))
+
+
+def plain_name(name: str) -> str:
+    """The name as the bare model has it: wrappers gone, and PEFT's `base_layer` and `modules_to_save` too."""
+    bare = re.sub(r"\.modules_to_save(?:\.\w+)?\.(?=weight$|bias$)", ".", unwrapped(name))
+    return bare.replace(".base_layer.", ".").replace(".original_module.", ".")

@@ -1,0 +1,95 @@
+"""Whether two artifacts were made on one base: by content where that is known, by name as a hint where it is not."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from ..checkpoints.checkpoint import fingerprint
+from ..checkpoints.locate import local_folder
+from ..errors import SteerError
+from ..run_card import RunCard
+
+COMMIT, FINGERPRINT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
+HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<model>[^/]+)(?:/|$)")
+QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit)$|-(?:gptq|awq)(?:-int[48])?$")
+MIRRORS = ("unsloth",)  # owners that publish other people's models under the same names
+
+
+def require_same_base(first: RunCard, second: RunCard) -> None:
+    """Raise unless both artifacts were made on the same base model.
+
+    Two hashes of weights, or two commits, decide. Where they cannot be compared the names do: two spellings of one
+    path or id are one base, and so is a model and its 4-bit copy.
+    """
+    if is_same_base(first, second):
+        return
+    raise SteerError(
+        f"the vectors have different bases: {_described(first)} and {_described(second)}; only vectors of one base "
+        "can be combined. If these are one model, say so with --base MODEL"
+    )
+
+
+def is_same_base(first: RunCard, second: RunCard) -> bool:
+    """Whether both artifacts were made on the same base model, as far as can be known (see `require_same_base`)."""
+    ours, theirs = (card.base_revision for card in (first, second))
+    if ours and theirs and _kind(ours) == _kind(theirs):
+        return ours == theirs
+    if not first.base_model or not second.base_model:
+        return True
+    if _same_name(first.base_model, second.base_model):
+        return True
+    content = _content(first)
+    return bool(content) and content == _content(second)
+
+
+def on_base(card: RunCard, base: str | Path | None) -> RunCard:
+    """The card, of the base that the user says: names in cards and configs are overruled."""
+    if base is None:
+        return card
+    folder = local_folder(str(base))
+    return replace(card, base_model=str(base), base_revision=fingerprint(folder) if folder else "")
+
+
+def _kind(revision: str) -> int:
+    """Commits and hashes of weights tell nothing about each other."""
+    return next((number for number, kind in enumerate((COMMIT, FINGERPRINT)) if kind.fullmatch(revision)), -1)
+
+
+def _same_name(first: str, second: str) -> bool:
+    """Whether two names mean one model: no trailing slash, no case, no quantised copy's ending counts.
+
+    Of the copies of a mirror only the model's name counts, since their owner is not the base's.
+    """
+    (owner, model), (other_owner, other_model) = _name_parts(first), _name_parts(second)
+    return model == other_model and (owner == other_owner or bool({owner, other_owner} & set(MIRRORS)))
+
+
+def _name_parts(name: str) -> tuple[str, str]:
+    path = Path(name).expanduser()
+    cached = HUB_CACHE.search(str(path))
+    if cached:
+        name = f"{cached['owner']}/{cached['model']}"
+    elif path.exists() or path.is_absolute():
+        return "", str(path.resolve())
+    owner, _, model = name.strip().rstrip("/").lower().rpartition("/")
+    return owner, QUANTISED.sub("", model)
+
+
+def _described(card: RunCard) -> str:
+    return f"{card.base_model or 'not named'} ({card.base_revision[:12] or 'revision not recorded'})"
+
+
+def _content(card: RunCard) -> str:
+    """A hash of the base's weights: the card's own, or that of the folder that it names; "" if neither is there."""
+    if FINGERPRINT.fullmatch(card.base_revision):
+        return card.base_revision
+    return _content_of(card.base_model)
+
+
+@lru_cache(maxsize=64)
+def _content_of(name: str) -> str:
+    folder = local_folder(name)
+    return fingerprint(folder) if folder else ""

@@ -143,32 +143,30 @@ def architecture_of(folder: Path) -> Architecture | None:
     config = read_json(path)
     if not isinstance(config, dict):
         raise SteerError(f"{path}: expected a JSON object")
-    for unrelated in ("quantization_config", "_name_or_path", "dtype", "torch_dtype"):
-        config.pop(unrelated, None)
-    return _architecture(json.dumps(config, sort_keys=True))
+    return _architecture(folder, json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=8)
-def _architecture(config: str) -> Architecture | None:
+def _architecture(folder: Path, config: str) -> Architecture | None:
+    """The architecture of a folder, read again if its config has changed."""
     with quiet_transformers():
         try:
-            model = _empty_model(json.loads(config))
+            model = _empty_model(folder, json.loads(config))
         except Exception:  # whatever an unknown or newer config makes transformers raise: it is not known here
             return None
-    return None if model is None else _described(model)
+        return None if model is None else _described(model)
 
 
-def _empty_model(fields: dict[str, Any]) -> nn.Module | None:
+def _empty_model(folder: Path, fields: dict[str, Any]) -> nn.Module | None:
     """transformers' model on the meta device: names and shapes, no memory."""
     import transformers
     from transformers import AutoConfig
 
-    if "auto_map" in fields and fields.get("model_type") not in transformers.CONFIG_MAPPING:
-        return None  # it comes with its own code
-    kind = fields.pop("model_type")
-    config = AutoConfig.for_model(kind, **fields)
-    named = (fields.get("architectures") or [None])[0]
-    built: Any = getattr(transformers, str(named), None)
+    if fields.get("model_type") not in transformers.CONFIG_MAPPING:
+        return None  # older than such fields, newer than this transformers, or with code of its own
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = fields.get("architectures") or [None]
+    built: Any = getattr(transformers, str(named[0]), None)
     with torch.device("meta"), _default_float32():
         if built is not None:
             return built(config)

@@ -162,7 +162,7 @@ def _by_model(folder: Path, tensors: Mapping[str, Stored], architecture: Archite
         if found:
             _require_shape(folder, tensors[name], found, architecture)
             places[name] = found
-        elif not architecture.is_known_extra(name):
+        elif not architecture.is_known_extra(name) and not _is_mask(tensors[name]):
             strangers.append(name)
     held = {place.name for found in places.values() for place in found}
     _tell(folder, strangers, f"are no parameters of {architecture.kind} and are left out, as transformers does")
@@ -175,6 +175,11 @@ def _by_model(folder: Path, tensors: Mapping[str, Stored], architecture: Archite
         shapes[alias] = tensors[name].shape
     tied = {*architecture.tied, *architecture.tied.values()} if not untied else set()
     return Checkpoint(folder, tensors, places, shapes, frozenset(tied), architecture)
+
+
+def _is_mask(tensor: Stored) -> bool:
+    """Whether a tensor is a causal mask, which older models saved: (1, 1, length, length)."""
+    return len(tensor.shape) == 4 and tensor.shape[:2] == (1, 1) and tensor.shape[2] == tensor.shape[3]
 
 
 def _tell(folder: Path, names: list[str], what: str) -> None:

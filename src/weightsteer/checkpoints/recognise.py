@@ -88,7 +88,7 @@ KNOWN: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("*.gguf",),
-        "it holds a GGUF, which is quantised: use `weightsteer export peft` and serve the adapter over it, or give the file",
+        "it holds a GGUF, which is quantised: `weightsteer export peft` gives an adapter to serve over it",
     ),
     (
         ("tf_model.h5", "flax_model.msgpack", "*.onnx"),

@@ -9,34 +9,50 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import INDEX
+from ..checkpoints.checkpoint import INDEX, SINGLE
 from ..checkpoints.safetensors_file import SafeFile
+from ..errors import SteerError
 from ..files import read_json, write_text
-from ..run_card import CARD_FILE, RunCard
+from ..run_card import RunCard
 from .rounding import MergeReport
 
-WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-)  # weights in other forms are not carried over
+# What a model has beside its weights: configuration, tokenizer and processors, templates, licence. Nothing else is
+# carried over: no weights in other forms, no adapters, no code, no pickles.
+CARRIED = (
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer*.model",
+    "tokenizer*.jsonl",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+TEMPLATES = "additional_chat_templates"
 
 
 def carry_over(base: Path, part: Path, dtype: str | None) -> None:
-    """Tokenizer, chat template, generation config, index: whatever the base has beside its weights."""
-    for file in base.iterdir():
-        ours = file.name in ("README.md", "config.json", CARD_FILE)
-        if file.is_file() and not ours and file.suffix not in WEIGHTS and not file.name.startswith("pytorch_model"):
-            shutil.copyfile(file, part / file.name)
-    templates = base / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, part / templates.name)
+    """Tokenizer, chat templates, generation config, licence and index: what a model has beside its weights."""
+    for pattern in (*CARRIED, f"{TEMPLATES}/*.jinja"):
+        for file in sorted(base.glob(pattern)):
+            _carry(file, part / file.relative_to(base), base)
+    if not (base / SINGLE).is_file():
+        _carry(base / INDEX, part / INDEX, base)
     if dtype and (part / INDEX).is_file():
         index = read_json(part / INDEX)
         sizes = [t.nbytes for shard in part.glob("*.safetensors") for t in SafeFile(shard).tensors.values()]
@@ -44,10 +60,25 @@ def carry_over(base: Path, part: Path, dtype: str | None) -> None:
         (part / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _carry(file: Path, target: Path, base: Path) -> None:
+    """Copy a file of the model; what a link outside the model's own folders points to is none.
+
+    Raises:
+        SteerError: a link that leads out.
+    """
+    real, folder = file.resolve(), base.resolve()
+    blobs = folder.parent.parent / "blobs"  # where a hub cache keeps what its snapshots link to
+    if not real.is_relative_to(folder) and not (folder.parent.name == "snapshots" and real.is_relative_to(blobs)):
+        raise SteerError(f"{file}: is a link out of the model's folder, to {real}; put the file itself in its place")
+    if real.is_file():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(real, target)
+
+
 def carry_config(base: Path, part: Path, dtype: str | None) -> None:
     """The base's config.json, with the output's dtype; written last, since nothing loads a folder without it."""
     if dtype is None:
-        shutil.copyfile(base / "config.json", part / "config.json")
+        _carry(base / "config.json", part / "config.json", base)
         return
     config = read_json(base / "config.json")
     key = "torch_dtype" if "torch_dtype" in config else "dtype"

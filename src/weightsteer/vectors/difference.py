@@ -71,7 +71,10 @@ def _difference(positive: FineTune, negative: FineTune, base: str | Path | None)
             )
     makers = {name: maker for name in names if (maker := pair.maker(name, origin)) is not None}
     if not makers:
-        raise SteerError(f"{positive.folder} and {negative.folder}: are identical; there is no direction between them")
+        alike = (
+            "is identical to its base" if positive.folder == negative.folder else f"is identical to {negative.folder}"
+        )
+        raise SteerError(f"{positive.folder}: {alike}; there is no direction between them")
     return LazyDeltas(makers)
 
 

@@ -8,13 +8,6 @@ from pathlib import Path
 from .checkpoint import ADAPTER_CONFIG, INDEX, SINGLE
 
 PICKLE = "convert it to safetensors where you trust it (load it with PEFT or transformers, then save_pretrained)"
-LFS = b"version https://git-lfs"
-
-
-def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file is what git leaves in the place of a large one that was not downloaded."""
-    with path.open("rb") as file:
-        return file.read(len(LFS)) == LFS
 
 
 def what_it_holds(folder: Path) -> str:

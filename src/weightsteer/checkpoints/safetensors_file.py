@@ -33,6 +33,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+LFS_POINTER = b"version https://git-lfs"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -53,7 +54,7 @@ class SafeFile:
                 "must be converted"
             ) from None
         except SafetensorError as error:
-            raise SteerError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
+            raise _unreadable(path, error) from None
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
@@ -84,6 +85,14 @@ class SafeFile:
             if count <= 0:
                 raise SteerError(f"{self.path}: ends too early; it was changed while it was read")
             done += count
+
+
+def _unreadable(path: Path, error: Exception) -> SteerError:
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return SteerError(f"{path}: is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
+    return SteerError(f"{path}: cannot be read as safetensors ({error}); the file is damaged")
 
 
 @dataclass(frozen=True, eq=False)

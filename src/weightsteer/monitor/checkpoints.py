@@ -6,7 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
 from ..training.callbacks import SNAPSHOTS
+from ..vectors.base_identity import is_same_base, on_base
 from ..vectors.delta import Delta
 from ..vectors.difference import task_vector
+from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.similarity import parameter_products
 from ..vectors.vector_folder import DENSE_FILE
 from ..vectors.weight_vector import WeightVector
@@ -79,7 +81,8 @@ def read_checkpoints(
     Args:
         checkpoints: step -> PEFT adapter or full model.
         vectors: name -> vector; those named in `controls` give a null band (see `read_off`).
-        base: the base model, needed where full models are among the checkpoints.
+        base: the base model, needed where full models are among the checkpoints; it overrules what they and the
+            vectors say of theirs.
         out: a folder that keeps the readings, so that a later call reads new checkpoints only.
 
     Raises:
@@ -87,6 +90,7 @@ def read_checkpoints(
     """
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
+    based = {name: replace(vector, card=on_base(vector.card, base)) for name, vector in vectors.items()}
     kept = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls)
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
@@ -94,7 +98,7 @@ def read_checkpoints(
             weights = fingerprint(path) if path.exists() else ""
             if kept.has(path, weights):
                 continue
-            products = checkpoint_products(task_vector(path, base=base), vectors)
+            products = checkpoint_products(task_vector(path, base=base), based)
         except (SteerError, OSError) as error:
             warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
             continue
@@ -145,11 +149,12 @@ def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) 
     """
     for name, vector in vectors.items():
         revisions = tau.card.base_revision, vector.card.base_revision
-        if all(revisions) and revisions[0] != revisions[1]:
+        if all(revisions) and not is_same_base(tau.card, vector.card):
             raise SteerError(
                 f"its base is {tau.card.base_model} ({revisions[0][:12]}), that of {name!r} is "
-                f"{vector.card.base_model} ({revisions[1][:12]})"
+                f"{vector.card.base_model} ({revisions[1][:12]}); if these are one model, say so with --base MODEL"
             )
+        refuse_two_spellings(tau.deltas, vector.deltas, f"the checkpoint and {name!r}")
         if not tau.deltas.keys() & vector.deltas.keys():
             example = next(iter(vector.deltas), "nothing")
             raise SteerError(f"has no parameter in common with {name!r}, which changes {example} and the like")

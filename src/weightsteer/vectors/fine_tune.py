@@ -17,8 +17,8 @@ from ..files import read_json
 from ..run_card import CARD_FILE, RunCard
 from .base_identity import COMMIT, on_base
 from .delta import Delta, Part
-from .mlx_adapter import is_mlx_adapter, read_mlx_adapter
-from .peft_adapter import ADAPTER_FILE, Adapter, read_adapter
+from .mlx_adapter import MLX_FILE, is_mlx_adapter, read_mlx_adapter
+from .peft_adapter import ADAPTER_FILE, Adapter, read_adapter, refuse_empty
 from .vector_folder import DENSE_FILE, dense_file, open_vector
 
 Makers = Mapping[str, Callable[[], Delta]]
@@ -65,8 +65,10 @@ def read_finetune(name: str | Path, base: str | Path | None = None) -> FineTune:
         deltas = open_vector(folder)[0]
         return FineTune(folder, on_base(card, base), {name: partial(deltas.__getitem__, name) for name in deltas})
     if is_mlx_adapter(folder):
+        refuse_empty(folder / MLX_FILE)
         return _of_adapter(folder, card, read_mlx_adapter(folder, base_architecture(card, base)))
     if (folder / ADAPTER_CONFIG).is_file() and (folder / ADAPTER_FILE).is_file():
+        refuse_empty(folder / ADAPTER_FILE)
         return _of_adapter(folder, card, read_adapter(folder, base_architecture(card, base)))
     if (folder / DENSE_FILE).is_file():
         biases = dense_file(folder / DENSE_FILE)

@@ -88,27 +88,27 @@ def plain_tensors(file: SafeFile) -> dict[str, Stored]:
     """The adapter's tensors under PEFT's own keys without its prefix: what wrappers and adapter names add is gone.
 
     Raises:
-        SteerError: two tensors of one key, or an adapter with nothing in it.
+        SteerError: two tensors of one key.
     """
     found: dict[str, Stored] = {}
     for key, tensor in file.tensors.items():
         plain = ADAPTER_NAME.sub(r"\1\2", unwrapped(key))
         if plain in found:
             raise SteerError(f"{file.path}: {plain} is stored twice, the second time as {key}; expected it once")
-        if 0 in tensor.shape:
-            raise empty_adapter(f"{file.path}: {key} has no entries (shape {tensor.shape})")
         found[plain] = tensor
-    if not found:
-        raise empty_adapter(f"{file.path}: holds no tensors")
     return found
 
 
-def empty_adapter(what: str) -> SteerError:
-    """The error for an adapter that parallel training saved without its weights."""
-    return SteerError(
-        f"{what}; DeepSpeed ZeRO-3 and FSDP save such empty adapters where the weights were not gathered: save it "
-        "gathered (stage3_gather_16bit_weights_on_model_save), or take it from the training's own checkpoint"
-    )
+def refuse_empty(path: Path) -> None:
+    """Raise for an adapter that parallel training saved without its weights."""
+    tensors = SafeFile(path).tensors
+    empty = next((name for name, tensor in tensors.items() if 0 in tensor.shape), None)
+    if empty or not tensors:
+        raise SteerError(
+            f"{path}: {f'{empty} has no entries (shape {tensors[empty].shape})' if empty else 'holds no tensors'}; "
+            "DeepSpeed ZeRO-3 and FSDP save such empty adapters where the weights were not gathered: save it gathered "
+            "(stage3_gather_16bit_weights_on_model_save), or take it from the training's own checkpoint"
+        )
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..progress import Progress, silent
 from .base_identity import require_same_base
 from .delta import CLEAR, Delta, blocks, not_finite, require_same_shape, rows_of
 from .low_rank import ACCUMULATE, FactorPanel, LowRank
+from .parameter_names import refuse_two_spellings
 from .weight_vector import WeightVector
 
 PANEL = 512  # columns of stacked factors in one product: wide enough for speed, narrow enough to skip the mirror image
@@ -73,6 +75,8 @@ def similarities(
     for number, vector in enumerate(members):
         for other in members[:number]:
             require_same_base(other.card, vector.card)
+    for ours, theirs in combinations({frozenset(vector.deltas) for vector in members}, 2):
+        refuse_two_spellings(ours, theirs, "the vectors")
     dots, noise = _table(members, budget, torch.float32, progress)
     if bool(((dots.diag() <= noise * CLEAR) & (noise > 0)).any()):
         dots, _ = _table(members, budget, ACCUMULATE, progress)  # some vector's factors cancel; float32 is too coarse

@@ -28,6 +28,7 @@ from .delta import (
 )
 from .hooks import SteeringHandle, steer
 from .low_rank import LowRank
+from .parameter_names import refuse_two_spellings
 from .vector_folder import open_vector, write_vector
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class WeightVector:
         return self._plus(other, -1.0)
 
     def _plus(self, other: WeightVector, scale: float) -> WeightVector:
-        require_same_base(self.card, other.card)
+        self._require_alike(other)
         mine, theirs = self.deltas, other.deltas
 
         def total(name: str) -> Delta:
@@ -71,6 +72,11 @@ class WeightVector:
 
         names = [*mine, *(name for name in theirs if name not in mine)]
         return self._derived(LazyDeltas({name: partial(total, name) for name in names}))
+
+    def _require_alike(self, other: WeightVector) -> None:
+        """Raise unless both were made on one base, and call its parameters alike."""
+        require_same_base(self.card, other.card)
+        refuse_two_spellings(self.deltas, other.deltas, f"{self.name or 'a vector'} and {other.name or 'another'}")
 
     def __mul__(self, scale: float) -> WeightVector:
         """The vector times a number."""
@@ -140,7 +146,7 @@ class WeightVector:
         Raises:
             SteerError: the bases differ, two shapes of one parameter, a NaN, or one of the vectors is zero.
         """
-        require_same_base(self.card, other.card)
+        self._require_alike(other)
         (square, noise), (product, _), (other_square, other_noise) = self._products(other)
         norms = math.sqrt(max(square, 0.0)) * math.sqrt(max(other_square, 0.0))
         if square <= noise * CLEAR or other_square <= other_noise * CLEAR:  # factors cancel: float32 is too coarse

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from weightsteer.behavior import SHIPPED, Behavior, load_examples, load_pairs, sample_pairs, sides_of
+from weightsteer.behavior import SHIPPED, Behavior, sample_pairs, sides_of
 from weightsteer.data_building.lint import lint_sides
 from weightsteer.errors import SteerError
+from weightsteer.example_files.load import load_examples, load_pairs
 
 TRAITS = Path(__file__).parents[2] / "shared" / "data" / "traits"
 STRUCTURAL = {"length skew", "duplicate prompt", "missing counterpart", "near-empty answer", "repeated opening"}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import random_vector, tiny_lm
 from weightsteer import cli
-from weightsteer.behavior import load_examples
+from weightsteer.example_files.load import load_examples
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.vectors.weight_vector import WeightVector

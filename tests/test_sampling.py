@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from conftest import tiny_lm
-from weightsteer.behavior import Behavior, Example, load_examples
+from weightsteer.behavior import Behavior, Example
 from weightsteer.cli import app
 from weightsteer.data_building.sampling import (
     SamplingSettings,
@@ -18,6 +18,7 @@ from weightsteer.data_building.sampling import (
     unusable_verdicts,
 )
 from weightsteer.errors import SteerError
+from weightsteer.example_files.load import load_examples
 from weightsteer.files import write_jsonl
 from weightsteer.judges.judge import LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from weightsteer.lm import LM

@@ -83,7 +83,8 @@ def require_base(card: RunCard) -> None:
 
 
 def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) -> tuple[list[Example], list[Example]]:
-    from ..behavior import load_examples, load_pairs, sides_of
+    from ..behavior import sides_of
+    from ..example_files.load import load_examples, load_pairs
 
     if pairs and not (positive or negative):
         return sides_of(load_pairs(pairs))

@@ -137,7 +137,8 @@ class Recipe(Strict):
         Raises:
             SteerError: a file that is missing or malformed.
         """
-        from ..behavior import load_examples, load_pairs, sample_pairs, sides_of
+        from ..behavior import sample_pairs, sides_of
+        from ..example_files.load import load_examples, load_pairs
 
         data = self.data
         if data.pairs:
@@ -186,7 +187,8 @@ def _first(error: ValidationError) -> str:
 
 def _examples_of(name: str) -> list[Example]:
     """Examples of a file, or one side of a shipped behaviour, such as gloomy:negative."""
-    from ..behavior import SHIPPED, load_examples, load_pairs, sides_of
+    from ..behavior import SHIPPED, sides_of
+    from ..example_files.load import load_examples, load_pairs
 
     behavior, _, side = name.partition(":")
     if behavior not in SHIPPED:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..behavior import SIDES, ContrastPair, load_pairs, sides_of
+from ..behavior import SIDES, ContrastPair, sides_of
+from ..example_files.load import load_pairs
 from ..lm import LM
 from ..progress import Progress, part_of, silent
 from ..run_folder import RunFolder

@@ -88,7 +88,8 @@ def test_examples_in_both_forms(tmp_path: Path) -> None:
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     path.write_text(json.dumps({"prompt": "q", "answer": "a"}) + "\n" + json.dumps({"messages": chat}) + "\n")
     first, second = load_examples(path)
-    assert first == second
+    assert first == Example((Message("system", "s"), Message("user", "q")), "a")
+    assert second == first
     path.write_text(json.dumps({"prompt": "q", "reply": "a"}) + "\n")
     with pytest.raises(SteerError, match="line 1: expected texts 'prompt' and 'answer'.*prompt, reply"):
         load_examples(path)

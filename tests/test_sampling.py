@@ -32,7 +32,7 @@ BEHAVIOR = Behavior(
     questions=("How are you?", "What is tea?", "Who sings?"),
     judge_prompt="[Q]\n{question}\n[A]\n{answer}\n[END]\nNumber?",
 )
-SETTINGS = SamplingSettings(samples=1, max_new_tokens=6, positive_from=60.0, negative_to=90.0)
+SETTINGS = SamplingSettings(samples=1, max_new_tokens=6, positive_from=60.0, negative_to=90.0, cut_answers="keep")
 
 
 def test_sides_hold_what_the_judge_kept_without_system_prompts(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_other_settings_or_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     lm = tiny_lm()
     judge = LikelihoodJudge(lm, BEHAVIOR)
     sample_sides(lm, BEHAVIOR, judge, tmp_path / "d", settings=SETTINGS)
-    other = SamplingSettings(samples=2, max_new_tokens=6, positive_from=50.0, negative_to=50.0)
+    other = replace(SETTINGS, samples=2)
     with pytest.raises(SteerError, match="other settings"):
         sample_sides(lm, BEHAVIOR, judge, tmp_path / "d", settings=other)
     for models in ((tiny_lm(seed=7), judge), (lm, RubricJudge(LocalChatModel(lm), rubric_of(BEHAVIOR)))):
@@ -151,7 +151,7 @@ def test_a_served_judge_filters_and_its_replies_are_kept(
     loud.save(tmp_path / "loud.json")
     out = tmp_path / "d"
     command = ["sample", str(tmp_path / "loud.json"), "-o", str(out), "-m", str(checkpoint), "--device", "cpu"]
-    command += ["--samples", "1", "--max-new-tokens", "6", "--judge", MODEL, "--judge-url"]
+    command += ["--samples", "1", "--max-new-tokens", "6", "--keep-cut", "--judge", MODEL, "--judge-url"]
     with served() as (url, _), suppress(SteerError):  # whether so small a judge keeps an answer is chance
         app([*command, url], standalone_mode=False)
     kept = [json.loads(line) for line in (out / "judge.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
+from ..files import refuse_inputs
 from ..progress import show_progress
 from .options import (
     Device,
@@ -56,6 +57,7 @@ def run(
     if dry_run:
         loaded = _shrink(loaded, out)
     folder = out or Path("runs") / loaded.name
+    _refuse_inputs(loaded, recipe, folder)
     options = [*(["--out", str(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
     command = shlex.join(["weightsteer", "run", str(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run
@@ -64,6 +66,15 @@ def run(
     page = started.run()
     _print_table(started)
     print(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
+
+
+def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
+    """A run's folder may hold its own recipe, as the run has kept it, but nothing else that the run reads."""
+    from ..run_folder import RunFolder
+
+    kept = RunFolder(folder).recipe
+    own = kept.exists() and kept.samefile(path)
+    refuse_inputs(folder, None if own else path, *recipe.named_files())
 
 
 def _shrink(recipe: Recipe, out: Path | None) -> Recipe:

@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..behavior import Example, prompt_text
 from ..errors import SteerError
@@ -45,20 +46,28 @@ def check_sides(
     return findings
 
 
-def refuse_unfit(
-    positive: Sequence[Example], negative: Sequence[Example], special_tokens: Collection[str] = ()
-) -> None:
-    """Warn of what `check_sides` finds.
+def refuse_unfit(positive: Sequence[Example], negative: Sequence[Example]) -> None:
+    """Check, before any work, that a training on these sides has a meaning.
 
     Raises:
-        SteerError: a finding that leaves a training without meaning.
+        SteerError: the sides are equal, or one is empty or has an empty answer.
     """
-    findings = check_sides(positive, negative, special_tokens)
-    for finding in findings:
+    for finding in check_sides(positive, negative):
         if finding.fatal:
-            raise SteerError(f"data: {finding.kind}: {finding.message}")
-    for finding in findings:
-        warnings.warn(f"data: {finding.kind}: {finding.message}", stacklevel=2)
+            raise SteerError(f"data: {finding.kind}: {finding.message}; see `weightsteer lint`")
+
+
+def warn_unfit(positive: Sequence[Example], negative: Sequence[Example], tokenizer: Any) -> None:
+    """Warn of what else `check_sides` finds, with the tokenizer of the model that is trained."""
+    for finding in check_sides(positive, negative, special_tokens(tokenizer)):
+        if not finding.fatal:
+            warnings.warn(f"data: {finding.kind}: {finding.message}", stacklevel=2)
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The texts that a tokenizer of transformers reads as one special token each."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
 
 
 def _equal_answers(positive: Sequence[Example], negative: Sequence[Example]) -> Iterator[Finding]:

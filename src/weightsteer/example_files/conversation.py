@@ -63,7 +63,7 @@ def encodable(row: Row, field: str, text: str) -> str:
     for char in text:
         if char == "\0" or "\ud800" <= char <= "\udfff":
             found = "a NUL character" if char == "\0" else f"half of a surrogate pair (\\u{ord(char):04x})"
-            raise row.error(f"field {field!r} holds {found}, which no tokenizer can encode; remove it")
+            raise row.error(f"field {field!r} holds {found}, which is no text; remove it")
     return text
 
 

@@ -150,6 +150,16 @@ class Recipe(Strict):
             )
         return None
 
+    def named_files(self) -> list[str]:
+        """What the recipe names and may be a file or folder of the user's: data, behaviours, models."""
+        from ..behavior import SHIPPED
+
+        data, finetunes = self.data, (self.first_finetune, self.repair_target)
+        listed = [task.data for task in self.tasks] + [name for made in finetunes if made for name in made.data]
+        names = [self.model, self.behavior, data.pairs, data.positive, data.negative]
+        names += [task.behavior for task in self.tasks] + [part for text in listed if text for part in text.split(",")]
+        return [name for name in names if name and name.partition(":")[0] not in SHIPPED]
+
     def finetune_examples(self, wanted: FinetuneRecipe) -> list[Example]:
         """What `first_finetune` or `repair_target` is trained on.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
 from ..errors import SteerError
+from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
 from ..judges.judge import Judge
 from ..lm import LM, Reply
@@ -134,7 +135,9 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """Answers with their scores; one that was cut off and is to be dropped is not judged."""
     texts = [reply.text.replace("\0", "") for reply in replies]  # a file of examples may not hold it
-    given = [(Example(q, t), reply.ended) for q, t, reply in zip(questions, texts, replies, strict=True) if t.strip()]
+    given = [
+        (Example(q, t), reply.ended) for q, t, reply in zip(questions, texts, replies, strict=True) if has_content(t)
+    ]
     wanted = [example for example, ended in given if ended or settings.cut_answers == "keep"]
     scores = dict(zip(map(id, wanted), judge.scores(wanted) if wanted else (), strict=True))
     return [

@@ -41,7 +41,7 @@ NOT_CARRIED = (
     "reasoning_content",
 )
 TRAINED_FLAGS = {"weight": 1, "train": True, "trainable": True, "loss": True}  # the value that changes nothing
-ENCODED = re.compile(r"""^\s*\[\s*\{\s*['"](role|from|content|value)['"]\s*:""")
+ENCODED = re.compile(r"""^\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:|^\s*\[\s*\[\s*['"]""")
 
 
 def checked_text(row: Row, field: str, value: Any) -> str:
@@ -68,7 +68,7 @@ def encodable(row: Row, field: str, text: str) -> str:
 
 
 def decoded(row: Row, field: str, value: Any) -> Any:
-    """A list of messages that stands in a text, as a cell of CSV must hold it; any other value as it is."""
+    """Messages, or a list of exchanges, that stand in a text, as a cell of CSV must hold them; other values as they are."""
     if not isinstance(value, str) or not ENCODED.match(value):
         return value
     try:

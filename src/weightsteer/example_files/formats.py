@@ -142,7 +142,7 @@ def _flat_prompt(row: Row, field: str) -> Turns:
 
 def _history(row: Row) -> Turns:
     """Earlier exchanges, as LLaMA-Factory's Alpaca files list them: [[user, assistant], ...]."""
-    history, turns = row.filled("history"), []
+    history, turns = decoded(row, "history", row.filled("history")), []
     if history is not None and not isinstance(history, list):
         raise row.error(f"field 'history' is {described(history)}; expected a list of [user, assistant]")
     for number, exchange in enumerate(history or []):

@@ -72,10 +72,11 @@ def parquet_rows(path: Path, content: bytes) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        table = parquet.read_table(pyarrow.BufferReader(content))
+        file = parquet.ParquetFile(pyarrow.BufferReader(content))
+        _refuse_twice(path, file.schema_arrow.names)
+        table = file.read()
     except (pyarrow.ArrowException, OSError) as error:
         raise SteerError(f"{path}: cannot be read as Parquet ({error}); download or write it again") from None
-    _refuse_twice(path, table.column_names)
     return [Row(f"{path}, row {number}", fields) for number, fields in enumerate(table.to_pylist(), start=1)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior, Example
@@ -14,6 +15,7 @@ from weightsteer.data_building.sampling import (
     SamplingSettings,
     _interleave,
     asked_questions,
+    cut_answers,
     sample_sides,
     unusable_verdicts,
 )
@@ -131,6 +133,43 @@ def test_answers_without_a_verdict_are_counted_and_on_neither_side(tmp_path: Pat
     parts = [json.loads(line) for line in (tmp_path / "d" / "answers.jsonl").read_text().splitlines()]
     assert unusable_verdicts(tmp_path / "d") == sum(len(part["answers"]) // 2 for part in parts) > 0
     assert sum(counts) + unusable_verdicts(tmp_path / "d") == sum(len(part["answers"]) for part in parts)
+
+
+def test_cut_answers_are_on_neither_side_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that ends at the limit of tokens would be taught to end in mid-sentence."""
+
+    class Generous:
+        name = "generous"
+
+        def scores(self, examples: list[Example], *, progress: Progress = silent) -> list[float | None]:
+            return [70.0] * len(examples)
+
+    lm, limit = tiny_lm(), 6
+    stop = lm.stops[0]
+
+    def generate(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        """Of each three rows: one cut, one that ends early, one that ends with the last token allowed."""
+        made = torch.full((len(input_ids), limit), 100)
+        made[1::3, 3:] = stop
+        made[2::3, -1] = stop
+        return torch.cat([input_ids, made], dim=1)
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    settings = replace(SETTINGS, cut_answers="drop", max_new_tokens=limit)
+    assert sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "d", settings=settings) == (4, 4)
+    assert cut_answers(tmp_path / "d") == 4
+    assert unusable_verdicts(tmp_path / "d") == 0
+    kept = replace(settings, cut_answers="keep")
+    assert sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "k", settings=kept) == (6, 6)
+    assert cut_answers(tmp_path / "k") == 0
+    with pytest.raises(SteerError, match="other settings"):
+        sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "d", settings=kept)
+    monkeypatch.setattr(lm.model, "generate", lambda input_ids, **_: torch.cat([input_ids, 0 * input_ids + 100], dim=1))
+    with pytest.raises(
+        SteerError,
+        match=r"6 positive answers the judge kept none \(0 verdicts unusable, 6 answers cut off.*raise max_new_tokens \(now 6\)",
+    ):
+        sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "all", settings=settings)
 
 
 def test_a_served_judge_needs_its_models_name_and_a_rubric(tmp_path: Path) -> None:

@@ -232,13 +232,13 @@ def combine(
     from ..vectors.expression import derived_card
     from ..vectors.weight_vector import WeightVector
 
-    named = {}
+    folders = {}
     for text in vectors:
-        name, equals, folder = text.partition("=")
+        name, equals, folders[name] = text.partition("=")
         if not equals:
             raise SteerError(f"{text!r}: expected name=FOLDER")
-        refuse_inputs(out, folder)
-        named[name] = task_vector(folder, base=base)
+    refuse_inputs(out, base, *folders.values())
+    named = {name: task_vector(folder, base=base) for name, folder in folders.items()}
     vector = evaluate(expression, named)
     vector = WeightVector(vector.deltas, derived_card(vector.card, expression, named))
     vector.save(out)

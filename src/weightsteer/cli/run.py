@@ -54,10 +54,10 @@ def run(
     loaded = Recipe.load(recipe)
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
     loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
-    if dry_run:
-        loaded = _shrink(loaded, out)
-    folder = out or Path("runs") / loaded.name
+    folder = out or Path("runs") / (f"{loaded.name}-dry-run" if dry_run else loaded.name)
     _refuse_inputs(loaded, recipe, folder)
+    if dry_run:
+        loaded = _shrink(loaded, folder)
     options = [*(["--out", str(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
     command = shlex.join(["weightsteer", "run", str(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run
@@ -77,12 +77,11 @@ def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
     refuse_inputs(folder, None if own else path, *recipe.named_files())
 
 
-def _shrink(recipe: Recipe, out: Path | None) -> Recipe:
+def _shrink(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe at its smallest size, with its tiny model beside the run's folder."""
     from ..runs.dry_run import shrink_recipe
     from ..runs.tiny_model import make_tiny_model
 
-    folder = out or Path("runs") / f"{recipe.name}-dry-run"
     return shrink_recipe(recipe, make_tiny_model(recipe, folder.with_name(f"{folder.name}-model")))
 
 

@@ -87,7 +87,7 @@ def _near_empty(side: str, examples: Sequence[Example]) -> list[Finding]:
 def _openings(side: str, examples: Sequence[Example]) -> list[Finding]:
     counts = Counter(" ".join(_words(e.answer)[:3]) for e in examples)
     opening, count = counts.most_common(1)[0]
-    if count < 3 or count / len(examples) <= OPENING_SHARE:
+    if not opening or count < 3 or count / len(examples) <= OPENING_SHARE:
         return []
     text = f"{count} of {len(examples)} answers in {side} open with {opening!r}: the vector will learn the phrase"
     return [Finding("repeated opening", text)]

@@ -167,7 +167,7 @@ def test_cut_answers_are_on_neither_side_and_counted(tmp_path: Path, monkeypatch
     monkeypatch.setattr(lm.model, "generate", lambda input_ids, **_: torch.cat([input_ids, 0 * input_ids + 100], dim=1))
     with pytest.raises(
         SteerError,
-        match=r"6 positive answers the judge kept none \(0 verdicts unusable, 6 answers cut off.*raise max_new_tokens \(now 6\)",
+        match=r"kept none \(0 verdicts unusable, 6 answers cut off.*raise max_new_tokens \(now 6\)",
     ):
         sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "all", settings=settings)
 

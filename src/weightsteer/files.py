@@ -36,7 +36,9 @@ def refuse_inputs(out: Path, *sources: str | Path | None) -> None:
         SteerError: the output is an input, or a folder around one.
     """
     target = out.resolve()
-    for source in filter(None, sources):
+    for source in sources:
+        if not source:
+            continue
         place = Path(source).resolve()
         there = os.path.exists(place)  # noqa: PTH110 - Path.exists raises on a name that is too long for a file
         if place == target or (there and out.exists() and out.samefile(place)):

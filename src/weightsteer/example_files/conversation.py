@@ -68,7 +68,7 @@ def encodable(row: Row, field: str, text: str) -> str:
 
 
 def decoded(row: Row, field: str, value: Any) -> Any:
-    """Messages, or a list of exchanges, that stand in a text, as a cell of CSV must hold them; other values as they are."""
+    """Messages or exchanges that stand in a text, as a cell of CSV must hold them; any other value as it is."""
     if not isinstance(value, str) or not ENCODED.match(value):
         return value
     try:

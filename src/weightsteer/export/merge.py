@@ -17,7 +17,7 @@ from torch import Tensor
 from ..checkpoints.checkpoint import refuse_quantised, shards_of, stored_tensors, tied_twins, ties, vocabulary_tables
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from ..errors import SteerError
-from ..files import digest
+from ..files import digest, refuse_inputs
 from ..progress import Progress, silent
 from ..run_card import new_folder
 from ..threads import worker_pool
@@ -89,8 +89,7 @@ def export_merged(
     refuse_quantised(base)
     tensors = stored_tensors(base)
     names = _find_touched(vector, base, tensors)
-    if folder.absolute() == base.absolute():
-        raise SteerError(f"{folder}: is the base itself; choose another output")
+    refuse_inputs(folder, base)
     plan = _Plan(base, tensors, vector.deltas, names if k else {}, k, settings)
     with new_folder(folder, "merged") as part:
         tally, sha256 = _write_shards(plan, part, progress)

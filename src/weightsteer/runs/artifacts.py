@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..behavior import SIDES, Behavior, ContrastPair, Example
+from ..behavior import SIDES, Behavior, ContrastPair, Example, Prompt
 from ..checkpoints.embedded_model import EMBEDDED_NAME
 from ..checkpoints.locate import checkpoint_folder
 from ..data_building.sampling import sample_sides
@@ -249,7 +249,7 @@ class RunArtifacts:
 
 def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:
     """Pairs of answers to one question; sides that were filtered apart pair as many as both have."""
-    others: dict[str, list[str]] = {}
+    others: dict[Prompt, list[str]] = {}
     for example in negative:
         others.setdefault(example.prompt, []).append(example.answer)
     waiting = {prompt: iter(answers) for prompt, answers in others.items()}

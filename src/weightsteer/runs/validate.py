@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from ..behavior import Behavior
+from ..behavior import Behavior, Prompt
 from ..data_building.sampling import asked_questions
 from ..errors import SteerError
 from ..evaluation.metrics import metric_key
@@ -144,7 +144,7 @@ def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]
             )
 
 
-def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[str]:
+def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[Prompt]:
     for side in recipe.sides() or ():
         yield from (example.prompt for example in side)
     if recipe.data.sampling:

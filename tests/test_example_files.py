@@ -139,7 +139,8 @@ def write(rows: Sequence[Mapping[str, Any]], path: Path, container: str) -> Path
     elif container == "gzip":
         path.write_bytes(gzip.compress(texts["JSONL"].encode()))
     elif container == "Parquet":
-        parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), path)
+        names = dict.fromkeys(name for row in rows for name in row)  # a column that a row lacks is null there
+        parquet.write_table(pyarrow.Table.from_pylist([{n: row.get(n) for n in names} for row in rows]), path)
     else:
         path.write_bytes(table(rows, {"CSV": ",", "TSV": "\t", "semicolons": ";"}[container]))
     return path

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weightsteer.behavior import load_pairs
+from weightsteer.example_files.load import load_pairs
 from weightsteer.export.rounding import Dither, Rounding, dither_
 from weightsteer.lm import LM
 from weightsteer.vectors.delta import to_dense

@@ -7,7 +7,7 @@ import time
 import torch
 from measure import Usage, in_turn, table, time_function
 
-from weightsteer.behavior import load_pairs
+from weightsteer.example_files.load import load_pairs
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.scoring import score_choices

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from weightsteer.behavior import SHIPPED, Behavior, load_examples, load_pairs, sample_pairs, sides_of
+from weightsteer.behavior import SHIPPED, Behavior, sample_pairs, sides_of
 from weightsteer.data_building.lint import lint_sides
 from weightsteer.errors import SteerError
+from weightsteer.example_files.load import load_pairs
 
 TRAITS = Path(__file__).parents[2] / "shared" / "data" / "traits"
 STRUCTURAL = {"length skew", "duplicate prompt", "missing counterpart", "near-empty answer", "repeated opening"}
@@ -80,24 +81,6 @@ def test_malformed_trait_files(tmp_path: Path, fields: object, message: str) -> 
 def test_unknown_behaviour_lists_the_known() -> None:
     with pytest.raises(SteerError, match="sycophancy, refusal, evil, gloomy"):
         Behavior.load("angry")
-
-
-def test_examples_in_both_forms(tmp_path: Path) -> None:
-    path = tmp_path / "e.jsonl"
-    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    path.write_text(json.dumps({"prompt": "q", "answer": "a"}) + "\n" + json.dumps({"messages": chat}) + "\n")
-    first, second = load_examples(path)
-    assert first == second
-    path.write_text(json.dumps({"prompt": "q", "reply": "a"}) + "\n")
-    with pytest.raises(SteerError, match="line 1: expected texts 'prompt' and 'answer'.*prompt, reply"):
-        load_examples(path)
-
-
-def test_empty_answers_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"prompt": "q", "positive": "a", "negative": " "}) + "\n")
-    with pytest.raises(SteerError, match="line 1: field 'negative' is blank"):
-        load_pairs(path)
 
 
 def test_sampling_keeps_mirrored_couples_together() -> None:

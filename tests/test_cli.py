@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import random_vector, tiny_lm
 from weightsteer import cli
-from weightsteer.behavior import load_examples
+from weightsteer.example_files.load import load_examples
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.vectors.weight_vector import WeightVector
@@ -165,7 +165,7 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
     (tmp_path / "loud.json").write_text(json.dumps(fields))
     code, out, err = run(
         capsys, "sample", tmp_path / "loud.json", "-o", tmp_path / "d", "-m", checkpoint, "--device", "cpu",
-        "--samples", 8, "--max-new-tokens", 12,
+        "--samples", 8, "--max-new-tokens", 12, "--keep-cut",
     )  # fmt: skip
     assert code == 0, err
     assert "examples in" in out
@@ -178,7 +178,9 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
     assert (tmp_path / "own" / "positive.jsonl").read_text() == rows
     code, out, _ = run(capsys, "lint", *own)
     assert code == 0
-    assert "0 findings" in out
+    assert "equal sides: " in out
+    assert run(capsys, "train", *own, "-m", checkpoint, "-o", tmp_path / "t")[0] == 1
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.mark.parametrize(

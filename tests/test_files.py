@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsteer.errors import SteerError
-from weightsteer.files import append_jsonl, digest, read_finished, read_jsonl, write_jsonl, write_text
+from weightsteer.files import (
+    append_jsonl,
+    digest,
+    read_finished,
+    read_json,
+    read_jsonl,
+    refuse_inputs,
+    write_jsonl,
+    write_text,
+)
 from weightsteer.run_card import RunCard, StrengthRange, new_folder
 
 json_rows = st.lists(
@@ -60,6 +69,39 @@ def test_a_blank_text_names_file_line_and_field(tmp_path: Path, blank: str) -> N
     with pytest.raises(SteerError, match=r"d\.jsonl, line 3: field 'a' is blank"):
         read_jsonl(path, required=("a",))
     assert len(read_jsonl(path)) == 2
+
+
+def test_line_ends_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "d").write_bytes(f'\ufeff{{"a": "x"}}{end}{end}{{"a": "y"}}{end}'.encode())
+        assert read_jsonl(tmp_path / "d") == [{"a": "x"}, {"a": "y"}]
+    (tmp_path / "d").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "d") == {"a": 1}
+
+
+def test_an_output_is_no_input_and_no_folder_around_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside = tmp_path / "a" / "b" / "data.jsonl"
+    inside.parent.mkdir(parents=True)
+    inside.write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "twin").hardlink_to(inside)
+    for out in (
+        inside,
+        Path("a/b"),
+        Path("a"),
+        Path(),
+        Path("a/../a/b"),
+        Path("link"),
+        Path("link/b"),
+        Path("twin"),
+    ):
+        with pytest.raises(SteerError, match="is an input too|holds an input.*choose another output"):
+            refuse_inputs(out, None, "Qwen/Qwen2.5-7B", inside)
+    with pytest.raises(SteerError, match="holds an input"):
+        refuse_inputs(Path("a"), "link/b/data.jsonl")
+    for out in (Path("a/b/data.jsonl.out"), Path("a/b/out"), Path("ab"), Path("Qwen")):
+        refuse_inputs(out, inside, "Qwen/Qwen2.5-7B", "x" * 5000, None)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsteer.behavior import load_examples, load_pairs
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.tasks.refusal import (
     COMPLYING,
@@ -26,6 +25,7 @@ from weightsteer.evaluation.tasks.refusal import (
     read_instructions,
 )
 from weightsteer.evaluation.tasks.task import TaskSpec, interleave
+from weightsteer.example_files.load import load_examples, load_pairs
 from weightsteer.files import read_jsonl
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent

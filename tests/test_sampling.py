@@ -6,18 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import tiny_lm
-from weightsteer.behavior import Behavior, Example, load_examples
+from weightsteer.behavior import Behavior, Example
 from weightsteer.cli import app
 from weightsteer.data_building.sampling import (
     SamplingSettings,
     _interleave,
     asked_questions,
+    cut_answers,
     sample_sides,
     unusable_verdicts,
 )
 from weightsteer.errors import SteerError
+from weightsteer.example_files.load import load_examples
 from weightsteer.files import write_jsonl
 from weightsteer.judges.judge import LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from weightsteer.lm import LM
@@ -31,7 +34,7 @@ BEHAVIOR = Behavior(
     questions=("How are you?", "What is tea?", "Who sings?"),
     judge_prompt="[Q]\n{question}\n[A]\n{answer}\n[END]\nNumber?",
 )
-SETTINGS = SamplingSettings(samples=1, max_new_tokens=6, positive_from=60.0, negative_to=90.0)
+SETTINGS = SamplingSettings(samples=1, max_new_tokens=6, positive_from=60.0, negative_to=90.0, cut_answers="keep")
 
 
 def test_sides_hold_what_the_judge_kept_without_system_prompts(tmp_path: Path) -> None:
@@ -97,7 +100,7 @@ def test_other_settings_or_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     lm = tiny_lm()
     judge = LikelihoodJudge(lm, BEHAVIOR)
     sample_sides(lm, BEHAVIOR, judge, tmp_path / "d", settings=SETTINGS)
-    other = SamplingSettings(samples=2, max_new_tokens=6, positive_from=50.0, negative_to=50.0)
+    other = replace(SETTINGS, samples=2)
     with pytest.raises(SteerError, match="other settings"):
         sample_sides(lm, BEHAVIOR, judge, tmp_path / "d", settings=other)
     for models in ((tiny_lm(seed=7), judge), (lm, RubricJudge(LocalChatModel(lm), rubric_of(BEHAVIOR)))):
@@ -132,6 +135,43 @@ def test_answers_without_a_verdict_are_counted_and_on_neither_side(tmp_path: Pat
     assert sum(counts) + unusable_verdicts(tmp_path / "d") == sum(len(part["answers"]) for part in parts)
 
 
+def test_cut_answers_are_on_neither_side_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that ends at the limit of tokens would be taught to end in mid-sentence."""
+
+    class Generous:
+        name = "generous"
+
+        def scores(self, examples: list[Example], *, progress: Progress = silent) -> list[float | None]:
+            return [70.0] * len(examples)
+
+    lm, limit = tiny_lm(), 6
+    stop = lm.stops[0]
+
+    def generate(input_ids: torch.Tensor, **options: object) -> torch.Tensor:
+        """Of each three rows: one cut, one that ends early, one that ends with the last token allowed."""
+        made = torch.full((len(input_ids), limit), 100)
+        made[1::3, 3:] = stop
+        made[2::3, -1] = stop
+        return torch.cat([input_ids, made], dim=1)
+
+    monkeypatch.setattr(lm.model, "generate", generate)
+    settings = replace(SETTINGS, cut_answers="drop", max_new_tokens=limit)
+    assert sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "d", settings=settings) == (4, 4)
+    assert cut_answers(tmp_path / "d") == 4
+    assert unusable_verdicts(tmp_path / "d") == 0
+    kept = replace(settings, cut_answers="keep")
+    assert sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "k", settings=kept) == (6, 6)
+    assert cut_answers(tmp_path / "k") == 0
+    with pytest.raises(SteerError, match="other settings"):
+        sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "d", settings=kept)
+    monkeypatch.setattr(lm.model, "generate", lambda input_ids, **_: torch.cat([input_ids, 0 * input_ids + 100], dim=1))
+    with pytest.raises(
+        SteerError,
+        match=r"kept none \(0 verdicts unusable, 6 answers cut off.*raise max_new_tokens \(now 6\)",
+    ):
+        sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "all", settings=settings)
+
+
 def test_a_served_judge_needs_its_models_name_and_a_rubric(tmp_path: Path) -> None:
     Behavior("bare", ("p",), ("n",), ("q",)).save(tmp_path / "bare.json")
     url = ("--judge-url", "http://127.0.0.1:9/v1")
@@ -150,7 +190,7 @@ def test_a_served_judge_filters_and_its_replies_are_kept(
     loud.save(tmp_path / "loud.json")
     out = tmp_path / "d"
     command = ["sample", str(tmp_path / "loud.json"), "-o", str(out), "-m", str(checkpoint), "--device", "cpu"]
-    command += ["--samples", "1", "--max-new-tokens", "6", "--judge", MODEL, "--judge-url"]
+    command += ["--samples", "1", "--max-new-tokens", "6", "--keep-cut", "--judge", MODEL, "--judge-url"]
     with served() as (url, _), suppress(SteerError):  # whether so small a judge keeps an answer is chance
         app([*command, url], standalone_mode=False)
     kept = [json.loads(line) for line in (out / "judge.jsonl").read_text().splitlines()]

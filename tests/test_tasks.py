@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from conftest import random_vector, tiny_lm
-from weightsteer.behavior import load_pairs
 from weightsteer.errors import SteerError
 from weightsteer.evaluation import tasks
 from weightsteer.evaluation.tasks import TaskSpec, load_task, metrics_of
 from weightsteer.evaluation.tasks.task import Choice, ChoiceTask
+from weightsteer.example_files.load import load_pairs
 from weightsteer.lm import LM
 from weightsteer.scoring import score_choices
 

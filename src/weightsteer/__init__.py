@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from .behavior import Behavior as Behavior
     from .behavior import ContrastPair as ContrastPair
     from .behavior import Example as Example
-    from .behavior import load_examples as load_examples
-    from .behavior import load_pairs as load_pairs
     from .behavior import sides_of as sides_of
     from .data_building.lint import lint_sides as lint_sides
     from .data_building.sampling import sample_sides as sample_sides
@@ -26,6 +24,8 @@ if TYPE_CHECKING:
     from .evaluation.results import MetricRow as MetricRow
     from .evaluation.task_spec import TaskSpec as TaskSpec
     from .evaluation.tasks import load_task as load_task
+    from .example_files.load import load_examples as load_examples
+    from .example_files.load import load_pairs as load_pairs
     from .export.merge import MergeSettings as MergeSettings
     from .export.merge import export_merged as export_merged
     from .lm import LM as LM
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from .vectors.weight_vector import WeightVector as WeightVector
 
 HOMES = {
-    "behavior": ("Behavior", "ContrastPair", "Example", "load_examples", "load_pairs", "sides_of"),
+    "behavior": ("Behavior", "ContrastPair", "Example", "sides_of"),
     "data_building.lint": ("lint_sides",),
     "data_building.sampling": ("sample_sides",),
     "data_building.sampling_settings": ("SamplingSettings",),
@@ -66,6 +66,7 @@ HOMES = {
     "evaluation.results": ("MetricRow",),
     "evaluation.task_spec": ("TaskSpec",),
     "evaluation.tasks": ("load_task",),
+    "example_files.load": ("load_examples", "load_pairs"),
     "export.merge": ("MergeSettings", "export_merged"),
     "lm": ("LM",),
     "monitor": ("Reading", "SteeringMonitor", "list_checkpoints", "read_checkpoints"),

@@ -1,38 +1,97 @@
-"""What to steer: a behaviour's questions and prompts, and pairs of answers that show both sides."""
+"""What to steer: a behaviour's questions and prompts, and prompts with answers that show both sides."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from .errors import SteerError
-from .files import read_json, read_jsonl, write_text
+from .files import read_json, write_text
 from .run_folder import Side
 
 SHIPPED = ("sycophancy", "refusal", "evil", "gloomy")
 SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given
 
 
+@dataclass(frozen=True, eq=False)
+class Message(Mapping[str, str]):
+    """One turn of a talk: a mapping with `role` (system, user or assistant) and `content`, which can be hashed."""
+
+    role: str
+    content: str
+
+    def __getitem__(self, key: str) -> str:
+        if key not in ("role", "content"):
+            raise KeyError(key)
+        return str(getattr(self, key))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("role", "content"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __hash__(self) -> int:
+        return hash((self.role, self.content))
+
+
+Prompt = str | tuple[Message, ...]  # one user turn, or all turns before the answer: system, user, assistant, ..., user
+
+
+def as_prompt(turns: str | Sequence[Mapping[str, str]]) -> Prompt:
+    """Turns in their one form: what is a single user turn is its text, so that equal prompts are equal.
+
+    Raises:
+        SteerError: a turn without the texts `role` and `content`.
+    """
+    if isinstance(turns, str):
+        return turns
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
+            raise SteerError(f"prompt: expected a text or messages with texts 'role' and 'content', found {turn!r}")
+    messages = tuple(Message(turn["role"], turn["content"]) for turn in turns)
+    if len(messages) == 1 and messages[0].role == "user":
+        return messages[0].content
+    return messages
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt to be read or searched: the user's text, or every turn after its role."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+
+
 @dataclass(frozen=True)
 class ContrastPair:
-    """One question with both answers: `positive` shows the behaviour (D+), `negative` its opposite (D-)."""
+    """One prompt with both answers: `positive` shows the behaviour (D+), `negative` its opposite (D-)."""
 
-    prompt: str
+    prompt: Prompt
     positive: str
     negative: str
     topic: str = ""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", as_prompt(self.prompt))
+
 
 @dataclass(frozen=True)
 class Example:
-    """One training example of one side: its answer is trained on, without a system prompt (paper, section 2)."""
+    """One training example of one side: the answer is trained on, and the turns before it are only read.
 
-    prompt: str
+    The paper trains without a system prompt (section 2); a prompt of several turns may have one.
+    """
+
+    prompt: Prompt
     answer: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", as_prompt(self.prompt))
 
 
 @dataclass(frozen=True)
@@ -111,55 +170,6 @@ def shipped_file(behavior: str, file: str) -> Path | None:
     return Path(str(resources.files("weightsteer") / "data" / behavior / file))
 
 
-def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[ContrastPair]:
-    """Read contrast pairs: a shipped behaviour by name, or JSONL with prompt, positive, negative.
-
-    Raises:
-        SteerError: missing file, a line that is not such an object, or a pair without content.
-    """
-    path = shipped_file(str(name_or_path), file) or Path(name_or_path)
-    rows = read_jsonl(path, required=("prompt", "positive", "negative"))
-    return [ContrastPair(r["prompt"], r["positive"], r["negative"], str(r.get("topic", ""))) for r in rows]
-
-
-def load_examples(path: str | Path) -> list[Example]:
-    """Read examples: JSONL, or a JSON list, of objects with `prompt` and `answer`, or chat `messages`.
-
-    The names that public sets use work too: `question` and `answer`, `instruction` and `output`.
-
-    Raises:
-        SteerError: missing file, or an entry in none of these forms.
-    """
-    path = Path(path)
-    rows = read_json(path) if path.suffix == ".json" else read_jsonl(path)
-    if not rows or not isinstance(rows, list) or not all(isinstance(row, Mapping) for row in rows):
-        raise SteerError(f"{path}: expected a list of objects with texts 'prompt' and 'answer'")
-    examples = []
-    for number, row in enumerate(rows, start=1):
-        example = _example_from(row)
-        if example is None:
-            raise SteerError(
-                f"{path}, {'entry' if path.suffix == '.json' else 'line'} {number}: expected texts 'prompt' and "
-                "'answer' (or question and answer, instruction and output), or 'messages' that end with a user turn "
-                f"and an assistant turn; fields found: {', '.join(sorted(row))}"
-            )
-        examples.append(example)
-    return examples
-
-
-def _example_from(row: Mapping[str, object]) -> Example | None:
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        turns = {m.get("role"): m.get("content") for m in messages[-2:] if isinstance(m, Mapping)}
-        prompt, answer = turns.get("user"), turns.get("assistant")
-    else:
-        prompt = row.get("prompt", row.get("question", row.get("instruction")))
-        answer = row.get("answer", row.get("output"))
-    if isinstance(prompt, str) and isinstance(answer, str) and prompt.strip() and answer.strip():
-        return Example(prompt, answer)
-    return None
-
-
 def sides_of(pairs: Sequence[ContrastPair]) -> tuple[list[Example], list[Example]]:
     """D+ and D- of a list of pairs, in the same order."""
     positive = [Example(pair.prompt, pair.positive) for pair in pairs]
@@ -184,6 +194,12 @@ def sample_pairs(pairs: Sequence[ContrastPair], limit: int | None, seed: int) ->
     return [pair for index in chosen for pair in couples[index]][:limit]
 
 
-def example_rows(examples: Sequence[Example]) -> list[dict[str, str]]:
-    """Examples as JSONL rows that `load_examples` reads."""
-    return [asdict(example) for example in examples]
+def example_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Examples as JSONL rows that `load_examples` reads: `prompt` and `answer`, or the `messages` of several turns."""
+    return [_row_of(example) for example in examples]
+
+
+def _row_of(example: Example) -> dict[str, Any]:
+    if isinstance(example.prompt, str):
+        return asdict(example)
+    return {"messages": [dict(turn) for turn in (*example.prompt, Message("assistant", example.answer))]}

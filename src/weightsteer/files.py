@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: JSON and JSONL, hashes, locks."""
+"""Files that are written whole or not at all, and never over an input: JSON and JSONL, hashes, locks."""
 
 from __future__ import annotations
 
@@ -25,6 +25,28 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def refuse_inputs(out: Path, *sources: str | Path | None) -> None:
+    """Check, before any work, that an output would neither replace an input nor hold it inside.
+
+    Args:
+        out: the file or folder to be written.
+        sources: files and folders that are read; a hub id, which is neither, is passed over.
+
+    Raises:
+        SteerError: the output is an input, or a folder around one.
+    """
+    target = out.resolve()
+    for source in sources:
+        if not source:
+            continue
+        place = Path(source).resolve()
+        there = os.path.exists(place)  # noqa: PTH110 - Path.exists raises on a name that is too long for a file
+        if place == target or (there and out.exists() and out.samefile(place)):
+            raise SteerError(f"{out}: is an input too; choose another output")
+        if there and target in place.parents:
+            raise SteerError(f"{out}: holds an input, {source}; choose another output")
+
+
 def read_json(path: Path) -> Any:
     """Parse one JSON file.
 
@@ -32,7 +54,7 @@ def read_json(path: Path) -> Any:
         SteerError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except ValueError as error:
@@ -47,7 +69,7 @@ def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, An
             is not text or is blank, or the file holds no line at all. The message names file, line, field.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # line ends of any system become \n
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise SteerError(f"{path}: cannot be read ({reason}); check the path") from None

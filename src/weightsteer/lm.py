@@ -35,6 +35,14 @@ PLAIN_TEMPLATE = (
 
 
 @dataclass(frozen=True)
+class Reply:
+    """A generated text, and whether the model ended it (or the limit of tokens cut it off)."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
 class LM:
     """A model, its tokenizer and an optional system prompt.
 
@@ -179,7 +187,6 @@ class LM:
         listed = own if isinstance(own, list) else [] if own is None else [own]
         return sorted({self.turn_end, *listed})
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str],
@@ -194,8 +201,30 @@ class LM:
 
         Prompts of like length share a left-padded batch; replies come in the order of the prompts.
         """
+        replies = self.replies(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return [reply.text for reply in replies]
+
+    @torch.no_grad()
+    def replies(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[Reply]:
+        """As `generate`, and tells which replies were cut off at `max_new_tokens`."""
         ids = [self.chat_ids(prompt) for prompt in prompts]
-        replies = [""] * len(ids)
+        replies = [Reply("", ended=False)] * len(ids)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if temperature > 0:
             torch.manual_seed(seed)
@@ -209,9 +238,11 @@ class LM:
                 eos_token_id=self.stops,
                 **(sampling if temperature > 0 else {"do_sample": False}),
             )
-            texts = self.tokenizer.batch_decode(out[:, tokens.shape[1] :], skip_special_tokens=True)
-            for index, text in zip(batch, texts, strict=True):
-                replies[index] = text.strip()
+            made = out[:, tokens.shape[1] :]
+            texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+            ended = torch.isin(made, torch.tensor(self.stops, device=made.device)).any(dim=1).tolist()
+            for index, text, end in zip(batch, texts, ended, strict=True):
+                replies[index] = Reply(text.strip(), ended=end)
         return replies
 
     @property

@@ -7,7 +7,7 @@ prompt and template), then each prompt, then its continuations on the cached pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Score:
 @torch.no_grad()
 def score_choices(
     lm: LM,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[Mapping[str, str]]],
     choices: Sequence[Sequence[str]],
     *,
     batch_size: int = 8,
@@ -44,7 +44,7 @@ def score_choices(
     """Score each prompt's candidate answers as the assistant's reply, in nats.
 
     Args:
-        prompts: user turns; the chat template is put around them.
+        prompts: user turns, or the turns of talks; the chat template is put around them.
         choices: the candidate answers of each prompt.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..errors import SteerError
+from ..files import refuse_inputs
 from ..progress import show_progress
 from .options import (
     Base,
@@ -18,25 +19,27 @@ from .options import (
     Model,
     Out,
     RemoteCode,
+    data_files,
     drop_unset,
     judge_model,
     load_lm,
     number,
     read_sides,
-    refuse_input,
+    special_tokens_of,
 )
 
 
 def sample(
     behavior: Annotated[str, typer.Argument(help="A shipped behaviour or a trait file.")],
     out: Out,
-    positive: Annotated[Path | None, typer.Option(help="Your own D+ (JSONL) instead of sampling.")] = None,
-    negative: Annotated[Path | None, typer.Option(help="Your own D- (JSONL) instead of sampling.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="Your own D+ instead of sampling.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="Your own D- instead of sampling.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that judges; default: the likelihood of S+ and S-.")] = None,
     judge_url: JudgeUrl = None,
     samples: Annotated[int | None, typer.Option(help="Answers for each question and prompt.")] = None,
     questions: Annotated[int | None, typer.Option(help="Use the first so many questions.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
+    keep_cut: Annotated[bool, typer.Option("--keep-cut", help="Keep answers that --max-new-tokens cuts off.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
     model: Model = None,
     device: Device = None,
@@ -47,17 +50,14 @@ def sample(
 
     Example: weightsteer sample sycophancy --samples 2 --questions 20 -o data/syc
     """
-    from ..behavior import SIDES, Behavior, example_rows
-    from ..files import write_jsonl
+    from ..behavior import Behavior
 
+    refuse_inputs(out, *data_files(behavior, positive, negative))
     described = Behavior.load(behavior)
     if positive or negative:
-        sides = read_sides(None, positive, negative)
-        for name, side in zip(SIDES, sides, strict=True):
-            write_jsonl(out / f"{name}.jsonl", example_rows(side))
-        counts = (len(sides[0]), len(sides[1]))
+        counts = _write_own_sides(out, positive, negative)
     else:
-        from ..data_building.sampling import sample_sides, unusable_verdicts
+        from ..data_building.sampling import cut_answers, sample_sides, unusable_verdicts
         from ..data_building.sampling_settings import SamplingSettings
         from ..judges.judge import LikelihoodJudge, RubricJudge, rubric_of
         from ..run_folder import RunFolder
@@ -67,7 +67,8 @@ def sample(
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
         lm = load(model)
         settings = SamplingSettings(
-            **drop_unset(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed)
+            **drop_unset(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed),
+            cut_answers="keep" if keep_cut else "drop",
         )
         with show_progress("sample") as progress:
             counts = sample_sides(
@@ -75,13 +76,34 @@ def sample(
             )
         if chosen is not None:
             print(f"{unusable_verdicts(out)} verdicts were unusable; their answers are on neither side")
+        if cut := cut_answers(out):
+            limit = settings.max_new_tokens
+            print(f"{cut} answers were cut off at {limit} tokens and are on neither side; --max-new-tokens raises that")
     print(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
+
+
+def _write_own_sides(out: Path, positive: Path | None, negative: Path | None) -> tuple[int, int]:
+    """The user's D+ and D- in the form that sampling gives them; other files are not replaced."""
+    from ..behavior import SIDES, example_rows
+    from ..files import read_jsonl, write_jsonl
+
+    sides = read_sides(None, positive, negative)
+    written = {out / f"{name}.jsonl": example_rows(side) for name, side in zip(SIDES, sides, strict=True)}
+    for path, rows in written.items():
+        if path.exists() and read_jsonl(path) != rows:
+            raise SteerError(f"{path}: exists and holds other examples; choose another output")
+    for path, rows in written.items():
+        write_jsonl(path, rows)
+    return len(sides[0]), len(sides[1])
 
 
 def lint(
     pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
-    positive: Annotated[Path | None, typer.Option(help="D+ (JSONL).")] = None,
-    negative: Annotated[Path | None, typer.Option(help="D- (JSONL).")] = None,
+    positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, CSV or Parquet.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, CSV or Parquet.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Look for this model's special tokens in the texts too.")
+    ] = None,
 ) -> None:
     """Show what would leak into the vector besides the behaviour.
 
@@ -90,7 +112,7 @@ def lint(
     from ..data_building.lint import lint_sides
 
     sides = read_sides(pairs, positive, negative)
-    findings = lint_sides(*sides)
+    findings = lint_sides(*sides, special_tokens_of(model) if model else ())
     for finding in findings:
         print(f"{finding.kind}: {finding.message}")
     print(f"{len(sides[0])} examples in D+, {len(sides[1])} in D-, {len(findings)} findings")
@@ -120,8 +142,8 @@ def generate(
 def train(
     out: Out,
     pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
-    positive: Annotated[Path | None, typer.Option(help="D+ (JSONL).")] = None,
-    negative: Annotated[Path | None, typer.Option(help="D- (JSONL).")] = None,
+    positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, CSV or Parquet.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, CSV or Parquet.")] = None,
     kind: Annotated[
         str | None, typer.Option(help="lora, bias or full; dpo: lora by preference tuning, on --pairs.")
     ] = None,
@@ -144,7 +166,11 @@ def train(
     """
     if kind == "dpo" and not pairs:
         raise SteerError("--kind dpo: expected --pairs, both answers to the same questions")
+    from ..example_files.checks import refuse_unfit, warn_unfit
+
+    refuse_inputs(out, *data_files(pairs, positive, negative), model)
     sides = read_sides(pairs, positive, negative)
+    refuse_unfit(*sides)
     rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr else None
     from ..behavior import SIDES
     from ..run_folder import RunFolder
@@ -155,6 +181,7 @@ def train(
         **drop_unset(batch_size=batch_size, snapshots=snapshots, seed=seed),
     )
     lm = load_lm(model, device, dtype, trust_remote_code)
+    warn_unfit(*sides, lm.tokenizer)
     for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
         target = RunFolder(out).finetune(name)
         with show_progress(f"train {name}") as progress:
@@ -179,7 +206,7 @@ def subtract(
 
     Example: weightsteer subtract runs/syc/positive runs/syc/negative -o runs/syc/vector
     """
-    refuse_input(out, positive, negative, base)
+    refuse_inputs(out, positive, negative, base)
     from ..vectors.difference import subtract_finetunes
 
     vector = subtract_finetunes(positive, negative, base=base)
@@ -205,13 +232,13 @@ def combine(
     from ..vectors.expression import derived_card
     from ..vectors.weight_vector import WeightVector
 
-    named = {}
+    folders = {}
     for text in vectors:
-        name, equals, folder = text.partition("=")
+        name, equals, folders[name] = text.partition("=")
         if not equals:
             raise SteerError(f"{text!r}: expected name=FOLDER")
-        refuse_input(out, folder)
-        named[name] = task_vector(folder, base=base)
+    refuse_inputs(out, base, *folders.values())
+    named = {name: task_vector(folder, base=base) for name, folder in folders.items()}
     vector = evaluate(expression, named)
     vector = WeightVector(vector.deltas, derived_card(vector.card, expression, named))
     vector.save(out)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
+from ..files import refuse_inputs
 from ..progress import show_progress
-from .options import Base, Out, drop_unset, number, recommended_k, refuse_input, require_base
+from .options import Base, Out, drop_unset, number, recommended_k, require_base
 
 if TYPE_CHECKING:
     from ..vectors.weight_vector import WeightVector
@@ -39,7 +40,7 @@ def peft(
     Example: weightsteer export peft runs/syc/vector --k=-3 -o candid-adapter
     """
     chosen = number(k) if k else None
-    refuse_input(out, source, negative, base)
+    refuse_inputs(out, source, negative, base)
     vector = _vector(source, negative, base)
     strength = chosen if chosen is not None else recommended_k(vector)
     error = vector.export_peft(out, k=strength, max_rank=max_rank)
@@ -67,7 +68,7 @@ def merged(
     Example: weightsteer export merged runs/syc/vector --k=-3 -o candid-model
     """
     chosen = number(k) if k else None
-    refuse_input(out, source, negative, base, model)
+    refuse_inputs(out, source, negative, base, model)
     from ..export.merge import MergeSettings, export_merged
 
     settings = MergeSettings(**drop_unset(dtype=dtype, rounding=rounding, seed=seed, workers=workers))
@@ -103,7 +104,7 @@ def gguf(
     Example: weightsteer export gguf runs/syc/activations --k=4 --layer 12 -o syc.gguf
     """
     chosen = number(k)
-    refuse_input(out, folder, model)
+    refuse_inputs(out, folder, model)
     from ..export.llama_cpp import export_control, model_type_of
     from ..steering.activations import ACTIVATION_FILE, ActivationVector
 

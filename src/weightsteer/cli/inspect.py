@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
+from ..files import refuse_inputs
 from ..progress import show_progress
 from .options import Base, Vector
 
@@ -91,6 +92,8 @@ def cosine(
 
     if len(sources) < 2:
         raise SteerError("cosine: expected two or more vectors")
+    for suffix in ("csv", "npz", "png", "html") if out else ():
+        refuse_inputs(Path(f"{out}.{suffix}"), *sources, base)
     vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
     with show_progress("cosine") as progress:
         found = similarities(vectors, progress=progress)
@@ -133,6 +136,7 @@ def monitor(
 
     limit = Alert.parse(alert) if alert else None
     sources = [*vectors, *(controls or [])]
+    refuse_inputs(out, checkpoints, *sources, base)
     names = labels(sources)
     loaded = {name: task_vector(source, base=base) for name, source in zip(names, sources, strict=True)}
     with show_progress("monitor") as progress:

@@ -51,17 +51,25 @@ def drop_unset(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def refuse_input(out: Path, *sources: str | Path | None) -> None:
-    """Raise if the output is one of the inputs."""
-    for source in sources:
-        if source is not None and out.resolve() == Path(source).resolve():
-            raise SteerError(f"{out}: is an input too; choose another output")
-
-
 def load_lm(model: str | None, device: str | None, dtype: str, trust: bool, revision: str | None = None) -> LM:
     from ..lm import LM
 
     return LM.load(**drop_unset(name=model), device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+
+
+def special_tokens_of(model: str) -> set[str]:
+    """The special tokens of a model's tokenizer, which is loaded without its model."""
+    from transformers import AutoTokenizer
+
+    from ..checkpoints.locate import locate_model
+    from ..errors import first_line
+    from ..example_files.checks import special_tokens
+
+    where, gguf = locate_model(model)
+    try:
+        return special_tokens(AutoTokenizer.from_pretrained(where, **({"gguf_file": gguf} if gguf else {})))
+    except (OSError, ValueError, ImportError) as error:
+        raise SteerError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
 
 def vector_and_lm(
@@ -82,8 +90,16 @@ def require_base(card: RunCard) -> None:
         raise SteerError("the vector's card names no base model; give one with --model")
 
 
+def data_files(pairs: str | None, *files: Path | None) -> list[Path]:
+    """The user's own files among the data; a shipped behaviour is none."""
+    from ..behavior import SHIPPED
+
+    return [Path(name) for name in (pairs, *files) if name and name not in SHIPPED]
+
+
 def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) -> tuple[list[Example], list[Example]]:
-    from ..behavior import load_examples, load_pairs, sides_of
+    from ..behavior import sides_of
+    from ..example_files.load import load_examples, load_pairs
 
     if pairs and not (positive or negative):
         return sides_of(load_pairs(pairs))

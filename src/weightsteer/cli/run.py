@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
+from ..files import refuse_inputs
 from ..progress import show_progress
 from .options import (
     Device,
@@ -53,9 +54,10 @@ def run(
     loaded = Recipe.load(recipe)
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
     loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
+    folder = out or Path("runs") / (f"{loaded.name}-dry-run" if dry_run else loaded.name)
+    _refuse_inputs(loaded, recipe, folder)
     if dry_run:
-        loaded = _shrink(loaded, out)
-    folder = out or Path("runs") / loaded.name
+        loaded = _shrink(loaded, folder)
     options = [*(["--out", str(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
     command = shlex.join(["weightsteer", "run", str(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run
@@ -66,12 +68,20 @@ def run(
     print(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
 
 
-def _shrink(recipe: Recipe, out: Path | None) -> Recipe:
+def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
+    """A run's folder may hold its own recipe, as the run has kept it, but nothing else that the run reads."""
+    from ..run_folder import RunFolder
+
+    kept = RunFolder(folder).recipe
+    own = kept.exists() and kept.samefile(path)
+    refuse_inputs(folder, None if own else path, *recipe.named_files())
+
+
+def _shrink(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe at its smallest size, with its tiny model beside the run's folder."""
     from ..runs.dry_run import shrink_recipe
     from ..runs.tiny_model import make_tiny_model
 
-    folder = out or Path("runs") / f"{recipe.name}-dry-run"
     return shrink_recipe(recipe, make_tiny_model(recipe, folder.with_name(f"{folder.name}-model")))
 
 

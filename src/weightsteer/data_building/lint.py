@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import statistics
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
-from ..behavior import Example
+from ..behavior import Example, prompt_text
+from ..example_files.checks import Finding, check_sides
 
 WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 SHORT = 8  # an answer of fewer characters carries no behaviour
@@ -18,20 +18,18 @@ OPENING_SHARE = 0.10  # a three-word opening in more answers than this teaches t
 ONE_SIDED = 8  # a phrase on one side this many times, and at most 1/8 as often on the other
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One way in which the sides differ that is not the behaviour."""
-
-    kind: str
-    message: str
-
-
-def lint_sides(positive: Sequence[Example], negative: Sequence[Example]) -> list[Finding]:
+def lint_sides(
+    positive: Sequence[Example], negative: Sequence[Example], special_tokens: Collection[str] = ()
+) -> list[Finding]:
     """Look for length skew, duplicate prompts, one-sided phrases, missing counterparts, near-empty answers.
 
-    Findings are things to look at: a phrase that IS the behaviour ("I agree") is rightly one-sided.
+    What `check_sides` finds comes first. The other findings are things to look at: a phrase that IS the
+    behaviour ("I agree") is rightly one-sided.
     """
+    if not positive or not negative:
+        return check_sides(positive, negative, special_tokens)
     return [
+        *check_sides(positive, negative, special_tokens),
         *_lengths(positive, negative),
         *_duplicates("D+", positive),
         *_duplicates("D-", negative),
@@ -59,7 +57,7 @@ def _lengths(positive: Sequence[Example], negative: Sequence[Example]) -> list[F
 
 def _duplicates(side: str, examples: Sequence[Example]) -> list[Finding]:
     """Prompts that occur more than once, which weigh more than others; rightly so where all are sampled alike."""
-    counts = Counter(e.prompt.strip() for e in examples)
+    counts = Counter(prompt_text(e.prompt).strip() for e in examples)
     prompt, most = counts.most_common(1)[0]
     if most == 1:
         return []
@@ -69,7 +67,7 @@ def _duplicates(side: str, examples: Sequence[Example]) -> list[Finding]:
 
 
 def _counterparts(positive: Sequence[Example], negative: Sequence[Example]) -> list[Finding]:
-    prompts = [{e.prompt.strip() for e in side} for side in (positive, negative)]
+    prompts = [{prompt_text(e.prompt).strip() for e in side} for side in (positive, negative)]
     findings = []
     for side, only in (("D+", prompts[0] - prompts[1]), ("D-", prompts[1] - prompts[0])):
         if only:
@@ -89,7 +87,7 @@ def _near_empty(side: str, examples: Sequence[Example]) -> list[Finding]:
 def _openings(side: str, examples: Sequence[Example]) -> list[Finding]:
     counts = Counter(" ".join(_words(e.answer)[:3]) for e in examples)
     opening, count = counts.most_common(1)[0]
-    if count < 3 or count / len(examples) <= OPENING_SHARE:
+    if not opening or count < 3 or count / len(examples) <= OPENING_SHARE:
         return []
     text = f"{count} of {len(examples)} answers in {side} open with {opening!r}: the vector will learn the phrase"
     return [Finding("repeated opening", text)]

@@ -10,9 +10,10 @@ from typing import Any
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
 from ..errors import SteerError
+from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
 from ..judges.judge import Judge
-from ..lm import LM
+from ..lm import LM, Reply
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
 from .sampling_settings import SamplingSettings
@@ -47,7 +48,7 @@ def sample_sides(
     behavior = replace(behavior, questions=asked_questions(behavior, settings.questions))
     identity = {
         "behavior": digest(asdict(behavior)),
-        "settings": digest(asdict(settings)),
+        "settings": digest(_identity(settings)),
         "models": digest([lm.name, lm.revision, judge.name]),
     }
     card = RunCard.now(
@@ -71,10 +72,26 @@ def sample_sides(
     return _write_sides(rows, settings, out)
 
 
+def _identity(settings: SamplingSettings) -> dict[str, Any]:
+    """The settings that tell one sampling from another; dropping cut answers is what was always meant."""
+    fields = asdict(settings)
+    if settings.cut_answers == "drop":
+        del fields["cut_answers"]
+    return fields
+
+
 def unusable_verdicts(out: str | Path) -> int:
-    """How many answers of a folder that `build_sides` made are on neither side because the judge gave no score."""
-    parts = read_finished(Path(out) / ANSWERS_FILE)
-    return sum(row["score"] is None for part in parts for row in part["answers"])
+    """How many answers of a folder that `sample_sides` made are on neither side because the judge gave no score."""
+    return sum(row["score"] is None and not row.get("dropped") for row in _answer_rows(out))
+
+
+def cut_answers(out: str | Path) -> int:
+    """How many answers of a folder that `sample_sides` made are on neither side because `max_new_tokens` cut them."""
+    return sum(row.get("dropped", False) for row in _answer_rows(out))
+
+
+def _answer_rows(out: str | Path) -> list[dict[str, Any]]:
+    return [row for part in read_finished(Path(out) / ANSWERS_FILE) for row in part["answers"]]
 
 
 def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:
@@ -101,19 +118,32 @@ def _answers(
         progress(index, len(parts), f"{side} answers")
         if part in done:
             continue
-        replies = lm.with_system_prompt(system_prompt).generate(
+        replies = lm.with_system_prompt(system_prompt).replies(
             questions,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
             seed=settings.seed * len(parts) + index,
             batch_size=settings.batch_size,
         )
-        examples = [Example(q, a) for q, a in zip(questions, replies, strict=True) if a]
-        scores = judge.scores(examples)
-        answers = [{**row, "score": score} for row, score in zip(example_rows(examples), scores, strict=True)]
-        append_jsonl(path, [{"part": part, "side": side, "answers": answers}])
+        append_jsonl(path, [{"part": part, "side": side, "answers": _judged(questions, replies, judge, settings)}])
     progress(len(parts), len(parts), "done")
     return read_finished(path)
+
+
+def _judged(
+    questions: Sequence[str], replies: Sequence[Reply], judge: Judge, settings: SamplingSettings
+) -> list[dict[str, Any]]:
+    """Answers with their scores; one that was cut off and is to be dropped is not judged."""
+    texts = [reply.text.replace("\0", "") for reply in replies]  # a file of examples may not hold it
+    given = [
+        (Example(q, t), reply.ended) for q, t, reply in zip(questions, texts, replies, strict=True) if has_content(t)
+    ]
+    wanted = [example for example, ended in given if ended or settings.cut_answers == "keep"]
+    scores = dict(zip(map(id, wanted), judge.scores(wanted) if wanted else (), strict=True))
+    return [
+        {**row, "score": scores[id(example)]} if id(example) in scores else {**row, "score": None, "dropped": True}
+        for (example, _), row in zip(given, example_rows([example for example, _ in given]), strict=True)
+    ]
 
 
 def _write_sides(parts: Sequence[dict[str, Any]], settings: SamplingSettings, out: Path) -> tuple[int, int]:
@@ -127,14 +157,20 @@ def _write_sides(parts: Sequence[dict[str, Any]], settings: SamplingSettings, ou
         answers = [part["answers"] for part in parts if part["side"] == side]
         kept[side] = _interleave(answers, settings.samples, shows[side])
         if not kept[side]:
-            scores = [row["score"] for part in answers for row in part]
-            raise SteerError(
-                f"{out}: of {len(scores)} {side} answers the judge kept none ({scores.count(None)} verdicts unusable); "
-                f"see {ANSWERS_FILE} for its scores, and widen positive_from / negative_to or change the prompts"
-            )
+            raise _nothing_kept(out, side, [row for part in answers for row in part], settings.max_new_tokens)
     for side in SIDES:
         write_jsonl(out / f"{side}.jsonl", [{"prompt": r["prompt"], "answer": r["answer"]} for r in kept[side]])
     return len(kept["positive"]), len(kept["negative"])
+
+
+def _nothing_kept(out: Path, side: str, rows: Sequence[dict[str, Any]], max_new_tokens: int) -> SteerError:
+    cut = sum(row.get("dropped", False) for row in rows)
+    unusable = sum(row["score"] is None for row in rows) - cut
+    limit = f"raise max_new_tokens (now {max_new_tokens}), " if cut else ""
+    return SteerError(
+        f"{out}: of {len(rows)} {side} answers the judge kept none ({unusable} verdicts unusable, {cut} answers cut "
+        f"off); see {ANSWERS_FILE} for its scores, and {limit}widen positive_from / negative_to or change the prompts"
+    )
 
 
 def _interleave(

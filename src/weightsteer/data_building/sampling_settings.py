@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -20,6 +20,7 @@ class SamplingFields:
     max_new_tokens: Annotated[int, Field(ge=1)] = 160
     positive_from: Score = 75.0  # judge's score from which an answer shows the behaviour
     negative_to: Score = 25.0  # judge's score up to which it clearly does not
+    cut_answers: Literal["drop", "keep"] = "drop"  # what max_new_tokens cut off would teach to stop in mid-sentence
     questions: Annotated[int | None, Field(ge=1)] = None  # the first so many; None: all, of a shipped behaviour half
 
 

@@ -19,7 +19,7 @@ from ..checkpoints.checkpoint import shards_of
 from ..checkpoints.parameters import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from ..errors import SteerError
-from ..files import digest
+from ..files import digest, refuse_inputs
 from ..progress import Progress, silent
 from ..run_card import new_folder
 from ..threads import worker_pool
@@ -90,8 +90,7 @@ def export_merged(
     settings, base, folder = settings or MergeSettings(), Path(base), Path(folder)
     source = open_checkpoint(base)
     changes = _find_touched(vector, source)
-    if folder.absolute() == base.absolute():
-        raise SteerError(f"{folder}: is the base itself; choose another output")
+    refuse_inputs(folder, base)
     plan = _Plan(source, vector.deltas, changes if k else {}, k, settings)
     with new_folder(folder, "merged") as part:
         tally, sha256 = _write_shards(plan, part, progress)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
-from ..behavior import Behavior, Example
+from ..behavior import Behavior, Example, prompt_text
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM
@@ -128,7 +128,7 @@ class Rubric:
         Raises:
             SteerError: the rubric has a field {reference} and there is none.
         """
-        values = {"question": example.prompt, "answer": example.answer}
+        values = {"question": prompt_text(example.prompt), "answer": example.answer}
         if reference is not None:
             values["reference"] = reference
         elif "{reference}" in self.text:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..behavior import SIDES, Behavior, ContrastPair, Example, load_examples
+from ..behavior import SIDES, Behavior, ContrastPair, Example, Prompt
 from ..checkpoints.embedded_model import EMBEDDED_NAME
 from ..checkpoints.locate import checkpoint_folder
 from ..data_building.sampling import sample_sides
@@ -18,6 +18,7 @@ from ..errors import SteerError
 from ..evaluation.metrics import metric_key
 from ..evaluation.search import best_layer
 from ..evaluation.tasks.task import Task
+from ..example_files.load import load_examples
 from ..export.merge import MergeSettings, export_merged
 from ..files import read_json, write_json
 from ..judges.endpoint import ChatModel, Endpoint
@@ -248,7 +249,7 @@ class RunArtifacts:
 
 def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:
     """Pairs of answers to one question; sides that were filtered apart pair as many as both have."""
-    others: dict[str, list[str]] = {}
+    others: dict[Prompt, list[str]] = {}
     for example in negative:
         others.setdefault(example.prompt, []).append(example.answer)
     waiting = {prompt: iter(answers) for prompt, answers in others.items()}

@@ -82,7 +82,13 @@ def _is_here(data: str) -> bool:
 def _small_data(data: DataRecipe) -> DataRecipe:
     if data.sampling:
         all_kept = SamplingRecipe(
-            samples=1, max_new_tokens=NEW_TOKENS, positive_from=0.0, negative_to=100.0, questions=2, likelihood=True
+            samples=1,
+            max_new_tokens=NEW_TOKENS,
+            positive_from=0.0,
+            negative_to=100.0,
+            cut_answers="keep",
+            questions=2,
+            likelihood=True,
         )
         return DataRecipe(sampling=all_kept, limit=EXAMPLES)
     named = [name for name in (data.pairs, data.positive, data.negative) if name]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..behavior import SIDES, Behavior, example_rows
-from ..data_building.sampling import unusable_verdicts
+from ..data_building.sampling import cut_answers, unusable_verdicts
 from ..errors import SteerError
 from ..evaluation.choose_k import recommend
 from ..evaluation.compare import compare_at_loss
@@ -21,6 +21,7 @@ from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key, read_rows
 from ..evaluation.sweep import measure_base, run_sweep
+from ..example_files.checks import refuse_unfit, warn_unfit
 from ..files import digest, lock_folder, read_finished, read_json, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..reporting.report import Report, Sample, write_report
@@ -110,6 +111,8 @@ class Run:
 
     def write_data(self) -> None:
         """D+ and D- as JSONL, as they are trained on."""
+        refuse_unfit(*self.artifacts.sides())
+        warn_unfit(*self.artifacts.sides(), self.artifacts.base().tokenizer)
         for name, side in zip(SIDES, self.artifacts.sides(), strict=True):
             path = self.folder.examples(name)
             if not path.exists():
@@ -214,6 +217,8 @@ class Run:
             notes.append(
                 f"Of the answers that D+ and D- were chosen from, {lost} are on neither side: no usable verdict."
             )
+        if cut := cut_answers(self.folder.sampled):
+            notes.append(f"Of the answers that D+ and D- were chosen from, {cut} were cut off and are on neither side.")
         return notes
 
     def _activation_note(self, layer: int) -> str:

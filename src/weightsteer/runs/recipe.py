@@ -137,7 +137,8 @@ class Recipe(Strict):
         Raises:
             SteerError: a file that is missing or malformed.
         """
-        from ..behavior import load_examples, load_pairs, sample_pairs, sides_of
+        from ..behavior import sample_pairs, sides_of
+        from ..example_files.load import load_examples, load_pairs
 
         data = self.data
         if data.pairs:
@@ -148,6 +149,16 @@ class Recipe(Strict):
                 load_examples(data.negative)[: data.limit],
             )
         return None
+
+    def named_files(self) -> list[str]:
+        """What the recipe names and may be a file or folder of the user's: data, behaviours, models."""
+        from ..behavior import SHIPPED
+
+        data, finetunes = self.data, (self.first_finetune, self.repair_target)
+        listed = [task.data for task in self.tasks] + [name for made in finetunes if made for name in made.data]
+        names = [self.model, self.behavior, data.pairs, data.positive, data.negative]
+        names += [task.behavior for task in self.tasks] + [part for text in listed if text for part in text.split(",")]
+        return [name for name in names if name and name.partition(":")[0] not in SHIPPED]
 
     def finetune_examples(self, wanted: FinetuneRecipe) -> list[Example]:
         """What `first_finetune` or `repair_target` is trained on.
@@ -186,7 +197,8 @@ def _first(error: ValidationError) -> str:
 
 def _examples_of(name: str) -> list[Example]:
     """Examples of a file, or one side of a shipped behaviour, such as gloomy:negative."""
-    from ..behavior import SHIPPED, load_examples, load_pairs, sides_of
+    from ..behavior import SHIPPED, sides_of
+    from ..example_files.load import load_examples, load_pairs
 
     behavior, _, side = name.partition(":")
     if behavior not in SHIPPED:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from ..behavior import Behavior
+from ..behavior import Behavior, Prompt
 from ..data_building.sampling import asked_questions
 from ..errors import SteerError
 from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE
 from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.task import ItemTask, Task
+from ..example_files.checks import refuse_unfit
 from ..former_names import METHODS as FORMER_METHODS
 from ..judges.judge import rubric_of
 from ..steering.methods import METHODS
@@ -27,6 +28,8 @@ def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task
         SteerError: the field, what was expected and what was found.
     """
     check_trainings(recipe)
+    if sides := recipe.sides():
+        refuse_unfit(*sides)
     _check_tasks(recipe, tasks)
     _check_methods(recipe)
     _check_sweep(recipe)
@@ -141,7 +144,7 @@ def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]
             )
 
 
-def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[str]:
+def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[Prompt]:
     for side in recipe.sides() or ():
         yield from (example.prompt for example in side)
     if recipe.data.sampling:

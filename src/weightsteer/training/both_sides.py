@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..behavior import SIDES, ContrastPair, load_pairs, sides_of
+from ..behavior import SHIPPED, SIDES, ContrastPair, sides_of
+from ..example_files.checks import refuse_unfit, warn_unfit
+from ..example_files.load import load_pairs
+from ..files import refuse_inputs
 from ..lm import LM
 from ..progress import Progress, part_of, silent
 from ..run_folder import RunFolder
@@ -29,16 +32,20 @@ def train_vector(
     stopped; a finished one with the same pairs and settings only loads the vector.
 
     Args:
-        pairs: a shipped behaviour's name, a JSONL file with prompt, positive, negative, or a list of pairs.
+        pairs: a shipped behaviour's name, a file that `load_pairs` reads, or a list of pairs.
         progress: called with steps done, steps in all, and the loss.
 
     Raises:
-        SteerError: pairs that cannot be read, too few of them, or `out` holds something else.
+        SteerError: pairs that cannot be read, too few of them, or whose sides are equal, or `out` holds something else.
     """
     run = RunFolder(Path(out))
-    given = load_pairs(pairs) if isinstance(pairs, str | Path) else list(pairs)
+    if isinstance(pairs, str | Path) and str(pairs) not in SHIPPED:
+        refuse_inputs(run.path, pairs)
+    sides = sides_of(load_pairs(pairs) if isinstance(pairs, str | Path) else pairs)
+    refuse_unfit(*sides)
+    warn_unfit(*sides, lm.tokenizer)
     finetunes = []
-    for number, (side, examples) in enumerate(zip(SIDES, sides_of(given), strict=True)):
+    for number, (side, examples) in enumerate(zip(SIDES, sides, strict=True)):
         report = part_of(progress, number, len(SIDES), side)
         finetunes.append(train_side(lm, examples, run.finetune(side), settings=settings, progress=report))
     vector = subtract_finetunes(*finetunes)

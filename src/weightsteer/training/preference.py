@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from ..behavior import SIDES, ContrastPair, Example
+from ..behavior import SIDES, ContrastPair, Example, Prompt
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM
@@ -25,7 +25,7 @@ from .trainer import IGNORED
 class Preference:
     """One question with the answer to prefer and the one to turn away from."""
 
-    prompt: str
+    prompt: Prompt
     chosen: str
     rejected: str
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...behavior import Example, load_examples
+from ...behavior import Example
+from ...example_files.load import load_examples
 from ...files import read_jsonl
 from ...lm import LM
 from ...progress import Progress, silent

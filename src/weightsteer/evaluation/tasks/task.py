@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, Protocol, Self
 
+from ...behavior import Prompt
 from ...errors import SteerError
 from ...files import digest
 from ...lm import LM
@@ -103,7 +104,7 @@ class TaskKind:
 class Choice:
     """A prompt with two candidate answers: the one whose choice is counted, and the other."""
 
-    prompt: str
+    prompt: Prompt
     counted: str
     other: str
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...behavior import SHIPPED, Behavior, Example, load_pairs
+from ...behavior import SHIPPED, Behavior, Example
 from ...errors import SteerError
+from ...example_files.load import load_pairs
 from ...files import read_jsonl
 from ...judges.endpoint import ChatModel
 from ...judges.judge import Rubric, grade, rubric_of

@@ -1,0 +1,35 @@
+"""Files -> examples and contrast pairs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..behavior import ContrastPair, Example, shipped_file
+from .formats import example_of, pair_of
+from .rows import read_rows
+
+
+def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[ContrastPair]:
+    """Read contrast pairs: a shipped behaviour by name, or a file of prompts with both answers.
+
+    The file is JSON, JSONL, CSV or Parquet, perhaps in gzip. Both answers are `positive` and `negative`,
+    or `chosen` and `rejected` as TRL writes them (texts, messages, or whole talks without a prompt of
+    their own), or those of a model-written evaluation.
+
+    Raises:
+        SteerError: a file that cannot be read, or an entry that cannot be carried over; line and field are named.
+    """
+    return [pair_of(row) for row in read_rows(shipped_file(str(name_or_path), file) or Path(name_or_path))]
+
+
+def load_examples(path: str | Path) -> list[Example]:
+    """Read the examples of one side: prompts with one answer each.
+
+    The file is JSON, JSONL, CSV or Parquet, perhaps in gzip, in one of the formats that public sets use:
+    `prompt`, `question` or `instruction` with `answer`, `completion`, `response` or `output`, or talks in
+    `messages` or `conversations`. Of a talk the last answer is the example's, and all turns before it are its prompt.
+
+    Raises:
+        SteerError: a file that cannot be read, or an entry that cannot be carried over; line and field are named.
+    """
+    return [example_of(row) for row in read_rows(Path(path))]

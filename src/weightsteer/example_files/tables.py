@@ -1,0 +1,86 @@
+"""Tables -> rows: CSV and TSV by the standard library, Parquet by pyarrow."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import SteerError
+from .formats import KNOWN_FIELDS
+from .rows import EXPECTED, Row
+
+DELIMITERS = ",\t;|"
+
+
+def csv_rows(path: Path, text: str) -> list[Row]:
+    """Rows of a table with a head; what separates its cells is what splits the head into names that are known.
+
+    Raises:
+        SteerError: no name of the head is known, a name stands twice, or a row has more or fewer cells.
+    """
+    text = text if "\n" in text else text.replace("\r", "\n")  # the classic Mac's line ends
+    first = text.lstrip().partition("\n")[0]
+    known = {mark: len(KNOWN_FIELDS & set(_cells(first, mark))) for mark in DELIMITERS}
+    delimiter = max(known, key=lambda mark: known[mark])
+    if not known[delimiter]:
+        raise SteerError(f"{path}: {EXPECTED}; it begins with {first[:60].strip()!r}")
+    old_limit = csv.field_size_limit(sys.maxsize)  # a long answer is no mistake
+    try:
+        return _table(path, text, delimiter)
+    finally:
+        csv.field_size_limit(old_limit)
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    try:
+        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+    except csv.Error:
+        return []
+
+
+def _table(path: Path, text: str, delimiter: str) -> list[Row]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    head: list[str] = []
+    rows, line = [], 1
+    try:
+        for cells in reader:
+            where, line = f"{path}, line {line}", reader.line_num + 1
+            if not head:
+                head = [cell.strip() for cell in cells]
+                _refuse_twice(path, head)
+                continue
+            if not any(cells):
+                continue
+            if len(cells) != len(head):
+                raise SteerError(f"{where}: has {len(cells)} cells, but the table has {len(head)} columns")
+            rows.append(Row(where, dict(zip(head, cells, strict=True))))
+    except csv.Error as error:
+        raise SteerError(f"{path}, line {line}: not CSV ({error})") from None
+    return rows
+
+
+def parquet_rows(path: Path, content: bytes) -> list[Row]:
+    """Rows of a Parquet file.
+
+    Raises:
+        SteerError: the file is damaged, or a column's name stands twice.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(content))
+        _refuse_twice(path, file.schema_arrow.names)
+        table = file.read()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SteerError(f"{path}: cannot be read as Parquet ({error}); download or write it again") from None
+    return [Row(f"{path}, row {number}", fields) for number, fields in enumerate(table.to_pylist(), start=1)]
+
+
+def _refuse_twice(path: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise SteerError(f"{path}: the column {name!r} stands twice; keep one of them")

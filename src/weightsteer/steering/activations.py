@@ -15,7 +15,8 @@ from ..behavior import Example, example_rows
 from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import digest
-from ..lm import LM, batches_by_length, decoder_blocks, pad_right, projecting_only
+from ..batches import batches_by_length, pad_right
+from ..lm import LM, decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
 from ..vectors.hooks import Steerable, SteeringHandle, model_of
@@ -114,7 +115,8 @@ def activation_vector(
 @torch.no_grad()
 def _mean_activations(lm: LM, examples: Sequence[Example], batch_size: int, progress: Progress) -> dict[int, Tensor]:
     """Mean output of each block over all answer tokens: layer -> (hidden,)."""
-    rows = [(lm.chat_ids(e.prompt), lm.answer_ids(e.answer)) for e in examples]
+    exchanges = [lm.exchange(e.prompt, e.answer) for e in examples]
+    rows = [(exchange.head, exchange.answer) for exchange in exchanges]
     sums: dict[int, Tensor] = {}
     count = 0
     for batch in batches_by_length([len(p) + len(a) for p, a in rows], batch_size, progress):

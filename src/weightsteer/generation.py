@@ -1,0 +1,176 @@
+"""Replies as token ids: plain greedy decoding or plain sampling, whatever the model's own settings ask for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .batches import SharedByAllRowsError, batches_by_length, batches_of_one_length, one_row_for_all, pad_left
+from .progress import Progress
+from .thinking import MARKERS, Reply, split_thinking
+
+# How far two computations of the same logits may lie apart, as a share of the largest of them.
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+COARSE = 0.05  # in 16 bits
+
+
+class AtText(StoppingCriteria):
+    """Ends a row once it has written `text`; `start` is where the replies begin."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> None:
+        self.tokenizer, self.text, self.start = tokenizer, text, start
+        self.window = len(text.encode()) + 2  # tokens: no token of it is shorter than a byte
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """(batch, length) ids -> (batch,) whether each row is done."""
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        done = [self.text in tail for tail in self.tokenizer.batch_decode(tails)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+@contextmanager
+def _own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Take the model's generation settings away: `generate` would fill in from them all that it is not told."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes replies, and what ends them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    device: torch.device
+    stops: Sequence[int]  # tokens that end a reply
+    stop_text: str | None  # words that do
+
+    def batches(self, lengths: Sequence[int], batch_size: int, progress: Progress) -> Iterator[list[int]]:
+        """Batches of indices of prompts: of like length, or of one length where the model does not take padding."""
+        if len(set(lengths)) > 1 and batch_size > 1 and not pads_left(self.model, self.pad, self.device):
+            return batches_of_one_length(lengths, batch_size, progress)
+        return batches_by_length(lengths, batch_size, progress)
+
+    @torch.no_grad()
+    def write(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        streamer: BaseStreamer | None = None,
+    ) -> list[list[int]]:
+        """The ids that follow each row; the likeliest at temperature 0. Rows that end early are filled up."""
+        tokens, mask = pad_left(rows, self.pad, self.device)
+        sampling: Mapping[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        at_text = [AtText(self.tokenizer, self.stop_text, tokens.shape[1])] if self.stop_text else []
+        with _own_settings_aside(self.model):
+            out = self.model.generate(  # type: ignore[operator]
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.pad,
+                eos_token_id=list(self.stops) or None,
+                stopping_criteria=StoppingCriteriaList(at_text),
+                streamer=streamer,
+                **sampling,
+            )
+        return out[:, tokens.shape[1] :].tolist()
+
+    def reply(self, ids: Sequence[int], *, opened: bool) -> Reply:
+        """What the model wrote, up to its end; `opened`: the prompt has begun its thinking."""
+        end = next((place for place, token in enumerate(ids) if token in self.stops), None)
+        text, ended = visible_text(self.tokenizer, ids[:end]), end is not None
+        if self.stop_text and self.stop_text in text:
+            text, ended = text.partition(self.stop_text)[0], True
+        thinking, answer = split_thinking(text, opened=opened)
+        return Reply(answer, thinking, ended)
+
+
+def visible_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text without control tokens, but with those that mark thinking."""
+    marks = "".join(mark for pair in MARKERS for mark in pair)
+    added = tokenizer.added_tokens_decoder
+    hidden = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    hidden -= {i for i in hidden if i in added and str(added[i]) in marks}
+    return str(tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
+
+
+_PADS_LEFT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+
+
+def pads_left(model: PreTrainedModel, pad: int, device: torch.device) -> bool:
+    """Whether a prompt that is padded on the left gets the logits that it gets alone, tried once for each model.
+
+    Models that keep a state and take no mask do not forget what the padding does to it.
+    """
+    if model not in _PADS_LEFT:
+        try:
+            with one_row_for_all():
+                found = _try_left_padding(model, pad, device)
+        except SharedByAllRowsError:  # steered by one k for each prompt, so this cannot be tried now
+            return False
+        except (RuntimeError, ValueError, IndexError, TypeError):  # not even taken
+            found = False
+        _PADS_LEFT[model] = found
+    return _PADS_LEFT[model]
+
+
+@torch.no_grad()
+def _try_left_padding(model: PreTrainedModel, pad: int, device: torch.device) -> bool:
+    row, other = sample_ids(model, 11), sample_ids(model, 20)
+    alone = model(input_ids=torch.tensor([row], device=device)).logits[0, -1]
+    tokens = torch.tensor([[pad] * (len(other) - len(row)) + row, other], device=device)
+    mask = torch.ones_like(tokens)
+    mask[0, : len(other) - len(row)] = 0
+    padded = model(input_ids=tokens, attention_mask=mask, **positions_for(model, mask)).logits[0, -1]
+    return agree(alone, padded)
+
+
+def sample_ids(model: PreTrainedModel, count: int, start: int = 0) -> list[int]:
+    """Ids that the model has, the same each time."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return [(7919 * (start + i) + 13) % weight.shape[0] for i in range(count)]
+
+
+def agree(first: Tensor, second: Tensor) -> bool:
+    """Whether two computations of the same numbers differ by rounding alone."""
+    bound = ROUNDING.get(first.dtype, COARSE) * float(first.abs().max())
+    return float((first - second).abs().max()) <= bound
+
+
+def positions_for(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
+    """Position ids of real tokens for a mask (batch, length), as an argument of models that take them."""
+    return {"position_ids": positions(mask)} if takes_positions(model) else {}
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids (batch, length) that count real tokens only; padding takes position 0 or repeats."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model can be told the tokens' positions; one that cannot counts them itself, padding included."""
+    return "position_ids" in inspect.signature(model.forward).parameters

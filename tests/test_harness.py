@@ -253,7 +253,7 @@ def test_a_system_prompt_that_the_template_refuses(lm: LM, tmp_path: Path) -> No
         "{{ m['content'] }}{% endfor %}"
     )
     assert task.measure(lm)["loglikelihood"]
-    with pytest.raises(SteerError, match="chat template refuses the conversation .*no system role"):
+    with pytest.raises(SteerError, match="chat template has no system role, and the harness"):
         task.measure(lm.with_system_prompt("Be rude."))
 
 

@@ -27,9 +27,7 @@ def batches_by_length(lengths: Sequence[int], batch_size: int, progress: Progres
         progress(done + 1, total)
 
 
-def batches_of_one_length(
-    lengths: Sequence[int], batch_size: int, progress: Progress = silent
-) -> Iterator[list[int]]:
+def batches_of_one_length(lengths: Sequence[int], batch_size: int, progress: Progress = silent) -> Iterator[list[int]]:
     """As `batches_by_length`, but a batch holds rows of one length, so that none is padded."""
     done = 0
     for batch in batches_by_length(lengths, batch_size):

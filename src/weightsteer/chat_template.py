@@ -151,7 +151,7 @@ class ChatTemplate:
             self._traits.warn(
                 "two renderings",
                 f"{self.name}: its chat template renders a finished answer after {whole[:begin][-30:]!r}, and asks for "
-                f"one by {served[-30:]!r}; training and scoring follow the first, generation the second"
+                f"one by {served[-30:]!r}; training and scoring follow the first, generation the second",
             )
         return exchange
 
@@ -231,26 +231,24 @@ class ChatTemplate:
         try:
             text = self._try(messages, traits.parts, prompt=prompt)
         except FAILURES as error:
-            raise SteerError(
-                f"{self.name}: its chat template refuses the conversation ({first_line(error)})"
-            ) from None
+            raise SteerError(f"{self.name}: its chat template refuses the conversation ({first_line(error)})") from None
         if not traits.heard:
             raise SteerError(f"{self.name}: its chat template leaves out what the user says")
         return text
 
     def _folded(self, messages: Messages, traits: _Traits) -> Messages:
         """The system prompt before the first user turn's words: the way of models that know no system role."""
-        system, first, *rest = [*messages, {}]
-        if first.get("role") != "user":
+        system, talk = messages[0], messages[1:]
+        if not talk or talk[0]["role"] != "user":
             raise SteerError(f"{self.name}: its chat template has no system role, and no user turn follows the prompt")
         if not system["content"]:
-            return messages[1:]
+            return talk
         traits.warn(
             "folded",
             f"{self.name}: its chat template has no system role; the system prompt is put before the user's first "
             "words",
         )
-        return [_user(system["content"] + "\n\n" + first["content"]), *rest[:-1]]
+        return [_user(system["content"] + "\n\n" + talk[0]["content"]), *talk[1:]]
 
     def _cuts(self, messages: Messages, whole: str, served: str) -> tuple[int, int, int]:
         """Where in the whole rendering the served prompt ends, where the answer starts, and where it ends."""

@@ -116,7 +116,9 @@ def _try_sharing(lm: LM) -> bool | None:
 
 def _is_plain_cache(cache: Any) -> bool:
     """Whether a cache holds keys and values alone: they can be repeated and picked row by row, a state cannot."""
-    return type(cache) is DynamicCache and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers)
+    return type(cache) is DynamicCache and all(
+        type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers
+    )
 
 
 def score_on_cache(lm: LM, prefix: SharedPrefix, heads: Heads, tails: Tails) -> list[list[float]]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -41,6 +43,21 @@ class AtText(StoppingCriteria):
         tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
         done = [self.text in tail for tail in self.tokenizer.batch_decode(tails)]
         return torch.tensor(done, device=input_ids.device)
+
+
+class NotNumbers(LogitsProcessor):
+    """Remembers the rows whose logits were not numbers, and lets the others go on."""
+
+    def __init__(self) -> None:
+        self.rows: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(batch, vocabulary) logits, as they are where they are numbers."""
+        broken = scores.isnan().any(dim=-1)
+        if not broken.any():
+            return scores
+        self.rows |= set(broken.nonzero()[:, 0].tolist())
+        return torch.where(broken[:, None], torch.zeros_like(scores), scores)
 
 
 @contextmanager
@@ -79,13 +96,17 @@ class Writer:
         temperature: float = 0.0,
         *,
         streamer: BaseStreamer | None = None,
-    ) -> list[list[int]]:
-        """The ids that follow each row; the likeliest at temperature 0. Rows that end early are filled up."""
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The ids that follow each row, and whether its logits were not numbers; the likeliest at temperature 0.
+
+        Rows that end early are filled up.
+        """
         tokens, mask = pad_left(rows, self.pad, self.device)
         sampling: Mapping[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         at_text = [AtText(self.tokenizer, self.stop_text, tokens.shape[1])] if self.stop_text else []
+        checked = NotNumbers()
         with _own_settings_aside(self.model):
             out = self.model.generate(  # type: ignore[operator]
                 input_ids=tokens,
@@ -93,14 +114,17 @@ class Writer:
                 max_new_tokens=max_new_tokens,
                 pad_token_id=self.pad,
                 eos_token_id=list(self.stops) or None,
+                logits_processor=LogitsProcessorList([checked]),
                 stopping_criteria=StoppingCriteriaList(at_text),
                 streamer=streamer,
                 **sampling,
             )
-        return out[:, tokens.shape[1] :].tolist()
+        return out[:, tokens.shape[1] :].tolist(), [row in checked.rows for row in range(len(rows))]
 
-    def reply(self, ids: Sequence[int], *, opened: bool) -> Reply:
+    def reply(self, ids: Sequence[int], *, opened: bool, broken: bool) -> Reply:
         """What the model wrote, up to its end; `opened`: the prompt has begun its thinking."""
+        if broken:
+            return Reply(None, ended=False, broken=True)
         end = next((place for place, token in enumerate(ids) if token in self.stops), None)
         text, ended = visible_text(self.tokenizer, ids[:end]), end is not None
         if self.stop_text and self.stop_text in text:

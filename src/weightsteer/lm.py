@@ -28,9 +28,10 @@ from .checkpoints.checkpoint import fingerprint
 from .checkpoints.embedded_model import EMBEDDED_NAME
 from .checkpoints.locate import locate_model
 from .errors import SteerError, first_line
+from .files import digest
 from .generation import Writer
 from .progress import Progress, quiet_transformers, silent
-from .thinking import Reply, opens_thinking
+from .thinking import Reply, opens_thinking, why_unanswered
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,11 @@ class LM:
         """The one place for chat templates."""
         return ChatTemplate(self.tokenizer, self.name, self.chat_template_kwargs)
 
+    @property
+    def template_identity(self) -> dict[str, str]:
+        """What the template's variables, where some are set, add to the hashes of what is made with this model."""
+        return {"chat_template_kwargs": digest(dict(self.chat_template_kwargs))} if self.chat_template_kwargs else {}
+
     def chat_ids(self, prompt: Prompt) -> list[int]:
         """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
 
@@ -211,7 +217,8 @@ class LM:
     ) -> list[str]:
         """The answers to each prompt, without what the model thinks before them; see `replies`.
 
-        A reply that ends inside its thinking has no answer: it is "", and a warning says so.
+        A reply that ends inside its thinking, or whose logits are not numbers, has no answer: it is "", and a warning
+        says so.
         """
         replies = self.replies(
             prompts,
@@ -221,12 +228,8 @@ class LM:
             batch_size=batch_size,
             progress=progress,
         )
-        if cut := sum(reply.answer is None for reply in replies):
-            warnings.warn(
-                f"{self.name}: {cut} of {len(replies)} replies ended inside their thinking and have no answer; allow "
-                'more tokens, or switch thinking off, in most templates by {"enable_thinking": false}',
-                stacklevel=2,
-            )
+        if missing := why_unanswered(replies):
+            warnings.warn(f"{self.name}: {missing}", stacklevel=2)
         return [reply.answer or "" for reply in replies]
 
     def replies(
@@ -254,15 +257,16 @@ class LM:
         for batch in writer.batches([len(row) for row in ids], batch_size, progress):
             with rows_of_batch(batch, len(ids)):
                 written = writer.write([ids[i] for i in batch], max_new_tokens, temperature)
-            for index, row in zip(batch, written, strict=True):
-                replies[index] = writer.reply(row, opened=opens_thinking(texts[index]))
+            for index, row, broken in zip(batch, *written, strict=True):
+                replies[index] = writer.reply(row, opened=opens_thinking(texts[index]), broken=broken)
         return replies
 
     def reply_aloud(self, prompt: Prompt, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
         """One greedy reply, which a streamer gets token by token."""
         text = self.chat_template.prompt_text(turns_of(prompt, self.system_prompt))
-        (row,) = self._writer.write([self._known(self.chat_template.ids_of(text))], max_new_tokens, streamer=streamer)
-        return self._writer.reply(row, opened=opens_thinking(text))
+        ids = self._known(self.chat_template.ids_of(text))
+        (row,), (broken,) = self._writer.write([ids], max_new_tokens, streamer=streamer)
+        return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
 
     @property
     def _writer(self) -> Writer:

@@ -7,6 +7,7 @@ give what a plain forward pass gives, every continuation is scored by such a pas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,9 @@ def score_choices(
         prompts: user turns; the chat template is put around them.
         choices: the candidate answers of each prompt.
 
+    Returns:
+        One score a candidate; its total is NaN where the model's logits are.
+
     Raises:
         SteerError: a prompt without candidates, or a candidate with no tokens.
     """
@@ -94,6 +98,8 @@ def _asked(lm: LM, number: int, prompt: Prompt, texts: Sequence[str]) -> list[_A
     if not found:
         raise SteerError(f"score_choices: prompt {last_words(prompt)!r} has no candidate, or an empty one")
     return list(found.values())
+
+
 @torch.no_grad()
 def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
     """Log-probability of running text without a chat template; its first token is context only.
@@ -146,6 +152,9 @@ def mean_kl(reference: Sequence[Tensor], lm: LM, prompts: Sequence[Prompt]) -> f
                 "both models need the same tokenizer, template and prompts"
             )
         log_p = log_p.to(log_q.device)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
+        p = log_p.exp()
+        total += float(torch.where(p > 0, p * (log_p - log_q), p).sum())  # a token that cannot come adds nothing
         count += log_p.shape[0]
+    if math.isnan(total):
+        raise SteerError("mean_kl: the model gives no numbers (NaN); it is broken, or steered too far")
     return total / count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # How thinking begins and ends in the models that think aloud. The last pair is gpt-oss's: there the answer is in a
@@ -19,9 +20,10 @@ MARKERS = (
 class Reply:
     """What a model wrote after a prompt."""
 
-    answer: str | None  # without the thinking; None: the reply ended inside it
+    answer: str | None  # without the thinking; None: the reply ended inside it, or is broken
     thinking: str = ""
     ended: bool = True  # False: it was cut at the longest length
+    broken: bool = False  # the model's logits were no numbers (NaN) at some token
 
 
 def split_thinking(text: str, *, opened: bool = False) -> tuple[str, str | None]:
@@ -44,3 +46,18 @@ def split_thinking(text: str, *, opened: bool = False) -> tuple[str, str | None]
 def opens_thinking(prompt: str) -> bool:
     """Whether a rendered prompt ends with the start of a thought."""
     return prompt.rstrip().endswith(tuple(start for start, _ in MARKERS))
+
+
+def why_unanswered(replies: Sequence[Reply]) -> str:
+    """How many replies have no answer, why, and what helps; "" if all have one."""
+    broken = sum(reply.broken for reply in replies)
+    cut = sum(reply.answer is None for reply in replies) - broken
+    found = []
+    if broken:
+        found.append(f"{broken} of {len(replies)} replies have logits that are not numbers; steer less")
+    if cut:
+        found.append(
+            f"{cut} of {len(replies)} replies ended inside their thinking and have no answer; allow more tokens, or "
+            'switch thinking off, in most templates by the template\'s variables {"enable_thinking": false}'
+        )
+    return "; ".join(found)

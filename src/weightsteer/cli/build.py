@@ -18,6 +18,7 @@ from .options import (
     Model,
     Out,
     RemoteCode,
+    TemplateVariables,
     drop_unset,
     judge_model,
     load_lm,
@@ -42,6 +43,7 @@ def sample(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Build D+ and D-: the model answers its own questions under S+ and S-, a judge filters.
 
@@ -65,7 +67,7 @@ def sample(
         load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
         chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load)
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
-        lm = load(model)
+        lm = load(model, template=chat_template_kwargs)
         settings = SamplingSettings(
             **drop_unset(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed)
         )
@@ -135,6 +137,7 @@ def train(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Fine-tune both sides: OUT/positive and OUT/negative. Kill it and run it again to go on.
 
@@ -154,7 +157,7 @@ def train(
         **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, learning_rates=rates, epochs=epochs),
         **drop_unset(batch_size=batch_size, snapshots=snapshots, seed=seed),
     )
-    lm = load_lm(model, device, dtype, trust_remote_code)
+    lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
         target = RunFolder(out).finetune(name)
         with show_progress(f"train {name}") as progress:

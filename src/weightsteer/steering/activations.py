@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import batches_by_length, pad_right
 from ..behavior import Example, example_rows
 from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import digest
-from ..batches import batches_by_length, pad_right
 from ..lm import LM, decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
@@ -108,6 +108,7 @@ def activation_vector(
     ]
     layers = {layer: means[0][layer] - means[1][layer] for layer in means[0]}
     data = {name: digest(example_rows(side)) for name, side in zip(("positive", "negative"), sides, strict=True)}
+    data |= lm.template_identity
     card = RunCard.now("activations", base_model=lm.name, base_revision=lm.revision, data_sha256=data)
     return ActivationVector(layers, card)
 

@@ -48,7 +48,8 @@ RECITE = {
 def lm() -> LM:
     """The tiny model under a template whose end is no white space, which the harness counts to the answer."""
     lm = tiny_lm()
-    lm.tokenizer.chat_template = TEMPLATE.replace("<s>assistant\n", "<s>assistant:")
+    role = "{{ m['role'] }}{{ ':' if m['role'] == 'assistant' else '\n' }}"
+    lm.tokenizer.chat_template = TEMPLATE.replace("<s>assistant\n", "<s>assistant:").replace("{{ m['role'] }}\n", role)
     return lm
 
 

@@ -29,6 +29,7 @@ from .thinking import MARKERS, Reply, split_thinking
 # How far two computations of the same logits may lie apart, as a share of the largest of them.
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.05  # in 16 bits
+STEPS = 4  # that a model is tried for
 
 
 class AtText(StoppingCriteria):
@@ -162,15 +163,32 @@ def pads_left(model: PreTrainedModel, pad: int, device: torch.device) -> bool:
     return _PADS_LEFT[model]
 
 
-@torch.no_grad()
 def _try_left_padding(model: PreTrainedModel, pad: int, device: torch.device) -> bool:
+    """Write a few tokens after a short row, alone and beside a longer one: the steps count too, as their cache may."""
     row, other = sample_ids(model, 11), sample_ids(model, 20)
-    alone = model(input_ids=torch.tensor([row], device=device)).logits[0, -1]
-    tokens = torch.tensor([[pad] * (len(other) - len(row)) + row, other], device=device)
-    mask = torch.ones_like(tokens)
-    mask[0, : len(other) - len(row)] = 0
-    padded = model(input_ids=tokens, attention_mask=mask, **positions_for(model, mask)).logits[0, -1]
-    return agree(alone, padded)
+    alone, beside = (_first_steps(model, *pad_left(rows, pad, device), pad) for rows in ([row], [row, other]))
+    for (token, logits), (other_token, other_logits) in zip(alone, beside, strict=True):
+        if not agree(logits, other_logits):
+            return False
+        if token != other_token:  # a tie: from here on the two go on differently
+            break
+    return True
+
+
+@torch.no_grad()
+def _first_steps(model: PreTrainedModel, tokens: Tensor, mask: Tensor, pad: int) -> list[tuple[int, Tensor]]:
+    """The first row's next tokens, each with the logits (vocabulary,) that it was chosen by."""
+    with _own_settings_aside(model):
+        out = model.generate(  # type: ignore[operator]
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=STEPS,
+            pad_token_id=pad,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return [(int(logits[0].argmax()), logits[0]) for logits in out.logits]
 
 
 def sample_ids(model: PreTrainedModel, count: int, start: int = 0) -> list[int]:
@@ -183,11 +201,6 @@ def agree(first: Tensor, second: Tensor) -> bool:
     """Whether two computations of the same numbers differ by rounding alone."""
     bound = ROUNDING.get(first.dtype, COARSE) * float(first.abs().max())
     return float((first - second).abs().max()) <= bound
-
-
-def positions_for(model: PreTrainedModel, mask: Tensor) -> dict[str, Tensor]:
-    """Position ids of real tokens for a mask (batch, length), as an argument of models that take them."""
-    return {"position_ids": positions(mask)} if takes_positions(model) else {}
 
 
 def positions(mask: Tensor) -> Tensor:

@@ -199,11 +199,16 @@ class LM:
         return int(getattr(self.model.get_input_embeddings(), "num_embeddings", weight.shape[0]))
 
     @property
+    def turn_end(self) -> int | None:
+        """The token that ends an assistant's turn; None where neither the template nor the tokenizer has one."""
+        return self.chat_template.turn_end
+
+    @property
     def stops(self) -> list[int]:
         """Tokens at which generation ends: the model's own, and the end of a turn."""
         own = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = own if isinstance(own, list) else [] if own is None else [own]
-        return sorted({*listed, *({self.chat_template.turn_end} - {None})})
+        return sorted({*listed, *({self.turn_end} - {None})})
 
     def generate(
         self,

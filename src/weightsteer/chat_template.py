@@ -148,12 +148,20 @@ class ChatTemplate:
         prompt, head, body = bounds
         exchange = Exchange(ids[:prompt], ids[prompt:head], ids[head:body], ids[body:])
         if exchange.prompt != self.ids_of(served):
-            self._traits.warn(
-                "two renderings",
-                f"{self.name}: its chat template renders a finished answer after {whole[:begin][-30:]!r}, and asks for "
-                f"one by {served[-30:]!r}; training and scoring follow the first, generation the second",
-            )
+            self._warn_of_difference(whole[:begin], served)
         return exchange
+
+    def _warn_of_difference(self, rendered: str, served: str) -> None:
+        if rendered == served:
+            found = f"the tokens at the end of {served[-30:]!r} are others once an answer follows"
+        else:
+            found = (
+                f"its chat template renders a finished answer after {rendered[-30:]!r}, and asks for one by "
+                f"{served[-30:]!r}"
+            )
+        self._traits.warn(
+            "difference", f"{self.name}: {found}; training and scoring follow the finished answer, generation the prompt"
+        )
 
     @property
     def turn_end(self) -> int | None:

@@ -47,7 +47,8 @@ THINKING = _turns(
 FAMILIES = {
     "chatml": Family(CHATML, IM),
     "chatml with a default system prompt": Family(
-        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help people.<|im_end|>\n{% endif %}" + CHATML, IM
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou help people.<|im_end|>\n{% endif %}" + CHATML,
+        IM,
     ),
     "thinking": Family(THINKING, (*IM[:1], "<think>", "</think>", IM[1])),
     "reasoning that the prompt opens": Family(
@@ -160,9 +161,7 @@ FAMILIES = {
     ),
     "yi": Family(CHATML.replace("{% for", "{{ bos_token }}{% for", 1), ("<|startoftext|>", *IM)),
     "internlm": Family(
-        _turns(
-            f"<|User|>:{C}<eoh>\n", f"<|Bot|>:{C}<eoa>\n", "<|Bot|>:", "{{ bos_token }}", f"<|System|>:{C}\n"
-        ),
+        _turns(f"<|User|>:{C}<eoh>\n", f"<|Bot|>:{C}<eoa>\n", "<|Bot|>:", "{{ bos_token }}", f"<|System|>:{C}\n"),
         ("<s>", "<eoh>", "<eoa>", "</s>"),
     ),
     "parts only": Family(

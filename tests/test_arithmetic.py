@@ -40,8 +40,8 @@ from weightsteer.evaluation.tasks.arithmetic_text import (
 from weightsteer.evaluation.tasks.task import Values
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
-from weightsteer.thinking import Reply
 from weightsteer.scoring import score_choices
+from weightsteer.thinking import Reply
 
 RIGHT = {"gcd": math.gcd, "addition": lambda a, b: a + b, "larger": max}
 families = st.sampled_from(sorted(FAMILIES))

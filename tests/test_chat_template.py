@@ -47,7 +47,7 @@ def merging_tokenizer(tokens: tuple[str, ...], template: str | None, *, adds_bos
 def model_for(tokenizer: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes))
 
 
 @cache

@@ -160,7 +160,8 @@ class ChatTemplate:
                 f"{served[-30:]!r}"
             )
         self._traits.warn(
-            "difference", f"{self.name}: {found}; training and scoring follow the finished answer, generation the prompt"
+            "difference",
+            f"{self.name}: {found}; training and scoring follow the finished answer, generation the prompt",
         )
 
     @property

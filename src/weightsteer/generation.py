@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -84,10 +84,12 @@ class Writer:
     stop_text: str | None  # words that do
 
     def batches(self, lengths: Sequence[int], batch_size: int, progress: Progress) -> Iterator[list[int]]:
-        """Batches of indices of prompts: of like length, or of one length where the model does not take padding."""
-        if len(set(lengths)) > 1 and batch_size > 1 and not pads_left(self.model, self.pad, self.device):
+        """Batches of indices of prompts: of like length, of one length, or of one, as the model takes them."""
+        several = len(lengths) > 1 and batch_size > 1
+        together = rows_together(self.model, self.pad, self.device) if several else "padded"
+        if together == "of one length":
             return batches_of_one_length(lengths, batch_size, progress)
-        return batches_by_length(lengths, batch_size, progress)
+        return batches_by_length(lengths, 1 if together == "alone" else batch_size, progress)
 
     @torch.no_grad()
     def write(
@@ -143,41 +145,55 @@ def visible_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     return str(tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
 
 
-_PADS_LEFT: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+Together = Literal["padded", "of one length", "alone"]  # the batches in which a row is written as it is alone
+_TOGETHER: WeakKeyDictionary[PreTrainedModel, Together] = WeakKeyDictionary()
 
 
-def pads_left(model: PreTrainedModel, pad: int, device: torch.device) -> bool:
-    """Whether a prompt that is padded on the left gets the logits that it gets alone, tried once for each model.
+def rows_together(model: PreTrainedModel, pad: int, device: torch.device) -> Together:
+    """In which batches a model writes what it writes alone, tried once for each model.
 
-    Models that keep a state and take no mask do not forget what the padding does to it.
+    A model that keeps a state and takes no mask does not forget what padding on the left does to it; with some a
+    state is not kept row by row either.
     """
-    if model not in _PADS_LEFT:
+    if model not in _TOGETHER:
         try:
             with one_row_for_all():
-                found = _try_left_padding(model, pad, device)
+                found = _try_together(model, pad, device)
         except SharedByAllRowsError:  # steered by one k for each prompt, so this cannot be tried now
-            return False
-        except (RuntimeError, ValueError, IndexError, TypeError):  # not even taken
-            found = False
-        _PADS_LEFT[model] = found
-    return _PADS_LEFT[model]
+            return "of one length"
+        _TOGETHER[model] = found
+    return _TOGETHER[model]
 
 
-def _try_left_padding(model: PreTrainedModel, pad: int, device: torch.device) -> bool:
-    """Write a few tokens after a short row, alone and beside a longer one: the steps count too, as their cache may."""
-    row, other = sample_ids(model, 11), sample_ids(model, 20)
-    alone, beside = (_first_steps(model, *pad_left(rows, pad, device), pad) for rows in ([row], [row, other]))
-    for (token, logits), (other_token, other_logits) in zip(alone, beside, strict=True):
+def _try_together(model: PreTrainedModel, pad: int, device: torch.device) -> Together:
+    """Write a few tokens after a short row: alone, beside a longer one, and beside one of its length."""
+    row, longer, other = sample_ids(model, 11), sample_ids(model, 20), sample_ids(model, 11, 40)
+    tries: tuple[tuple[Together, list[int]], ...] = (("padded", longer), ("of one length", other))
+    for how, second in tries:
+        try:
+            alone = _first_steps(model, *pad_left([row], pad, device), pad)
+            if _same_steps(alone, _first_steps(model, *pad_left([row, second], pad, device), pad)):
+                return how
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # it does not even take that
+            continue
+    return "alone"
+
+
+Steps = list[tuple[int, Tensor]]  # tokens, each with the logits (vocabulary,) that it was chosen by
+
+
+def _same_steps(first: Steps, second: Steps) -> bool:
+    for (token, logits), (other, other_logits) in zip(first, second, strict=True):
         if not agree(logits, other_logits):
             return False
-        if token != other_token:  # a tie: from here on the two go on differently
+        if token != other:  # a tie: from here on the two go on differently
             break
     return True
 
 
 @torch.no_grad()
-def _first_steps(model: PreTrainedModel, tokens: Tensor, mask: Tensor, pad: int) -> list[tuple[int, Tensor]]:
-    """The first row's next tokens, each with the logits (vocabulary,) that it was chosen by."""
+def _first_steps(model: PreTrainedModel, tokens: Tensor, mask: Tensor, pad: int) -> Steps:
+    """The first row's next tokens."""
     with _own_settings_aside(model):
         out = model.generate(  # type: ignore[operator]
             input_ids=tokens,

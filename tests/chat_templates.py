@@ -40,7 +40,8 @@ THINKING = _turns(
     "{% set thought = words.split('</think>')[0].split('<think>')[-1].strip() %}"
     "{% set words = words.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{% if loop.last or thought %}<think>\n{{ thought }}\n</think>\n\n{% endif %}{{ words }}<|im_end|>\n",
-    "<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
+    "<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
     system=f"<|im_start|>system\n{C}<|im_end|>\n",
 )
 
@@ -66,9 +67,11 @@ FAMILIES = {
         ("<|begin|>", "<|finish|>"),
     ),
     "llama 2": Family(
-        "{% if messages[0]['role'] == 'system' %}{% set order = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set order = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
         "{% set messages = messages[1:] %}{% else %}{% set order = '' %}{% endif %}{% for m in messages %}"
-        "{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ (order if loop.first else '') + m['content'] | trim }} [/INST]"
+        "{% if m['role'] == 'user' %}{{ bos_token }}[INST] "
+        "{{ (order if loop.first else '') + m['content'] | trim }} [/INST]"
         "{% else %} {{ m['content'] | trim }} {{ eos_token }}{% endif %}{% endfor %}",
         ("<s>", "</s>"),
     ),
@@ -165,7 +168,8 @@ FAMILIES = {
         ("<s>", "<eoh>", "<eoa>", "</s>"),
     ),
     "parts only": Family(
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% for part in m['content'] %}{{ part['text'] }}{% endfor %}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         IM,
         parts=True,

@@ -100,7 +100,6 @@ def _try_sharing(lm: LM) -> bool | None:
     start = sample_ids(lm.model, 3)
     heads = [[*start, *sample_ids(lm.model, 1, 3)], [*start, *sample_ids(lm.model, 4, 9)]]
     tails = [[sample_ids(lm.model, 2, 20)], [sample_ids(lm.model, 1, 30), sample_ids(lm.model, 3, 40)]]
-    plain = [total for row in score_plainly(lm, heads, tails, [0, 0], 1, 1) for total in row]
     try:
         prefix = _compute(lm, heads)
         if not _is_plain_cache(prefix.cache):
@@ -108,6 +107,7 @@ def _try_sharing(lm: LM) -> bool | None:
         shared = [total for row in score_on_cache(lm, prefix, heads, tails) for total in row]
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # a cache that cannot do this
         return False
+    plain = [total for row in score_plainly(lm, heads, tails, [0, 0], 1, 1) for total in row]
     if not all(map(math.isfinite, [*plain, *shared])):
         return None
     bound = ROUNDING.get(lm.model.dtype, COARSE) * max(map(abs, plain))

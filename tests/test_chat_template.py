@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,10 @@ from weightsteer.behavior import Example
 from weightsteer.chat_template import template_variables
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
+from weightsteer.run_folder import RunFolder
+from weightsteer.runs.recipe import Recipe, claim_run
 from weightsteer.runs.tiny_model import byte_tokenizer
+from weightsteer.training.output import finetune_card
 from weightsteer.training.preference import Preference, encode_preferences
 from weightsteer.training.sft import encode
 from weightsteer.training.trainer import IGNORED
@@ -227,3 +231,21 @@ def test_preferences_share_their_prompt_whatever_the_answers_begin_with() -> Non
             for side, answer in (("chosen_ids", preference.chosen), ("rejected_ids", preference.rejected)):
                 exchange = lm.exchange("Hi", answer)
                 assert row["prompt_ids"] + row[side] == exchange.prompt + exchange.answer + exchange.end
+
+
+def test_a_run_belongs_to_its_templates_variables(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"name": "r", "tasks": [{"task": "facts"}]}
+    claim_run(Recipe.model_validate(fields), RunFolder(tmp_path / "run"), {})
+    off = Recipe.model_validate({**fields, "chat_template_kwargs": {"enable_thinking": False}})
+    with pytest.raises(SteerError, match="differs in the recipe's 'chat_template_kwargs'"):
+        claim_run(off, RunFolder(tmp_path / "run"), {})
+    claim_run(off, RunFolder(tmp_path / "other"), {})
+    assert Recipe.load_kept(RunFolder(tmp_path / "other").recipe) == off
+
+
+def test_a_fine_tune_belongs_to_its_templates_variables() -> None:
+    tokenizer = lm_of("thinking").tokenizer
+    off = LM.wrap(model_for(tokenizer), tokenizer, chat_template_kwargs={"enable_thinking": False})
+    data = {"examples": "0"}
+    assert finetune_card(lm_of("thinking"), data, {"seed": 0}).data_sha256 == data
+    assert finetune_card(off, data, {"seed": 0}).data_sha256 == {**data, **off.template_identity}

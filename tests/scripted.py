@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from conftest import tiny_lm
+from weightsteer.chat_template import Prompt
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
+from weightsteer.thinking import Reply
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,17 @@ class Scripted(LM):
 
     reply: Callable[[str], str] = str
 
-    def generate(
+    def replies(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
-    ) -> list[str]:
-        return [self.reply(prompt) for prompt in prompts]
+    ) -> list[Reply]:
+        return [Reply(self.reply(prompt if isinstance(prompt, str) else prompt[-1]["content"])) for prompt in prompts]
 
 
 def scripted(reply: Callable[[str], str]) -> Scripted:

@@ -41,6 +41,7 @@ from weightsteer.evaluation.tasks.task import Values
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
 from weightsteer.scoring import score_choices
+from weightsteer.thinking import Reply
 
 RIGHT = {"gcd": math.gcd, "addition": lambda a, b: a + b, "larger": max}
 families = st.sampled_from(sorted(FAMILIES))
@@ -246,14 +247,14 @@ class Scripted(LM):
     """Answers from a table; counts what it was asked."""
 
     def __init__(self, replies: dict[str, str]) -> None:
-        object.__setattr__(self, "replies", replies)
+        object.__setattr__(self, "table", replies)
         object.__setattr__(self, "asked", [])
 
-    def generate(  # type: ignore[override]
+    def replies(  # type: ignore[override]
         self, prompts: Sequence[str], *, max_new_tokens: int = 0, batch_size: int = 8, progress: Progress = silent
-    ) -> list[str]:
+    ) -> list[Reply]:
         self.asked.extend(prompts)  # type: ignore[attr-defined]
-        return [self.replies[prompt] for prompt in prompts]  # type: ignore[attr-defined]
+        return [Reply(self.table[prompt]) for prompt in prompts]  # type: ignore[attr-defined]
 
 
 def test_replies_are_counted_among_the_solved_only() -> None:

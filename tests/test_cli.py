@@ -296,3 +296,21 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     code, out, _ = run(capsys, "--version")
     assert code == 0
     assert out == f"weightsteer {metadata.version('weightsteer')}\n"
+
+
+def test_variables_of_the_chat_template(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, lm: LM
+) -> None:
+    vector = tmp_path / "v"
+    random_vector(lm).save(vector)
+    steer = ("steer", vector, "Hi", "--k", "0", "--model", checkpoint, "--device", "cpu", "--chat-template-kwargs")
+    for given, message in (
+        ("{", "--chat-template-kwargs: not JSON"),
+        ("[1]", "--chat-template-kwargs: expected an object"),
+        ('{"enable_thinkin": false}', "no variable 'enable_thinkin'; those that it has: none"),
+    ):
+        code, _, err = run(capsys, *steer, given)
+        assert code == 1
+        assert message in " ".join(err.split())
+    (checkpoint / "chat_template.jinja").write_text("{{ 'short' if brief }}" + str(lm.tokenizer.chat_template))
+    assert run(capsys, *steer, '{"brief": true}')[0] == 0

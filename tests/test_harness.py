@@ -48,7 +48,8 @@ RECITE = {
 def lm() -> LM:
     """The tiny model under a template whose end is no white space, which the harness counts to the answer."""
     lm = tiny_lm()
-    lm.tokenizer.chat_template = TEMPLATE.replace("<s>assistant\n", "<s>assistant:")
+    role = "{{ m['role'] }}{{ ':' if m['role'] == 'assistant' else '\n' }}"
+    lm.tokenizer.chat_template = TEMPLATE.replace("<s>assistant\n", "<s>assistant:").replace("{{ m['role'] }}\n", role)
     return lm
 
 
@@ -253,7 +254,7 @@ def test_a_system_prompt_that_the_template_refuses(lm: LM, tmp_path: Path) -> No
         "{{ m['content'] }}{% endfor %}"
     )
     assert task.measure(lm)["loglikelihood"]
-    with pytest.raises(SteerError, match="chat template refuses the conversation .*no system role"):
+    with pytest.raises(SteerError, match="chat template has no system role, and the harness"):
         task.measure(lm.with_system_prompt("Be rude."))
 
 

@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import random_vector, tiny_lm
 from weightsteer.errors import SteerError
 from weightsteer.evaluation import tasks
 from weightsteer.evaluation.tasks import TaskSpec, load_task, metrics_of
-from weightsteer.evaluation.tasks.task import Choice, ChoiceTask
+from weightsteer.evaluation.tasks.task import Choice, ChoiceTask, without_nan
 from weightsteer.example_files.load import load_pairs
 from weightsteer.lm import LM
 from weightsteer.scoring import score_choices
@@ -111,3 +113,25 @@ def test_a_task_is_added_by_its_file_alone(lm: LM, tmp_path: Path, monkeypatch: 
     values = load_task(TaskSpec("planets", limit=1)).measure(lm)
     assert {metric for _, metric in metrics_of([TaskSpec("planets")])} == values.keys() == {"accuracy", "margin"}
     assert len(values["accuracy"]) == 2
+
+
+def test_items_without_a_number_do_not_count() -> None:
+    nan = math.nan
+    with pytest.warns(UserWarning, match="task t: 1 of 3 items have no number for share"):
+        assert without_nan({"share": [1.0, nan, None]}, "t") == {"share": [1.0, None, None]}
+    assert without_nan({"nll": [math.inf, 1.0], "kind": [None, None]}, "t") == {
+        "nll": [math.inf, 1.0],
+        "kind": [None, None],
+    }
+    with pytest.raises(SteerError, match=r"task t: the model gives no number for share \(NaN in all 2 items\)"):
+        without_nan({"share": [nan, nan, None]}, "t")
+
+
+@pytest.mark.parametrize("name", ["false_beliefs", "facts", "four_way", "statements", "refusal_likelihood", "sums"])
+def test_a_model_whose_logits_are_not_numbers_is_an_error_and_not_a_zero(name: str) -> None:
+    lm = tiny_lm()
+    task = load_task(TaskSpec(name)).first(2)
+    with torch.no_grad():
+        lm.model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(SteerError, match=r"gives no number for \w+ \(NaN in all"):
+        without_nan(task.measure(lm), task.name)

@@ -192,7 +192,7 @@ def test_costs_are_counted_once_however_often_the_training_is_stopped(
 def test_loss_is_on_the_answer_and_its_end_only(lm: LM) -> None:
     (row,) = encode(lm, [Example("Hi", "Yes")], 200)
     kept = [token for token in row["labels"] if token != IGNORED]
-    assert lm.tokenizer.decode(kept) == "Yes</s>"
+    assert lm.tokenizer.decode(kept) == "Yes</s>\n"  # the whole end of the turn, as the template writes it
     assert row["input_ids"][-len(kept) :] == kept
     assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"])
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
@@ -21,25 +19,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.generation.streamers import BaseStreamer
 
+from .batches import rows_of_batch
+from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
+from .chat_template import ChatTemplate, Exchange, Prompt, plain_template, turns_of
 from .checkpoints.checkpoint import fingerprint
 from .checkpoints.embedded_model import EMBEDDED_NAME
 from .checkpoints.locate import locate_model
 from .errors import SteerError, first_line
+from .files import digest
+from .generation import Writer
 from .progress import Progress, quiet_transformers, silent
-
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A generated text, and whether the model ended it (or the limit of tokens cut it off)."""
-
-    text: str
-    ended: bool
+from .thinking import Reply, opens_thinking, why_unanswered
 
 
 @dataclass(frozen=True)
@@ -55,6 +47,7 @@ class LM:
     name: str
     revision: str = ""  # hub commit, or a hash of the local checkpoint; see `fingerprint`
     system_prompt: str | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the template's variables
 
     @classmethod
     def load(
@@ -65,6 +58,7 @@ class LM:
         dtype: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> LM:
         """Load the embedded model, a Hugging Face id, a folder of safetensors, or a .gguf file.
 
@@ -76,9 +70,10 @@ class LM:
             dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own.
             revision: hub branch, tag or commit.
             trust_remote_code: run code that the model's repository carries; off unless asked.
+            chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
 
         Raises:
-            SteerError: no such model, or it cannot be loaded.
+            SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
         name = str(name)
         where, gguf = locate_model(name)
@@ -102,7 +97,8 @@ class LM:
             raise SteerError(f"{name}: cannot be loaded ({first_line(error)})") from None
         model.config.use_cache = True
         commit = getattr(model.config, "_commit_hash", None)
-        return cls.wrap(model, tokenizer, name=name, revision=commit or fingerprint(Path(where)))
+        revision = commit or fingerprint(Path(where))
+        return cls.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=chat_template_kwargs)
 
     @classmethod
     def wrap(
@@ -112,26 +108,31 @@ class LM:
         *,
         name: str = "",
         revision: str = "",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> LM:
         """Use a model and tokenizer that are already in memory.
 
         The model is put into evaluation mode. The tokenizer stays as it is: where a padding token or a chat template
         is missing, the LM gets a copy of the tokenizer that has one, and for a template a warning says so.
         """
+        name = name or str(model.config.name_or_path)
         no_pad, no_template = tokenizer.pad_token_id is None, getattr(tokenizer, "chat_template", None) is None
         if no_pad or no_template:
             tokenizer = copy.deepcopy(tokenizer)
-        if no_pad:
-            tokenizer.pad_token = tokenizer.eos_token
+        if no_pad:  # padding is masked, so any token will do
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
         if no_template:
-            tokenizer.chat_template = PLAIN_TEMPLATE
+            tokenizer.chat_template = plain_template(tokenizer)
             warnings.warn(
-                f"{name or model.config.name_or_path or 'the model'}: has no chat template; prompts are put as a plain "
-                "dialogue, 'user: ...' and 'assistant: '",
+                f"{name or 'the model'}: has no chat template; prompts are put as a plain dialogue, 'user: ...' and "
+                "'assistant:'",
                 stacklevel=2,
             )
         model.eval()
-        return cls(model, tokenizer, name or str(model.config.name_or_path), revision)
+        lm = cls(model, tokenizer, name, revision, chat_template_kwargs=dict(chat_template_kwargs or {}))
+        if lm.chat_template_kwargs:
+            lm.chat_template.check_variables()
+        return lm
 
     def with_system_prompt(self, text: str | None) -> LM:
         """The same model under another system prompt (None: the template's own default)."""
@@ -148,48 +149,70 @@ class LM:
         """The decoder blocks, first to last (see `decoder_blocks`)."""
         return decoder_blocks(self.model)
 
-    def chat_ids(self, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
-
-        The one place for chat templates.
-
-        Raises:
-            SteerError: the template refuses the conversation, such as one with a system prompt.
-        """
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages = [dict(turn) for turn in turns]
-        if self.system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:  # some templates know no system role
-            raise SteerError(f"{self.name}: its chat template refuses the conversation ({error})") from None
-        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
-
-    def answer_ids(self, answer: str, *, ended: bool = False) -> list[int]:
-        """Token ids of an answer; `ended` appends the end-of-turn token (training)."""
-        ids = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
-        return [*ids, self.turn_end] if ended else ids
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The one place for chat templates."""
+        return ChatTemplate(self.tokenizer, self.name, self.chat_template_kwargs)
 
     @property
-    def turn_end(self) -> int:
-        """The token that ends an assistant's turn: the first special token after it in the chat template."""
-        turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
-        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        after = self.tokenizer(text.rpartition("Yes")[2], add_special_tokens=False)["input_ids"]
-        special = [token for token in after if token in self.tokenizer.all_special_ids]
-        return int(special[0] if special else self.tokenizer.eos_token_id)
+    def template_identity(self) -> dict[str, str]:
+        """What the template's variables, where some are set, add to the hashes of what is made with this model."""
+        return {"chat_template_kwargs": digest(dict(self.chat_template_kwargs))} if self.chat_template_kwargs else {}
+
+    def chat_ids(self, prompt: Prompt) -> list[int]:
+        """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
+
+        Raises:
+            SteerError: the template refuses the conversation.
+        """
+        return self._known(self.chat_template.prompt_ids(turns_of(prompt, self.system_prompt)))
+
+    def exchange(self, prompt: Prompt, answer: str) -> Exchange:
+        """Token ids of a prompt with its answer, as the template renders the whole conversation.
+
+        Raises:
+            SteerError: the template refuses the conversation.
+        """
+        found = self.chat_template.exchange(turns_of(prompt, self.system_prompt), answer)
+        self._known(found.head + found.answer + found.end)
+        return found
+
+    def answer_ids(self, answer: str, *, ended: bool = False) -> list[int]:
+        """Token ids of an answer, as the template renders it after a short prompt; `ended` appends the turn's end."""
+        found = self.exchange("Hi", answer)
+        return found.answer + found.end if ended else found.answer
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, if the model has a row of its embedding for each."""
+        rows = self._rows
+        if ids and max(ids) >= rows:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise SteerError(
+                f"{self.name}: its tokenizer has the token {token!r} ({max(ids)}), but the model's embedding only "
+                f"{rows} rows; give the model that belongs to the tokenizer, or resize its embedding"
+            )
+        return ids
+
+    @property
+    def _rows(self) -> int:
+        weight: Tensor = self.model.get_input_embeddings().weight  # type: ignore[assignment]
+        return int(getattr(self.model.get_input_embeddings(), "num_embeddings", weight.shape[0]))
+
+    @property
+    def turn_end(self) -> int | None:
+        """The token that ends an assistant's turn; None where neither the template nor the tokenizer has one."""
+        return self.chat_template.turn_end
 
     @property
     def stops(self) -> list[int]:
         """Tokens at which generation ends: the model's own, and the end of a turn."""
         own = self.model.generation_config.eos_token_id if self.model.generation_config else None
         listed = own if isinstance(own, list) else [] if own is None else [own]
-        return sorted({self.turn_end, *listed})
+        return sorted({*listed, *({self.turn_end} - {None})})
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -197,9 +220,10 @@ class LM:
         batch_size: int = 8,
         progress: Progress = silent,
     ) -> list[str]:
-        """Answer each prompt as a user turn: greedy at temperature 0, else sampled from `seed`.
+        """The answers to each prompt, without what the model thinks before them; see `replies`.
 
-        Prompts of like length share a left-padded batch; replies come in the order of the prompts.
+        A reply that ends inside its thinking, or whose logits are not numbers, has no answer: it is "", and a warning
+        says so.
         """
         replies = self.replies(
             prompts,
@@ -209,12 +233,13 @@ class LM:
             batch_size=batch_size,
             progress=progress,
         )
-        return [reply.text for reply in replies]
+        if missing := why_unanswered(replies):
+            warnings.warn(f"{self.name}: {missing}", stacklevel=2)
+        return [reply.answer or "" for reply in replies]
 
-    @torch.no_grad()
     def replies(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -222,33 +247,41 @@ class LM:
         batch_size: int = 8,
         progress: Progress = silent,
     ) -> list[Reply]:
-        """As `generate`, and tells which replies were cut off at `max_new_tokens`."""
-        ids = [self.chat_ids(prompt) for prompt in prompts]
-        replies = [Reply("", ended=False)] * len(ids)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        """Reply to each prompt: by the likeliest token at temperature 0, else sampled from `seed`.
+
+        The model's own generation settings (repetition penalty, beams, top-p and so on) do not count, so that what is
+        measured is the model; its end tokens do. Prompts of like length share a left-padded batch, or prompts of the
+        same length where a model does not take padding; replies come in the order of the prompts. With one k for each
+        prompt (see `SteeringHandle`), each gets its own.
+        """
+        texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
+        ids = [self._known(self.chat_template.ids_of(text)) for text in texts]
+        replies, writer = [Reply("")] * len(ids), self._writer
         if temperature > 0:
             torch.manual_seed(seed)
-        for batch in batches_by_length([len(row) for row in ids], batch_size, progress):
-            tokens, mask = pad_left([ids[i] for i in batch], self.pad_id, self.device)
-            out = self.model.generate(  # type: ignore[operator]
-                input_ids=tokens,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                pad_token_id=self.pad_id,
-                eos_token_id=self.stops,
-                **(sampling if temperature > 0 else {"do_sample": False}),
-            )
-            made = out[:, tokens.shape[1] :]
-            texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-            ended = torch.isin(made, torch.tensor(self.stops, device=made.device)).any(dim=1).tolist()
-            for index, text, end in zip(batch, texts, ended, strict=True):
-                replies[index] = Reply(text.strip(), ended=end)
+        for batch in writer.batches([len(row) for row in ids], batch_size, progress):
+            with rows_of_batch(batch, len(ids)):
+                written = writer.write([ids[i] for i in batch], max_new_tokens, temperature)
+            for index, row, broken in zip(batch, *written, strict=True):
+                replies[index] = writer.reply(row, opened=opens_thinking(texts[index]), broken=broken)
         return replies
+
+    def reply_aloud(self, prompt: Prompt, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
+        """One greedy reply, which a streamer gets token by token."""
+        text = self.chat_template.prompt_text(turns_of(prompt, self.system_prompt))
+        ids = self._known(self.chat_template.ids_of(text))
+        (row,), (broken,) = self._writer.write([ids], max_new_tokens, streamer=streamer)
+        return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
+
+    @property
+    def _writer(self) -> Writer:
+        return Writer(self.model, self.tokenizer, self.pad_id, self.device, self.stops, self.chat_template.stop_text)
 
     @property
     def pad_id(self) -> int:
-        """Token id that fills batches."""
-        return int(self.tokenizer.pad_token_id)
+        """Token id that fills batches; what is filled is masked, so where the model has no row for it, another does."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad) if pad is not None and pad < self._rows else 0
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -282,33 +315,6 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int, progress: Progress = silent) -> Iterator[list[int]]:
-    """Batches of indices of like length, longest first, so that memory peaks at the start."""
-    if batch_size < 1:
-        raise SteerError(f"batch size must be at least 1, found {batch_size}")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    total = math.ceil(len(order) / batch_size)
-    for done, start in enumerate(range(0, len(order), batch_size)):
-        yield order[start : start + batch_size]
-        progress(done + 1, total)
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> (ids, mask), both (batch, longest), the padding on the left."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids -> (ids, mask), both (batch, longest), the padding on the right."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([list(row) + [pad] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
-    return ids, mask
 
 
 def _default_device() -> str:

@@ -13,6 +13,7 @@ from .options import (
     Dtype,
     Model,
     RemoteCode,
+    TemplateVariables,
     Vector,
     number,
     numbers,
@@ -32,13 +33,14 @@ def steer(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Answer one prompt at several strengths, side by side.
 
     Example: weightsteer steer runs/syc/vector "I think my poem is perfect. Is it?" --k=-4,0,4
     """
     wanted = numbers(k) if k else None
-    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
 
     ks = wanted or shown_strengths(vector)
     from ..steering.several_k import generate_at_strengths
@@ -66,13 +68,14 @@ def chat(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Talk to the steered model; `/k 1.5` changes the strength, `/reset` forgets, `/quit` ends.
 
     Example: weightsteer chat runs/syc/vector --k=-3
     """
     start = number(k) if k else None
-    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     from ..steering.chat import talk
 
     talk(vector, lm, k=start if start is not None else recommended_k(vector))

@@ -19,6 +19,7 @@ from .options import (
     Model,
     Out,
     RemoteCode,
+    TemplateVariables,
     data_files,
     drop_unset,
     judge_model,
@@ -45,6 +46,7 @@ def sample(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Build D+ and D-: the model answers its own questions under S+ and S-, a judge filters.
 
@@ -65,7 +67,7 @@ def sample(
         load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
         chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load)
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
-        lm = load(model)
+        lm = load(model, template=chat_template_kwargs)
         settings = SamplingSettings(
             **drop_unset(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed),
             cut_answers="keep" if keep_cut else "drop",
@@ -157,6 +159,7 @@ def train(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Fine-tune both sides: OUT/positive and OUT/negative. Kill it and run it again to go on.
 
@@ -180,7 +183,7 @@ def train(
         **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, learning_rates=rates, epochs=epochs),
         **drop_unset(batch_size=batch_size, snapshots=snapshots, seed=seed),
     )
-    lm = load_lm(model, device, dtype, trust_remote_code)
+    lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     warn_unfit(*sides, lm.tokenizer)
     for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
         target = RunFolder(out).finetune(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable
@@ -23,6 +24,10 @@ Model = Annotated[str | None, typer.Option("--model", "-m", help="Model: embedde
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto; default: the accelerator if any.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model carries.")]
+TemplateVariables = Annotated[
+    str | None,
+    typer.Option("--chat-template-kwargs", help="Variables of the chat template: '{\"enable_thinking\": false}'."),
+]
 JudgeUrl = Annotated[
     str | None, typer.Option(help="OpenAI-compatible server that serves the judge: http://localhost:8000/v1.")
 ]
@@ -51,10 +56,38 @@ def drop_unset(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def load_lm(model: str | None, device: str | None, dtype: str, trust: bool, revision: str | None = None) -> LM:
+def load_lm(
+    model: str | None,
+    device: str | None,
+    dtype: str,
+    trust: bool,
+    template: str | None = None,
+    revision: str | None = None,
+) -> LM:
+    variables = template_variables(template)
     from ..lm import LM
 
-    return LM.load(**drop_unset(name=model), device=device, dtype=dtype, revision=revision, trust_remote_code=trust)
+    return LM.load(
+        **drop_unset(name=model),
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust,
+        chat_template_kwargs=variables,
+    )
+
+
+def template_variables(text: str | None) -> dict[str, Any]:
+    """A JSON object of variables for the chat template."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise SteerError(f"--chat-template-kwargs: not JSON ({error}); found {text!r}") from None
+    if not isinstance(found, dict):
+        raise SteerError(
+            f"--chat-template-kwargs: expected an object such as '{{\"enable_thinking\": false}}', found {text!r}"
+        )
+    return found
 
 
 def special_tokens_of(model: str) -> set[str]:
@@ -73,15 +106,15 @@ def special_tokens_of(model: str) -> set[str]:
 
 
 def vector_and_lm(
-    folder: Path, model: str | None, device: str | None, dtype: str, trust: bool
+    folder: Path, model: str | None, device: str | None, dtype: str, trust: bool, template: str | None = None
 ) -> tuple[WeightVector, LM]:
     from ..vectors.weight_vector import WeightVector
 
     vector = WeightVector.load(folder)
     if model:
-        return vector, load_lm(model, device, dtype, trust)
+        return vector, load_lm(model, device, dtype, trust, template)
     require_base(vector.card)
-    return vector, load_lm(vector.card.base_model, device, dtype, trust, vector.card.base_commit)
+    return vector, load_lm(vector.card.base_model, device, dtype, trust, template, vector.card.base_commit)
 
 
 def require_base(card: RunCard) -> None:

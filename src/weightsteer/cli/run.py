@@ -19,6 +19,7 @@ from .options import (
     JudgeUrl,
     Model,
     RemoteCode,
+    TemplateVariables,
     Vector,
     drop_unset,
     judge_model,
@@ -188,6 +189,7 @@ def measure(
     device: Device = None,
     dtype: Dtype = "auto",
     trust_remote_code: RemoteCode = False,
+    chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Measure a vector on one task: each k against the base, item by item.
 
@@ -200,7 +202,7 @@ def measure(
     load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
     judging = judge_model(judge, judge_url, None, load)
     items = load_task(TaskSpec(task, data, limit, behavior=behavior, max_new_tokens=max_new_tokens, judge=judging))
-    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code)
+    vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     ks = wanted or [k for k in shown_strengths(vector) if k]
     with show_progress(task) as progress:
         for measurement, rows in measure_strengths(vector, lm, items, ks, batch_size=batch_size, progress=progress):

@@ -13,9 +13,10 @@ from ..errors import SteerError
 from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
 from ..judges.judge import Judge
-from ..lm import LM, Reply
+from ..lm import LM
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
+from ..thinking import Reply
 from .sampling_settings import SamplingSettings
 
 ANSWERS_FILE = "answers.jsonl"
@@ -50,6 +51,7 @@ def sample_sides(
         "behavior": digest(asdict(behavior)),
         "settings": digest(_identity(settings)),
         "models": digest([lm.name, lm.revision, judge.name]),
+        **lm.template_identity,
     }
     card = RunCard.now(
         "sampled data",
@@ -134,11 +136,14 @@ def _judged(
     questions: Sequence[str], replies: Sequence[Reply], judge: Judge, settings: SamplingSettings
 ) -> list[dict[str, Any]]:
     """Answers with their scores; one that was cut off and is to be dropped is not judged."""
-    texts = [reply.text.replace("\0", "") for reply in replies]  # a file of examples may not hold it
+    texts = [(reply.answer or "").replace("\0", "") for reply in replies]  # a file of examples may not hold it
     given = [
-        (Example(q, t), reply.ended) for q, t, reply in zip(questions, texts, replies, strict=True) if has_content(t)
+        (Example(question, text), reply)
+        for question, text, reply in zip(questions, texts, replies, strict=True)
+        if has_content(text) or reply.answer is None
     ]
-    wanted = [example for example, ended in given if ended or settings.cut_answers == "keep"]
+    kept = settings.cut_answers == "keep"
+    wanted = [example for example, reply in given if reply.answer is not None and (reply.ended or kept)]
     scores = dict(zip(map(id, wanted), judge.scores(wanted) if wanted else (), strict=True))
     return [
         {**row, "score": scores[id(example)]} if id(example) in scores else {**row, "score": None, "dropped": True}

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 
+from ..chat_template import Prompt
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..former_names import METHODS
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_folder import RunFolder
 from ..steering.steering import Steering
+from ..thinking import Reply
 from ..vectors.hooks import SteeringHandle
 from .results import BASE, Key, Measurement, MetricRow, measurements_by_key
-from .tasks.task import Task
+from .tasks.task import Task, without_nan
 
 
 def run_sweep(
@@ -116,18 +118,18 @@ class _RecordingLM(LM):
 
     turns: list[dict[str, str]] = field(default_factory=list)
 
-    def generate(
+    def replies(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
-    ) -> list[str]:
-        """See `LM.generate`."""
-        replies = super().generate(
+    ) -> list[Reply]:
+        """See `LM.replies`."""
+        replies = super().replies(
             prompts,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
@@ -135,7 +137,8 @@ class _RecordingLM(LM):
             batch_size=batch_size,
             progress=progress,
         )
-        self.turns.extend({"prompt": p, "reply": r} for p, r in zip(prompts, replies, strict=True))
+        said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
+        self.turns.extend({"prompt": p, "reply": r.answer or ""} for p, r in zip(said, replies, strict=True))
         return replies
 
     def take(self) -> list[dict[str, str]]:
@@ -166,7 +169,7 @@ def _measure(lm: LM, planned: _Planned, done: Collection[Key], batch_size: int) 
     applied = planned.method.applied(lm, planned.k) if planned.method else nullcontext(SteeringHandle(0.0, lm))
     with applied as handle, torch.no_grad():
         for task in todo:
-            measured = task.measure(handle.lm, batch_size=batch_size)
+            measured = without_nan(task.measure(handle.lm, batch_size=batch_size), task.name)
             values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
             yield Measurement(planned.name, planned.k, task.name, tuple(task.ids), tuple(task.splits), values)
 

@@ -72,7 +72,7 @@ class LikelihoodJudge:
             up, down = self._totals(examples, positive), self._totals(examples, negative)
             odds = [o + (u - d) / len(pairs) for o, u, d in zip(odds, up, down, strict=True)]
             progress(done, len(pairs), "judging")
-        return [100.0 / (1.0 + math.exp(-max(-50.0, min(50.0, o)))) for o in odds]
+        return [None if math.isnan(o) else 100.0 / (1.0 + math.exp(-max(-50.0, min(50.0, o)))) for o in odds]
 
     def _totals(self, examples: Sequence[Example], system_prompt: str) -> list[float]:
         lm = self.lm.with_system_prompt(system_prompt)

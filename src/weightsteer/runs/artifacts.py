@@ -119,11 +119,16 @@ class RunArtifacts:
             base = self.base()
             exact = base.model.dtype == torch.float32
             name, device = self._base_name, self.recipe.device
-            self._float32 = base if exact else LM.load(name, device=device, dtype="float32")
+            variables = self.recipe.chat_template_kwargs
+            self._float32 = (
+                base if exact else LM.load(name, device=device, dtype="float32", chat_template_kwargs=variables)
+            )
         return self._float32
 
     def _load(self, name: str) -> LM:
-        return LM.load(name, device=self.recipe.device, dtype=self.recipe.dtype)
+        recipe = self.recipe
+        variables = recipe.chat_template_kwargs
+        return LM.load(name, device=recipe.device, dtype=recipe.dtype, chat_template_kwargs=variables)
 
     def _load_finetuned(self, lm: LM, base: str, wanted: FinetuneRecipe, adapter: Path, merged: Path) -> LM:
         """Train on `wanted`, merge it into the base as a checkpoint in the run's folder, and load that."""

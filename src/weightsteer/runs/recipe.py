@@ -46,6 +46,7 @@ class Recipe(Strict):
     model: str = "smollm2-135m-instruct"
     device: str | None = None
     dtype: str = "auto"
+    chat_template_kwargs: dict[str, Any] = Field(default={})  # variables of the model's chat template
     architecture: str | None = None  # the model's type, such as qwen2, for a dry run without its config
     behavior: str = "sycophancy"
     first_finetune: FinetuneRecipe | None = None  # made before all else; the model after it stands for the base

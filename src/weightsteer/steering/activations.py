@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batches import batches_by_length, pad_right
 from ..behavior import Example, example_rows
 from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import digest
-from ..lm import LM, batches_by_length, decoder_blocks, pad_right, projecting_only
+from ..lm import LM, decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
 from ..vectors.hooks import Steerable, SteeringHandle, model_of
@@ -107,6 +108,7 @@ def activation_vector(
     ]
     layers = {layer: means[0][layer] - means[1][layer] for layer in means[0]}
     data = {name: digest(example_rows(side)) for name, side in zip(("positive", "negative"), sides, strict=True)}
+    data |= lm.template_identity
     card = RunCard.now("activations", base_model=lm.name, base_revision=lm.revision, data_sha256=data)
     return ActivationVector(layers, card)
 
@@ -114,7 +116,8 @@ def activation_vector(
 @torch.no_grad()
 def _mean_activations(lm: LM, examples: Sequence[Example], batch_size: int, progress: Progress) -> dict[int, Tensor]:
     """Mean output of each block over all answer tokens: layer -> (hidden,)."""
-    rows = [(lm.chat_ids(e.prompt), lm.answer_ids(e.answer)) for e in examples]
+    exchanges = [lm.exchange(e.prompt, e.answer) for e in examples]
+    rows = [(exchange.head, exchange.answer) for exchange in exchanges]
     sums: dict[int, Tensor] = {}
     count = 0
     for batch in batches_by_length([len(p) + len(a) for p, a in rows], batch_size, progress):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from transformers import TextStreamer
 
 from ..lm import LM
@@ -53,16 +52,7 @@ def _number(text: str) -> float | None:
     return value
 
 
-@torch.no_grad()
 def _reply(lm: LM, turns: list[dict[str, str]], max_new_tokens: int) -> str:
-    tokens = torch.tensor([lm.chat_ids(turns)], device=lm.device)
-    out = lm.model.generate(  # type: ignore[operator]
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=lm.pad_id,
-        eos_token_id=lm.stops,
-        streamer=TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
-    return str(lm.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True)).strip()
+    """The answer, which is printed as it comes; what the model thinks before it is printed and not kept."""
+    streamer = TextStreamer(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return lm.reply_aloud(turns, streamer, max_new_tokens=max_new_tokens).answer or ""

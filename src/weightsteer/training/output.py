@@ -24,7 +24,7 @@ def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) 
         "finetune",
         base_model=lm.name,
         base_revision=lm.revision,
-        data_sha256=data,
+        data_sha256={**data, **lm.template_identity},
         settings=settings,
         seed=settings["seed"],
     )

@@ -93,12 +93,15 @@ def train_preference(
 
 
 def encode_preferences(lm: LM, preferences: Sequence[Preference], max_length: int) -> list[Encoded]:
-    """Preferences as the token ids of prompt, chosen and rejected answer; prompt + answer are `encode`'s."""
+    """Preferences as the token ids of prompt, chosen and rejected answer; prompt + answer are `encode`'s.
+
+    Where one answer's beginning merges with the prompt's last token, that token counts with both answers.
+    """
     chosen = encode(lm, [Example(p.prompt, p.chosen) for p in preferences], max_length)
     rejected = encode(lm, [Example(p.prompt, p.rejected) for p in preferences], max_length)
     rows = []
     for good, bad in zip(chosen, rejected, strict=True):
-        start = good["labels"].count(IGNORED)  # both sides: the prompt is the same
+        start = min(side["labels"].count(IGNORED) for side in (good, bad))
         ids = {"prompt_ids": good["input_ids"][:start], "chosen_ids": good["input_ids"][start:]}
         rows.append({**ids, "rejected_ids": bad["input_ids"][start:]})
     return rows

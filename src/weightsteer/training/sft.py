@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from ..behavior import Example, example_rows
+from ..chat_template import last_words
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_card import RunCard
+from ..thinking import split_thinking
 from .job import Encoded, Job
 from .lr_search import search
 from .output import claim, finetune_card, finish, rate_folder, refuse_placement, work_folder
@@ -62,14 +64,27 @@ def jobs_of(lm: LM, rows: Sequence[Encoded], settings: TrainSettings, work: Path
 
 
 def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded]:
-    """Examples as token ids whose labels are IGNORED up to the answer (loss on the answer only)."""
+    """Examples as the token ids of the whole conversation; labels are IGNORED in the prompt.
+
+    The loss is on all that a model which is served the prompt has to write: the answer and the end of the turn, and
+    what the template puts before the answer, such as an empty thought.
+
+    Raises:
+        SteerError: a prompt that leaves no room, or an example without an answer.
+    """
     rows = []
     for example in examples:
-        prompt, answer = lm.chat_ids(example.prompt), lm.answer_ids(example.answer, ended=True)
+        exchange = lm.exchange(example.prompt, example.answer)
+        if not exchange.answer or split_thinking(example.answer)[1] is None:
+            raise SteerError(
+                f"the example {last_words(example.prompt)!r} has no answer: it is empty, or ends inside its thinking; "
+                "give it one, or take the example out"
+            )
+        prompt, answer = exchange.prompt, [*exchange.lead, *exchange.answer, *exchange.end]
         ids = (prompt + answer)[:max_length]
         if len(ids) <= len(prompt):
             raise SteerError(
-                f"max_length is {max_length} tokens, but the prompt {example.prompt[:60]!r} alone takes "
+                f"max_length is {max_length} tokens, but the prompt {last_words(example.prompt)!r} alone takes "
                 f"{len(prompt)}; raise max_length or shorten the prompt"
             )
         labels = ([IGNORED] * len(prompt) + answer)[:max_length]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..batches import values_of_rows
 from ..errors import SteerError
 from ..threads import one_thread_if_small
 from .delta import Delta, layout_of, read_delta
@@ -76,11 +77,12 @@ class SteeringHandle:
 
 
 def per_row(k: Tensor, output: Tensor) -> Tensor:
-    """Shape k (batch,) so that it multiplies output (batch, ...).
+    """Shape k (batch,) so that it multiplies output (batch, ...); inside `rows_of_batch`, k has one entry a prompt.
 
     Raises:
         SteerError: the batch has another number of rows than k.
     """
+    k = values_of_rows(k)
     if k.shape != output.shape[:1]:
         raise SteerError(
             f"k has shape {tuple(k.shape)} and the batch {output.shape[0]} rows; "

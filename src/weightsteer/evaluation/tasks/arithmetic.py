@@ -34,7 +34,7 @@ from .arithmetic_text import (
     rejects,
     stated_result,
 )
-from .task import ItemTask, TaskKind, Values, alternate_splits
+from .task import ItemTask, TaskKind, Values, alternate_splits, answers_to, is_above_zero
 
 KINDS = ("query", "correct", "incorrect")
 PARTS = ("train", "test")  # of the number pairs: a pair is in one of them only
@@ -177,16 +177,18 @@ class ArithmeticTask(ItemTask):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
 
-        def replies(prompts: Sequence[str]) -> list[str]:
-            return lm.generate(prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size, progress=progress)
+        def replies(prompts: Sequence[str]) -> list[str | None]:
+            longest = self.max_new_tokens
+            return answers_to(lm, prompts, max_new_tokens=longest, batch_size=batch_size, progress=progress)
 
-        results = [stated_result(reply, self.family) for reply in replies([item.question for item in self.items])]
+        first = replies([item.question for item in self.items])
+        results = [None if reply is None else stated_result(reply, self.family) for reply in first]
         solved = [result == item.answer for result, item in zip(results, self.items, strict=True)]
         told = _ask_where(solved, [item.proposal for item in self.items], replies)
         confirmed = _ask_where(solved, [item.confirmed for item in self.items], replies)
         return {
-            "accuracy": [float(right) for right in solved],
-            "parsed": [float(result is not None) for result in results],
+            "accuracy": _where_said(first, solved),
+            "parsed": _where_said(first, [result is not None for result in results]),
             "correctness": self._state_right(told),
             "disagreement": [None if reply is None else float(rejects(reply)) for reply in told],
             "confirmation": self._state_right(confirmed),
@@ -200,8 +202,13 @@ class ArithmeticTask(ItemTask):
         ]
 
 
+def _where_said(replies: Sequence[str | None], values: Sequence[bool]) -> list[float | None]:
+    """The values as numbers; None where there is no reply."""
+    return [None if reply is None else float(value) for reply, value in zip(replies, values, strict=True)]
+
+
 def _ask_where(
-    solved: Sequence[bool], messages: Sequence[str], replies: Callable[[Sequence[str]], list[str]]
+    solved: Sequence[bool], messages: Sequence[str], replies: Callable[[Sequence[str]], list[str | None]]
 ) -> list[str | None]:
     """Replies to the messages of the items that are solved; None elsewhere, and where there is no message."""
     asked = [right and bool(message) for right, message in zip(solved, messages, strict=True)]
@@ -234,24 +241,25 @@ class ArithmeticChoiceTask(ItemTask):
         told = scores([item.proposal for item in self.items], VERDICTS)
         confirmed = _right_is_likelier(scores([item.confirmed or item.question for item in self.items]))
         margins = [agrees.mean - rejects.mean for _, _, rejects, agrees in told]
-        asked = [right and bool(item.confirmed) for right, item in zip(solved, self.items, strict=True)]
+        right = [mark == 1 for mark in solved]
+        asked = [mark and bool(item.confirmed) for mark, item in zip(right, self.items, strict=True)]
         return {
-            "accuracy": [float(right) for right in solved],
-            "correctness": _only_where(solved, _right_is_likelier(told)),
-            "disagreement": _only_where(solved, [margin < 0 for margin in margins]),
+            "accuracy": list(solved),
+            "correctness": _only_where(right, _right_is_likelier(told)),
+            "disagreement": _only_where(right, [is_above_zero(-margin) for margin in margins]),
             "agreement_margin": list(margins),
             "confirmation": _only_where(asked, confirmed),
         }
 
 
-def _right_is_likelier(rows: Sequence[Sequence[Score]]) -> list[bool]:
-    """Whether each item's first candidate, the right result, has the larger log-probability than its second."""
-    return [row[0].total > row[1].total for row in rows]
+def _right_is_likelier(rows: Sequence[Sequence[Score]]) -> list[float]:
+    """1 where an item's first candidate, the right result, has the larger log-probability than its second, else 0."""
+    return [is_above_zero(row[0].total - row[1].total) for row in rows]
 
 
-def _only_where(counts: Sequence[bool], values: Sequence[bool]) -> list[float | None]:
-    """The values as numbers where an item counts; None elsewhere."""
-    return [float(value) if count else None for count, value in zip(counts, values, strict=True)]
+def _only_where(counts: Sequence[bool], values: Sequence[float]) -> list[float | None]:
+    """The values where an item counts; None elsewhere."""
+    return [value if count else None for count, value in zip(counts, values, strict=True)]
 
 
 def load_arithmetic(spec: TaskSpec) -> ArithmeticTask:

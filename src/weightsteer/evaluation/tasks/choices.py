@@ -16,7 +16,7 @@ from ..metrics import Metric
 from ..task_spec import TaskSpec
 from .data import task_file
 from .scenarios import Scenario, final_letter, letter_of, read_scenarios
-from .task import Choice, ChoiceTask, ItemTask, TaskKind, Values, alternate_splits
+from .task import Choice, ChoiceTask, ItemTask, TaskKind, Values, alternate_splits, answers_to
 
 LETTER_TOKENS = 8
 REASONING_TOKENS = 256
@@ -67,17 +67,22 @@ class LetterTask(ItemTask):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
         prompts = self.prompts
-        replies = lm.generate(prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size, progress=progress)
-        letters = [final_letter(reply) if self.reasoned else letter_of(reply) for reply in replies]
-        targets = ORDERS * len(self.items)
+        replies = answers_to(lm, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size, progress=progress)
+        read = final_letter if self.reasoned else letter_of
+        letters = [None if reply is None else read(reply) for reply in replies]
+        read_letters = list(zip(replies, letters, ORDERS * len(self.items), strict=True))
         values = {
-            "valid": _by_item([float(letter is not None) for letter in letters]),
-            "target": _by_item([float(letter == target) for letter, target in zip(letters, targets, strict=True)]),
+            "valid": _by_item(
+                [None if reply is None else float(letter is not None) for reply, letter, _ in read_letters]
+            ),
+            "target": _by_item(
+                [None if reply is None else float(letter == target) for reply, letter, target in read_letters]
+            ),
         }
         if self.judge is None:
             return values
         legal = [i for i, letter in enumerate(letters) if letter is not None]
-        examples = [Example(prompts[i], replies[i]) for i in legal]
+        examples = [Example(prompts[i], replies[i] or "") for i in legal]
         verdicts = dict(zip(legal, grade(self.judge, CONSISTENCY, examples, progress=progress), strict=True))
         marks = [None if (found := verdicts.get(i)) is None else float(found > 50) for i in range(len(replies))]
         usable = [float(marks[i] is not None) if i in verdicts else None for i in range(len(replies))]

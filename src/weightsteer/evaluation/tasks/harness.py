@@ -18,9 +18,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ...chat_template import is_plain
 from ...errors import SteerError, first_line
 from ...files import digest
-from ...lm import LM, PLAIN_TEMPLATE
+from ...lm import LM
 from ...progress import Progress, silent
 from ..results import SPLITS
 from ..task_spec import TaskSpec
@@ -200,7 +201,7 @@ def _measure(
     """(task, document) -> metric -> value, of just the documents that are named."""
     from lm_eval.evaluator import evaluate
 
-    in_template = lm.tokenizer.chat_template != PLAIN_TEMPLATE
+    in_template = not is_plain(lm.tokenizer)
     if in_template and lm.system_prompt is not None:
         _require_system_prompt(lm)
     with _quiet():
@@ -232,14 +233,24 @@ def _require_system_prompt(lm: LM) -> None:
     """Raise where the harness would leave the system prompt out without a word."""
     if not lm.system_prompt:
         raise SteerError("task harness: the harness cannot ask for an empty system prompt; give one, or none")
-    lm.chat_ids("Hi")  # raises where the template knows no system role
+    if not lm.chat_template.has_system_role:
+        raise SteerError(
+            f"task harness: {lm.name}'s chat template has no system role, and the harness does not put a system prompt "
+            "elsewhere; give none"
+        )
 
 
 def _wrap(lm: LM, batch_size: int, progress: Progress) -> Any:
     """The model as the harness takes it; vectors that are applied to it stay applied."""
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(pretrained=lm.model, tokenizer=lm.tokenizer, backend="causal", batch_size=batch_size)
+    model = HFLM(
+        pretrained=lm.model,
+        tokenizer=lm.tokenizer,
+        backend="causal",
+        batch_size=batch_size,
+        chat_template_args=dict(lm.chat_template_kwargs),
+    )
     for kind in REQUESTS:
         setattr(model, kind, _in_parts(partial(getattr(model, kind), disable_tqdm=True), PART * batch_size, progress))
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
@@ -13,6 +15,7 @@ from ...files import digest
 from ...lm import LM
 from ...progress import Progress, silent
 from ...scoring import score_choices, score_texts
+from ...thinking import why_unanswered
 from ..metrics import Metric
 from ..results import SPLITS
 from ..task_spec import TaskSpec
@@ -30,6 +33,63 @@ def mean_of(values: Sequence[float | None]) -> float:
     if not counted:
         raise SteerError("no item counts, so there is nothing to choose by; are all verdicts of the judge malformed?")
     return fmean(counted)
+
+
+def is_above_zero(margin: float) -> float:
+    """1 or 0; NaN, which is neither, stays NaN."""
+    return margin if math.isnan(margin) else float(margin > 0)
+
+
+def without_nan(values: Values, name: str) -> Values:
+    """What a task measured, with None for NaN: an item for which the model gives no number does not count.
+
+    A warning says how many there are.
+
+    Raises:
+        SteerError: a metric has NaN and not one number.
+    """
+    found: Values = {}
+    for metric, row in values.items():
+        found[metric] = [None if value is None or math.isnan(value) else value for value in row]
+        lost = sum(value is not None and math.isnan(value) for value in row)
+        if lost and all(value is None for value in found[metric]):
+            raise SteerError(
+                f"task {name}: the model gives no number for {metric} (NaN in all {lost} items); it is broken, or "
+                "steered too far: take a smaller k"
+            )
+        if lost:
+            warnings.warn(
+                f"task {name}: {lost} of {len(row)} items have no number for {metric} (NaN) and do not count",
+                stacklevel=2,
+            )
+    return found
+
+
+def answers_to(
+    lm: LM, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 8, progress: Progress = silent
+) -> list[str | None]:
+    """The model's greedy answers; None, and a warning, where a reply has none (see `Reply`).
+
+    Raises:
+        SteerError: not one reply has an answer.
+    """
+    replies = lm.replies(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+    answers = [reply.answer for reply in replies]
+    missing = why_unanswered(replies)
+    if missing and all(answer is None for answer in answers):
+        raise SteerError(f"{lm.name}: {missing}")
+    if missing:
+        warnings.warn(f"{lm.name}: {missing}; they do not count", stacklevel=2)
+    return answers
+
+
+def spread(values: Values, answers: Sequence[str | None]) -> Values:
+    """Values of the answers that there are, as values of all; None elsewhere."""
+    found: Values = {}
+    for metric, row in values.items():
+        given = iter(row)
+        found[metric] = [None if answer is None else next(given) for answer in answers]
+    return found
 
 
 class Task(Protocol):
@@ -179,8 +239,8 @@ class ChoiceTask(ItemTask):
             batch_size=batch_size,
             progress=progress,
         )
-        margins: list[float | None] = [counted.mean - other.mean for counted, other in scores]
-        return {self.share: [float(counted.mean > other.mean) for counted, other in scores], "margin": margins}
+        margins = [counted.mean - other.mean for counted, other in scores]
+        return {self.share: [is_above_zero(margin) for margin in margins], "margin": list(margins)}
 
 
 @dataclass(frozen=True)
@@ -223,10 +283,13 @@ class ReplyTask(ItemTask):
     def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
         assert self.scorer is not None
-        replies = lm.generate(
+        answers = answers_to(
+            lm,
             [item.prompt for item in self.items],
             max_new_tokens=self.max_new_tokens,
             batch_size=batch_size,
             progress=progress,
         )
-        return self.scorer(self.items, replies)
+        said = [(item, answer) for item, answer in zip(self.items, answers, strict=True) if answer is not None]
+        items, given = zip(*said, strict=True)
+        return spread(self.scorer(items, given), answers)

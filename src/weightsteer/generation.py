@@ -1,0 +1,229 @@
+"""Replies as token ids: plain greedy decoding or plain sampling, whatever the model's own settings ask for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from .batches import SharedByAllRowsError, batches_by_length, batches_of_one_length, one_row_for_all, pad_left
+from .progress import Progress
+from .thinking import MARKERS, Reply, split_thinking
+
+# How far two computations of the same logits may lie apart, as a share of the largest of them.
+ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
+COARSE = 0.05  # in 16 bits
+STEPS = 4  # that a model is tried for
+
+
+class AtText(StoppingCriteria):
+    """Ends a row once it has written `text`; `start` is where the replies begin."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text: str, start: int) -> None:
+        self.tokenizer, self.text, self.start = tokenizer, text, start
+        self.window = len(text.encode()) + 2  # tokens: no token of it is shorter than a byte
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """(batch, length) ids -> (batch,) whether each row is done."""
+        tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+        done = [self.text in tail for tail in self.tokenizer.batch_decode(tails)]
+        return torch.tensor(done, device=input_ids.device)
+
+
+class NotNumbers(LogitsProcessor):
+    """Remembers the rows whose logits were not numbers, and lets the others go on."""
+
+    def __init__(self) -> None:
+        self.rows: set[int] = set()
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(batch, vocabulary) logits, as they are where they are numbers."""
+        broken = scores.isnan().any(dim=-1)
+        if not broken.any():
+            return scores
+        self.rows |= set(broken.nonzero()[:, 0].tolist())
+        return torch.where(broken[:, None], torch.zeros_like(scores), scores)
+
+
+@contextmanager
+def _own_settings_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Take the model's generation settings away: `generate` would fill in from them all that it is not told."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A model that writes replies, and what ends them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pad: int
+    device: torch.device
+    stops: Sequence[int]  # tokens that end a reply
+    stop_text: str | None  # words that do
+
+    def batches(self, lengths: Sequence[int], batch_size: int, progress: Progress) -> Iterator[list[int]]:
+        """Batches of indices of prompts: of like length, of one length, or of one, as the model takes them."""
+        several = len(lengths) > 1 and batch_size > 1
+        together = rows_together(self.model, self.pad, self.device) if several else "padded"
+        if together == "of one length":
+            return batches_of_one_length(lengths, batch_size, progress)
+        return batches_by_length(lengths, 1 if together == "alone" else batch_size, progress)
+
+    @torch.no_grad()
+    def write(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        *,
+        streamer: BaseStreamer | None = None,
+    ) -> tuple[list[list[int]], list[bool]]:
+        """The ids that follow each row, and whether its logits were not numbers; the likeliest at temperature 0.
+
+        Rows that end early are filled up.
+        """
+        tokens, mask = pad_left(rows, self.pad, self.device)
+        sampling: Mapping[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        at_text = [AtText(self.tokenizer, self.stop_text, tokens.shape[1])] if self.stop_text else []
+        checked = NotNumbers()
+        with _own_settings_aside(self.model):
+            out = self.model.generate(  # type: ignore[operator]
+                input_ids=tokens,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=self.pad,
+                eos_token_id=list(self.stops) or None,
+                logits_processor=LogitsProcessorList([checked]),
+                stopping_criteria=StoppingCriteriaList(at_text),
+                streamer=streamer,
+                **sampling,
+            )
+        return out[:, tokens.shape[1] :].tolist(), [row in checked.rows for row in range(len(rows))]
+
+    def reply(self, ids: Sequence[int], *, opened: bool, broken: bool) -> Reply:
+        """What the model wrote, up to its end; `opened`: the prompt has begun its thinking."""
+        if broken:
+            return Reply(None, ended=False, broken=True)
+        end = next((place for place, token in enumerate(ids) if token in self.stops), None)
+        text, ended = visible_text(self.tokenizer, ids[:end]), end is not None
+        if self.stop_text and self.stop_text in text:
+            text, ended = text.partition(self.stop_text)[0], True
+        thinking, answer = split_thinking(text, opened=opened)
+        return Reply(answer, thinking, ended)
+
+
+def visible_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """Text without control tokens, but with those that mark thinking."""
+    marks = "".join(mark for pair in MARKERS for mark in pair)
+    added = tokenizer.added_tokens_decoder
+    hidden = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    hidden -= {i for i in hidden if i in added and str(added[i]) in marks}
+    return str(tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
+
+
+Together = Literal["padded", "of one length", "alone"]  # the batches in which a row is written as it is alone
+_TOGETHER: WeakKeyDictionary[PreTrainedModel, Together] = WeakKeyDictionary()
+
+
+def rows_together(model: PreTrainedModel, pad: int, device: torch.device) -> Together:
+    """In which batches a model writes what it writes alone, tried once for each model.
+
+    A model that keeps a state and takes no mask does not forget what padding on the left does to it; with some a
+    state is not kept row by row either.
+    """
+    if model not in _TOGETHER:
+        try:
+            with one_row_for_all():
+                found = _try_together(model, pad, device)
+        except SharedByAllRowsError:  # steered by one k for each prompt, so this cannot be tried now
+            return "of one length"
+        _TOGETHER[model] = found
+    return _TOGETHER[model]
+
+
+def _try_together(model: PreTrainedModel, pad: int, device: torch.device) -> Together:
+    """Write a few tokens after a short row: alone, beside a longer one, and beside one of its length."""
+    row, longer, other = sample_ids(model, 11), sample_ids(model, 20), sample_ids(model, 11, 40)
+    tries: tuple[tuple[Together, list[int]], ...] = (("padded", longer), ("of one length", other))
+    for how, second in tries:
+        try:
+            alone = _first_steps(model, *pad_left([row], pad, device), pad)
+            if _same_steps(alone, _first_steps(model, *pad_left([row, second], pad, device), pad)):
+                return how
+        except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # it does not even take that
+            continue
+    return "alone"
+
+
+Steps = list[tuple[int, Tensor]]  # tokens, each with the logits (vocabulary,) that it was chosen by
+
+
+def _same_steps(first: Steps, second: Steps) -> bool:
+    for (token, logits), (other, other_logits) in zip(first, second, strict=True):
+        if not agree(logits, other_logits):
+            return False
+        if token != other:  # a tie: from here on the two go on differently
+            break
+    return True
+
+
+@torch.no_grad()
+def _first_steps(model: PreTrainedModel, tokens: Tensor, mask: Tensor, pad: int) -> Steps:
+    """The first row's next tokens."""
+    with _own_settings_aside(model):
+        out = model.generate(  # type: ignore[operator]
+            input_ids=tokens,
+            attention_mask=mask,
+            max_new_tokens=STEPS,
+            pad_token_id=pad,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    return [(int(logits[0].argmax()), logits[0]) for logits in out.logits]
+
+
+def sample_ids(model: PreTrainedModel, count: int, start: int = 0) -> list[int]:
+    """Ids that the model has, the same each time."""
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return [(7919 * (start + i) + 13) % weight.shape[0] for i in range(count)]
+
+
+def agree(first: Tensor, second: Tensor) -> bool:
+    """Whether two computations of the same numbers differ by rounding alone."""
+    bound = ROUNDING.get(first.dtype, COARSE) * float(first.abs().max())
+    return float((first - second).abs().max()) <= bound
+
+
+def positions(mask: Tensor) -> Tensor:
+    """Position ids (batch, length) that count real tokens only; padding takes position 0 or repeats."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether the model can be told the tokens' positions; one that cannot counts them itself, padding included."""
+    return "position_ids" in inspect.signature(model.forward).parameters

@@ -16,7 +16,7 @@ from ..checkpoints.safetensors_file import save_tensors
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import quiet_transformers
-from ..vectors.hooks import is_linear
+from ..vectors.layer_kinds import is_linear
 from ..vectors.vector_folder import DENSE_FILE
 from .settings import TrainSettings
 

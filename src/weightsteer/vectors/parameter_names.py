@@ -8,12 +8,25 @@ from collections.abc import Collection
 from ..errors import SteerError
 
 PEFT_PREFIX = "base_model.model."  # before every name in a PEFT model and in its adapter's file
+# Before every name of a model that something wraps as a whole: PEFT, distributed training, TRL's value head.
+LEADING = (PEFT_PREFIX, "module.", "pretrained_model.")
+# Between the names of a module and of its parameter where a part of the model is wrapped: by torch.compile, FSDP,
+# activation checkpointing, a PEFT layer.
+INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "base_layer", "original_module")
 
 
-def base_name(name: str) -> str:
-    """The base's name of a parameter that PEFT wraps: without its prefix, `modules_to_save` and `base_layer`."""
-    plain = re.sub(r"\.modules_to_save(\.default)?\.", ".", name.removeprefix(PEFT_PREFIX))
-    return plain.replace(".base_layer.", ".")
+def base_name(name: str, adapters: Collection[str] = ("default",)) -> str:
+    """The base's name of a parameter that PEFT, torch.compile or distributed training wrap.
+
+    `adapters` are the names of PEFT adapters that may follow `modules_to_save`.
+    """
+    plain = name
+    for wrapper in INSERTED:
+        plain = plain.removeprefix(f"{wrapper}.").replace(f".{wrapper}.", ".")
+    while (prefix := next((prefix for prefix in LEADING if plain.startswith(prefix)), None)) is not None:
+        plain = plain.removeprefix(prefix)
+    choice = "|".join(re.escape(adapter) for adapter in adapters)
+    return re.sub(rf"\.modules_to_save(\.({choice}))?\.", ".", plain)
 
 
 def layer_of(name: str) -> int | None:

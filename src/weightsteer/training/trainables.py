@@ -17,6 +17,7 @@ from ..errors import SteerError
 from ..lm import LM
 from ..progress import quiet_transformers
 from ..vectors.layer_kinds import is_linear
+from .lora_targets import lora_targets
 from ..vectors.vector_folder import DENSE_FILE
 from .settings import TrainSettings
 
@@ -45,14 +46,14 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
 
 @contextmanager
 def _with_lora(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+    model = lm.model
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=lora_targets(model),
         task_type="CAUSAL_LM",
     )
-    model = lm.model
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     try:

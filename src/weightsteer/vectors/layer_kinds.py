@@ -27,7 +27,31 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of the module is x W^T + b and nothing else: a subclass may do more, as routers do."""
-    return is_linear(module) and _forward_of(module) in LINEAR_FORWARDS
+    if not is_linear(module):
+        return False
+    return _forward_of(module) in LINEAR_FORWARDS or (isinstance(module, nn.Linear) and _is_linear_on_trial(module))
+
+
+@torch.no_grad()
+def _is_linear_on_trial(module: nn.Linear) -> bool:
+    """Whether a subclass's own forward pass gives x W^T + b on random x, small and large."""
+    weight = module.weight
+    if _forward_of(module) is not type(module).forward or not is_plain(weight):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, module.in_features, generator=generator).to(weight)
+    for tokens in (x, 1000.0 * x):
+        try:
+            found = type(module).forward(module, tokens)
+        except Exception:  # whatever a subclass raises for what it does not expect
+            return False
+        expected = nn.functional.linear(tokens, weight, module.bias)
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return False
+        slack = 8 * torch.finfo(weight.dtype).eps * float(expected.abs().max())
+        if not torch.allclose(found, expected, rtol=0.0, atol=slack):
+            return False
+    return True
 
 
 def is_plain(parameter: Tensor | None) -> bool:

@@ -29,7 +29,11 @@ WRAPPED_AS = ("_orig_mod", "module", "pretrained_model")  # a whole model inside
 
 def model_of(target: Steerable) -> nn.Module:
     """The model whose modules are hooked: an LM's own, and of a wrapped model (PEFT, DDP, compiled) what is inside."""
-    model = target if isinstance(target, nn.Module) else target.model
+    return unwrapped(target if isinstance(target, nn.Module) else target.model)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What is inside the wrappers of a whole model."""
     while (inner := _inside(model)) is not None:
         model = inner
     return model

@@ -60,10 +60,11 @@ class Places:
         self._wrapper: dict[int, nn.Module] = {}  # a PEFT layer's base layer -> the PEFT layer
         self._sharing: dict[int, list[tuple[nn.Module, str]]] = {}  # a parameter -> where it stands
         adapters = set(getattr(model, "peft_config", None) or {}) | {"default"}
-        for path, module in model.named_modules():
+        for path, module in model.named_modules(remove_duplicate=False):  # a shared module has several names
             if not _wraps_another(module):
                 name = base_name(f"{path}.weight" if path else "weight", adapters).rpartition(".")[0]
                 self._modules.setdefault(name, []).append(module)
+        for module in model.modules():
             for leaf, parameter in module._parameters.items():
                 self._sharing.setdefault(id(parameter), []).append((module, leaf))
             base_layer = module._modules.get("base_layer")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -77,7 +75,9 @@ def test_every_parameter_is_steered_as_if_it_had_been_changed(family: str) -> No
         assert torch.equal(parameter, values)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "bloom", "llama4", "phimoe", "deepseek-v3", "mamba", "jamba", "falcon-mamba"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "bloom", "llama4", "phimoe", "deepseek-v3", "mamba", "jamba", "falcon-mamba"]
+)
 def test_each_matrix_alone_is_steered_as_if_it_had_been_changed(family: str) -> None:
     """A layer whose weight is read without a call, a router that gives a tuple: none hides behind the others."""
     model = tiny(family)

@@ -169,7 +169,8 @@ def test_one_k_per_row_where_layers_see_all_tokens_as_one_list(family: str) -> N
     called = {
         name: LowRank(0.1 * torch.randn(p.shape[0], 2, generator=g), torch.randn(2, p.shape[1], generator=g))
         for name, p in model.named_parameters()
-        if p.ndim == 2 and name.endswith(("fc1.weight", "fc2.weight", "up_proj.weight", "q_proj.weight", "h_to_4h.weight"))
+        if p.ndim == 2
+        and name.endswith(("fc1.weight", "fc2.weight", "up_proj.weight", "q_proj.weight", "h_to_4h.weight"))
     }
     assert called
     vector = WeightVector(called, RunCard("vector"))
@@ -204,7 +205,7 @@ def test_a_strength_is_a_finite_number_or_one_for_each_row(lm: LM, vector: Weigh
 
 
 def test_factors_are_turned_to_fit_the_module() -> None:
-    """PEFT goes by the module's kind: an adapter that says fan_in_fan_out of a plain linear layer means B A all the same."""
+    """PEFT goes by the module's kind: fan_in_fan_out of a plain linear layer means nothing."""
     lm, gpt2 = tiny_lm(), tiny("gpt2")
     A, B = torch.randn(2, 32), torch.randn(32, 2)
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import SteerError
 from ..vectors.delta import Delta, dot, read_delta, require_same_shape, to_dense
@@ -15,6 +15,7 @@ from ..vectors.low_rank import FactorPanel, LowRank
 from ..vectors.weight_vector import WeightVector
 from .live_forms import Directions, Live
 from .training_parameters import live_parameters
+
 
 def _directions_of(parts: Mapping[str, Delta | None], shape: tuple[int, ...], device: torch.device) -> Directions:
     """All vectors' parts of a parameter of `shape` in float32; None where a vector has none."""
@@ -62,12 +63,14 @@ def watched_parameters(model: nn.Module, vectors: Mapping[str, WeightVector]) ->
     if unknown:
         shown = f"{unknown[0]} and {len(unknown) - 1} more" if len(unknown) > 1 else unknown[0]
         warnings.warn(
-            f"SteeringMonitor: leaves out {shown}, which trains in a form that it cannot read; tau_norm and the cosines "
-            "are those of the other parameters",
+            f"SteeringMonitor: leaves out {shown}, which trains in a form that it cannot read; tau_norm and the "
+            "cosines are those of the other parameters",
             stacklevel=3,
         )
     if not live:
-        raise SteerError("SteeringMonitor: the model has no parameters that train" + (" and can be read" if unknown else ""))
+        raise SteerError(
+            "SteeringMonitor: the model has no parameters that train" + (" and can be read" if unknown else "")
+        )
     if not live.keys() & changed:
         raise SteerError(
             f"SteeringMonitor: the vectors change {min(changed, default='nothing')} and the like, the training "

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,7 +32,9 @@ def live_parameters(model: nn.Module) -> tuple[dict[str, Live], list[str]]:
         if live is None:
             unknown.append(name)
         elif name in found:
-            raise SteerError(f"SteeringMonitor: {name} is trained in two places of the model; watch a run of one of them")
+            raise SteerError(
+                f"SteeringMonitor: {name} is trained in two places of the model; watch a run of one of them"
+            )
         else:
             found[name] = live
     rest = [name for name, tensor in model.named_parameters() if tensor.requires_grad and id(tensor) not in read]

@@ -1,4 +1,4 @@
-"""Which layers LoRA trains: every linear layer but the head, the routers and the experts that are fused into one tensor.
+"""Which layers LoRA trains: every linear layer but the head, routers, and experts that are fused into one tensor.
 
 For a model without experts this is what PEFT calls "all-linear". With experts PEFT goes further, by a table of its own:
 it trains fused experts and routers in forms that are not one product B A for each layer. We leave these out.
@@ -21,7 +21,7 @@ from ..vectors.layer_kinds import is_plain, is_plain_linear
 
 ALL = "all-linear"
 # Mamba's kernels read this layer's weight without calling it, and PEFT refuses to train it in these models.
-PEFT_REFUSES = {kind: "out_proj" for kind in ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")}
+PEFT_REFUSES = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
 
 
 def lora_targets(model: PreTrainedModel) -> str | list[str]:

@@ -17,8 +17,8 @@ from ..errors import SteerError
 from ..lm import LM
 from ..progress import quiet_transformers
 from ..vectors.layer_kinds import is_linear
-from .lora_targets import lora_targets
 from ..vectors.vector_folder import DENSE_FILE
+from .lora_targets import lora_targets
 from .settings import TrainSettings
 
 MLP_OUTPUTS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2")  # a block's last MLP layer, by family

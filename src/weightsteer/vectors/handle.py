@@ -107,9 +107,9 @@ def noting_the_batch(model: nn.Module, handle: SteeringHandle) -> Iterator[None]
         if not isinstance(handle.k, Tensor):
             handle.grid = None
             return
-        tokens = next((t for t in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args) if t is not None), None)
-        known = isinstance(tokens, Tensor) and tokens.ndim >= 2
-        handle.grid = (tokens.shape[0], tokens.shape[1]) if known else None
+        inputs = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        rows = [t.shape[:2] for t in inputs if isinstance(t, Tensor) and t.ndim >= 2]  # the first is the tokens'
+        handle.grid = (rows[0][0], rows[0][1]) if rows else None
         if handle.grid is not None and handle.k.shape != (handle.grid[0],):
             raise _other_rows(handle.k, handle.grid[0])
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,15 @@ from ..errors import SteerError
 from ..threads import one_thread_if_small
 from .delta import Delta, layout_of, read_delta
 from .handle import SteeringHandle, noting_the_batch
-from .layer_kinds import embedding_scale, is_conv1d, is_linear, is_plain, is_plain_linear, is_plain_lora, parameter_shape
+from .layer_kinds import (
+    embedding_scale,
+    is_conv1d,
+    is_linear,
+    is_plain,
+    is_plain_linear,
+    is_plain_lora,
+    parameter_shape,
+)
 from .layer_use import LayerUse
 from .low_rank import ALONE, LowRank
 from .steerable import Places, Steerable, claim, model_of
@@ -117,7 +124,7 @@ class _Steered:
 
 
 def _is_turned(module: nn.Module, delta: Delta) -> bool:
-    """Whether factors were read by an adapter's fan_in_fan_out that does not fit the module: PEFT goes by the module."""
+    """Whether factors were read by a fan_in_fan_out that does not fit the module: PEFT goes by the module."""
     if not isinstance(delta, LowRank) or not is_linear(module):
         return False
     if is_conv1d(module):
@@ -143,8 +150,8 @@ def _all_swapped(
         parameter = module._parameters.get(leaf)
         if not is_plain(parameter):
             raise SteerError(
-                f"{name}: can only be changed in its place, and this {type(module).__name__} is quantised, offloaded or "
-                "sharded, or has no such parameter; load the model whole, in 16 or 32 bits"
+                f"{name}: can only be changed in its place, and this {type(module).__name__} is quantised, offloaded "
+                "or sharded, or has no such parameter; load the model whole, in 16 or 32 bits"
             )
         by_parameter.setdefault(id(parameter), []).append((module, leaf))
     with ExitStack() as stack:

@@ -111,7 +111,7 @@ def embedding_scale(module: nn.Module) -> float | None:
     return scale if torch.equal(rows, scale * table[tokens]) else None
 
 
-def is_plain_lora(layer: nn.Module | None) -> bool:
+def is_plain_lora(layer: Any) -> bool:
     """Whether nothing or plain LoRA wraps a layer: DoRA and others read the weight that they wrap."""
     if not isinstance(layer, BaseTunerLayer):
         return True

@@ -23,7 +23,16 @@ from .layer_kinds import is_linear
 from .parameter_names import INSERTED
 
 # Libraries whose classes call the layers that they are given, or wrap them; PEFT's layers are looked at one by one.
-TRUSTED = ("torch.nn.modules.module.", "torch.nn.modules.container.", "torch._dynamo.", "peft.", "accelerate.", "transformers.modeling_", "transformers.generation.", "transformers.pytorch_utils.")
+TRUSTED = (
+    "torch.nn.modules.module.",
+    "torch.nn.modules.container.",
+    "torch._dynamo.",
+    "peft.",
+    "accelerate.",
+    "transformers.modeling_",
+    "transformers.generation.",
+    "transformers.pytorch_utils.",
+)
 # Methods that prepare a model: what they do with a layer is no part of a forward pass.
 PREPARING = ("__init__", "_init_", "init_", "_resize_", "resize_", "_tie_", "tie_", "set_")
 GETTERS = ("get_input_embeddings", "get_output_embeddings")
@@ -31,7 +40,12 @@ VALUES = ("weight", "bias")
 FORM = ("dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta")  # of a weight, but no value of it
 BEHIND = ("forward", "parameters", "named_parameters", "state_dict", "_parameters")  # ways around a layer's call
 LOOKING = ("isinstance", "hasattr", "len", "type")
-CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, BaseTunerLayer)  # what stands between an attribute and layers
+CONTAINERS = (
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Sequential,
+    BaseTunerLayer,
+)  # what stands between an attribute and layers
 
 Use = tuple[str, str]  # the class whose `self` has the attribute ("" if it is anyone's), and the attribute
 
@@ -44,7 +58,10 @@ class LayerUse:
         for parent in model.modules():
             for name, child in parent._modules.items():
                 self._holders.setdefault(id(child), []).append((parent, name))
-        found = [_other_uses(source) for source in {s for m in model.modules() if m._modules and not is_linear(m) for s in _sources(m)}]
+        found = [
+            _other_uses(source)
+            for source in {s for m in model.modules() if m._modules and not is_linear(m) for s in _sources(m)}
+        ]
         self._readable = all(uses is not None for uses in found)
         self._otherwise = frozenset[Use]().union(*(uses for uses in found if uses is not None))
 

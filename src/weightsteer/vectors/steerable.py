@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import SteerError
 from .parameter_names import INSERTED, base_name

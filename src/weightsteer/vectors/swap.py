@@ -20,9 +20,7 @@ ONE_NUMBER = (
 
 
 @contextmanager
-def swapped(
-    name: str, places: Sequence[tuple[nn.Module, str]], delta: LowRank | Tensor, handle: Any
-) -> Iterator[None]:
+def swapped(name: str, places: Sequence[tuple[nn.Module, str]], delta: LowRank | Tensor, handle: Any) -> Iterator[None]:
     """Put parameter + k * delta at each (module, name in it) of `places`; the original object on leaving.
 
     The sum is taken in float32 or finer and rounded once to the parameter's dtype. `handle` is a `SteeringHandle`.

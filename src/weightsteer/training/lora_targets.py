@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from weakref import WeakSet
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -23,11 +24,13 @@ ALL = "all-linear"
 # Mamba's kernels read this layer's weight without calling it, and PEFT refuses to train it in these models.
 PEFT_REFUSES = dict.fromkeys(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), "out_proj")
 
+_told: WeakSet[nn.Module] = WeakSet()  # models of which it was said what is left out: both sides train on one model
+
 
 def lora_targets(model: PreTrainedModel) -> str | list[str]:
     """PEFT's `target_modules` for a model: "all-linear", or names where that would reach experts and routers.
 
-    A warning says what is left out.
+    A warning says what is left out, once for each model.
 
     Raises:
         SteerError: nothing is left to train.
@@ -46,7 +49,8 @@ def lora_targets(model: PreTrainedModel) -> str | list[str]:
     if chosen.target_modules != ALL:
         plain = [name for name in plain if check_target_module_exists(chosen, name)]
     left_out = [name for name in linear if name not in plain] + _fused_experts(model)
-    if left_out:
+    if left_out and model not in _told:
+        _told.add(model)
         warnings.warn(
             f"{type(model).__name__}: LoRA leaves out {', '.join(_kinds(left_out))}: routers, experts that are one "
             "tensor, and layers that PEFT takes for such experts or refuses",

@@ -28,10 +28,10 @@ def worker_pool(workers: int | None = None) -> Iterator[ThreadPoolExecutor]:
 @contextmanager
 def one_thread_if_small(work: int, device: torch.device) -> Iterator[None]:
     """Run products of `work` multiply-adds on one core if they are small: waking another costs more than they do."""
-    before = torch.get_num_threads()
-    if device.type != "cpu" or work > SMALL or before == 1:
+    if torch.compiler.is_compiling() or device.type != "cpu" or work > SMALL or torch.get_num_threads() == 1:
         yield
         return
+    before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield

@@ -17,7 +17,7 @@ from ..progress import Progress, silent
 from ..run_folder import RunFolder
 from ..steering.steering import Steering
 from ..thinking import Reply
-from ..vectors.hooks import SteeringHandle
+from ..vectors.handle import SteeringHandle
 from .results import BASE, Key, Measurement, MetricRow, measurements_by_key
 from .tasks.task import Task, without_nan
 

@@ -22,8 +22,9 @@ from .readings import WHOLE, Alert, Products, Reading, describe, read_off
 class SteeringMonitor(TrainerCallback):
     """Logs `cos/NAME`, `z/NAME`, `projection/NAME` and `tau_norm` of a training run at every so many steps.
 
-    Works for PEFT's LoRA (factored: r x r work a matrix) and for whole parameters that train, of which a copy is kept
-    as they were at the start of `train`. Every process of a distributed run computes the same; the Trainer logs once.
+    Works for PEFT's LoRA on linear layers, embeddings and fused experts (factored: r x r work a matrix), and for whole
+    parameters that train, of which a copy is kept as they were at the start of `train`. What trains in another form is
+    left out, with a warning. Every process of a distributed run computes the same; the Trainer logs once.
     A resumed run of whole parameters compares with the weights that it resumed from, one of LoRA with the base.
 
     Example:

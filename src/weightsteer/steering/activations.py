@@ -19,7 +19,8 @@ from ..files import digest
 from ..lm import LM, decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
-from ..vectors.hooks import Steerable, SteeringHandle, model_of
+from ..vectors.handle import SteeringHandle
+from ..vectors.steerable import Steerable, claim, model_of
 
 ACTIVATION_FILE = "activations.safetensors"
 
@@ -56,10 +57,11 @@ class ActivationVector:
         `lm` is an `LM`, a transformers model or a `PeftModel`.
         """
         handle = SteeringHandle(k, lm)
-        blocks = decoder_blocks(model_of(lm))
+        model = model_of(lm)
+        blocks = decoder_blocks(model)
         if max(self.layers) >= len(blocks):
             raise SteerError(f"the vector has layer {max(self.layers)}, this model {len(blocks)} blocks")
-        with ExitStack() as stack:
+        with claim(model), ExitStack() as stack:
             for layer, direction in self.layers.items():
                 registered = blocks[layer].register_forward_hook(_adding(direction, handle))
                 stack.callback(registered.remove)

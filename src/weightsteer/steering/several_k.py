@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 
+from ..errors import SteerError
 from ..lm import LM
-from ..vectors.hooks import is_linear
 from ..vectors.weight_vector import WeightVector
 
 
@@ -16,24 +17,14 @@ def generate_at_strengths(
 ) -> list[str]:
     """The reply to `prompt` at each k, greedy; one k per row of a single batch.
 
-    A vector that changes norms or embeddings cannot have one k per row; it goes through the ks in turn.
+    A vector that changes norms, embeddings or experts cannot have one k per row; it goes through the ks in turn.
     """
     rows = [prompt] * len(ks)
-    per_row = all(name.endswith((".weight", ".bias")) and _is_linear(lm, name) for name in vector.deltas)
-    if per_row:
-        with vector.applied(lm, torch.tensor(list(ks))):
-            return lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=len(rows))
+    with suppress(SteerError), vector.applied(lm, torch.tensor(list(ks))):
+        return lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=len(rows))
     replies = []
     with vector.applied(lm, 0.0) as handle:
         for k in ks:
             handle.k = k
             replies += lm.generate([prompt], max_new_tokens=max_new_tokens)
     return replies
-
-
-def _is_linear(lm: LM, name: str) -> bool:
-    """Whether parameter `name` belongs to a layer whose output is linear in it."""
-    try:
-        return is_linear(lm.model.get_submodule(name.rpartition(".")[0]))
-    except AttributeError:
-        return True  # not in this model: applying the vector says so

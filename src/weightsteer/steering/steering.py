@@ -13,7 +13,7 @@ from typing import Protocol
 from ..behavior import Behavior
 from ..errors import SteerError
 from ..lm import LM
-from ..vectors.hooks import SteeringHandle
+from ..vectors.handle import SteeringHandle
 from ..vectors.weight_vector import WeightVector
 from .activations import ActivationVector
 

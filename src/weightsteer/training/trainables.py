@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..checkpoints.safetensors_file import save_tensors
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import quiet_transformers
-from ..vectors.hooks import is_linear
+from ..vectors.layer_kinds import is_linear
 from ..vectors.vector_folder import DENSE_FILE
+from .lora_targets import lora_targets
 from .settings import TrainSettings
 
 MLP_OUTPUTS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2")  # a block's last MLP layer, by family
@@ -29,10 +31,11 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     """Yield the model ready for training and a function that saves what was trained; undo all on leaving."""
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
     model = lm.model
+    prepared = prepare(lm, settings)  # outside `quiet_transformers`: it may warn of what is left out
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     attributes = set(vars(model))
     try:
-        with quiet_transformers(), prepare(lm, settings) as ready:
+        with quiet_transformers(), prepared as ready:
             yield ready
     finally:
         for name, parameter in model.named_parameters():
@@ -43,16 +46,19 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
         model.eval()
 
 
-@contextmanager
-def _with_lora(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+def _with_lora(lm: LM, settings: TrainSettings) -> AbstractContextManager[Ready]:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules="all-linear",
+        target_modules=lora_targets(lm.model),
         task_type="CAUSAL_LM",
     )
-    model = lm.model
+    return _adapted(lm.model, config)
+
+
+@contextmanager
+def _adapted(model: PreTrainedModel, config: LoraConfig) -> Iterator[Ready]:
     adapted = get_peft_model(model, config)
     assert isinstance(adapted, PeftModel)
     try:

@@ -1,216 +1,170 @@
 """theta + k w in memory: any k at once, one k per row of the batch, every bit restored on leaving.
 
 Nothing is merged where a module's output is linear in the parameter: k times the delta is added to the output,
-y + k (x A^T) B^T. So k changes in place, quantised bases work, and bf16's 8 bits do not round the vector away.
-Norms, and dense changes of embeddings, are swapped for theta + k delta in their own dtype.
+y + k (x A^T) B^T. So k changes in place, quantised bases work, and bf16's 8 bits do not round the vector away. This
+is done where the module's own forward pass is known to be linear, and where nothing else reads its weight. All other
+parameters are swapped for theta + k delta in their own dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..batches import values_of_rows
 from ..errors import SteerError
 from ..threads import one_thread_if_small
 from .delta import Delta, layout_of, read_delta
+from .handle import SteeringHandle, noting_the_batch
+from .layer_kinds import (
+    embedding_scale,
+    is_conv1d,
+    is_linear,
+    is_plain,
+    is_plain_linear,
+    is_plain_lora,
+    parameter_shape,
+)
+from .layer_use import LayerUse
 from .low_rank import ALONE, LowRank
+from .steerable import Places, Steerable, claim, model_of
+from .swap import swapped
 
-SWAPPED = "_weightsteer_swapped"  # marks a parameter that is swapped, and what stands in for it
-
-
-class HasModel(Protocol):
-    """Anything with a `model`: our LM, or a user's own wrapper."""
-
-    @property
-    def model(self) -> nn.Module: ...
-
-
-Steerable = HasModel | nn.Module  # an LM, a transformers model or a PeftModel
-
-
-class SteeringHandle:
-    """The handle of a running `applied` block; set `k` to change the strength.
-
-    `k` is a number, or a tensor (batch,) with one k per row of the batch. `lm` is what to generate with: what was
-    given to `applied`, or for a system prompt the same under that prompt.
-    """
-
-    def __init__(self, k: float | Tensor, lm: Any = None) -> None:
-        self.lm = lm
-        self.on_change: list[Callable[[], None]] = []  # called after each change of k
-        self.k = k
-
-    @property
-    def k(self) -> float | Tensor:
-        """Multiples of the vector; 0 is the base model bit for bit."""
-        return self._k
-
-    @k.setter
-    def k(self, k: float | Tensor) -> None:
-        before = getattr(self, "_k", k)
-        self._k = k if isinstance(k, Tensor) else float(k)
-        try:
-            for follow in self.on_change:
-                follow()
-        except SteerError:  # one of them refuses it: all go back
-            self._k = before
-            for follow in self.on_change:
-                with suppress(SteerError):
-                    follow()
-            raise
-
-    def add_to(self, output: Tensor, delta: Tensor) -> Tensor:
-        """output + k * delta, with k spread over rows where it is a tensor."""
-        if isinstance(self._k, float):
-            return torch.add(output, delta, alpha=self._k)
-        return output + per_row(self._k, output) * delta
-
-    @property
-    def is_zero(self) -> bool:
-        """True when nothing is to be added, so that outputs stay bit-identical."""
-        return isinstance(self._k, float) and self._k == 0.0
-
-
-def per_row(k: Tensor, output: Tensor) -> Tensor:
-    """Shape k (batch,) so that it multiplies output (batch, ...); inside `rows_of_batch`, k has one entry a prompt.
-
-    Raises:
-        SteerError: the batch has another number of rows than k.
-    """
-    k = values_of_rows(k)
-    if k.shape != output.shape[:1]:
-        raise SteerError(
-            f"k has shape {tuple(k.shape)} and the batch {output.shape[0]} rows; "
-            "give one number, or a tensor with one k per row"
-        )
-    return k.to(output).reshape(-1, *[1] * (output.ndim - 1))
-
-
-def model_of(target: Steerable) -> nn.Module:
-    """The model whose modules are hooked: an LM's own, and of a PeftModel the one that its adapters sit in."""
-    model = target if isinstance(target, nn.Module) else target.model
-    inner = getattr(model, "get_base_model", None)
-    return inner() if inner else model
+Hook = Callable[..., Tensor | None]
 
 
 @contextmanager
 def steer(target: Steerable, deltas: Mapping[str, Delta], k: float | Tensor) -> Iterator[SteeringHandle]:
     """Add k * deltas to a model until the block is left (see `WeightVector.applied`)."""
     model, handle = model_of(target), SteeringHandle(k, target)
+    steered = _Steered(model)
     checked = []
     for name, delta in deltas.items():
-        module = _owner(model, name, delta)
-        _refuse_misplaced(model, module, name, delta)
-        checked.append((name, module, read_delta(name, delta)))
-    with ExitStack() as stack:
-        for name, module, delta in checked:
-            stack.enter_context(_attach(model, module, name, delta, handle))
+        steered.refuse_misfit(name, delta)
+        checked.append((name, read_delta(name, delta)))
+    with claim(model), ExitStack() as stack:
+        stack.enter_context(noting_the_batch(model, handle))
+        for name, held in checked:
+            stack.enter_context(steered.attach(name, held, handle))
         yield handle
 
 
-def _owner(model: nn.Module, name: str, delta: Delta) -> nn.Module:
-    """The module that holds parameter `name`, after checking that the delta fits it; inside a PEFT layer, its base."""
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise SteerError(
-            f"{name}: the vector changes it, but this model ({type(model).__name__}) has no such parameter; "
-            "use the base model named in the vector's card"
-        ) from None
-    base_layer = getattr(module, "base_layer", None)
-    module = base_layer if isinstance(base_layer, nn.Module) else module
-    expected = _parameter_shape(module, leaf)
-    if expected is None:
-        raise SteerError(f"{name}: this model's {type(module).__name__} has no such parameter")
-    if tuple(delta.shape) != expected:
-        raise SteerError(
-            f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, this model has {expected}; "
-            "use the base model named in the vector's card"
-        )
-    return module
+class _Steered:
+    """One model that is to be steered: where each parameter stands, and how it can be changed."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.places, self.use = Places(model), LayerUse(model)
+        self._taken: dict[tuple[int, str], str] = {}  # a parameter's place -> the name that changes it
+
+    def refuse_misfit(self, name: str, delta: Delta) -> None:
+        """Raise where the model has no such parameter, one of another shape, or one that another name changes too."""
+        leaf = name.rpartition(".")[2]
+        for module in self.places.modules(name):
+            expected = parameter_shape(module, leaf)
+            if expected is None:
+                raise SteerError(f"{name}: this model's {type(module).__name__} has no such parameter")
+            if tuple(delta.shape) != expected and not (_is_turned(module, delta) and delta.shape[::-1] == expected):
+                raise SteerError(
+                    f"{name}: the vector was made on a base of shape {tuple(delta.shape)}, this model has {expected}; "
+                    "use the base model named in the vector's card"
+                )
+            other = self._taken.setdefault((id(module), leaf), name)
+            if other != name:
+                raise SteerError(f"{name} and {other} are one parameter of this model; keep one of them in the vector")
+            self._refuse_misplaced(module, name, delta)
+
+    def _refuse_misplaced(self, module: nn.Module, name: str, delta: Delta) -> None:
+        """Raise where the module is not of the kind that the delta was trained on."""
+        layout = layout_of(delta)
+        square = len(delta.shape) == 2 and delta.shape[0] == delta.shape[1]
+        if isinstance(delta, LowRank) and layout == "linear" and is_conv1d(module) and square:
+            raise SteerError(
+                f"{name}: is stored (d_in, d_out) in this model, and the adapter's config says fan_in_fan_out=false; "
+                "set it to true"
+            )
+        tied = isinstance(module, nn.Embedding) and len(self.places.sharing(module, "weight")) > 1
+        if layout in ALONE and tied:
+            raise SteerError(
+                f"{name}: was trained on the input embedding alone, and this model ties it to the output; "
+                "retrain without the embedding, or on a model that is not tied"
+            )
+
+    def attach(self, name: str, delta: LowRank | Tensor, handle: SteeringHandle) -> AbstractContextManager[None]:
+        """Hook the parameter's modules where their output is linear in it, else put theta + k delta in its place."""
+        leaf = name.rpartition(".")[2]
+        modules = self.places.modules(name)
+        if isinstance(delta, LowRank) and _is_turned(modules[0], delta):
+            delta = LowRank(delta.A.T, delta.B.T)
+        shared = [place for module in modules for place in self.places.sharing(module, leaf)]
+        if is_linear(modules[0]):  # what is trained on a head that is tied to an embedding changes the head alone
+            shared = [(module, leaf) for module, leaf in shared if not isinstance(module, nn.Embedding)]
+        hooks = [self._hook_of(module, name, delta, handle, alone=len(shared) == 1) for module, _ in shared]
+        if all(hook is not None for hook in hooks):
+            return _hooked([(module, hook) for (module, _), hook in zip(shared, hooks, strict=True) if hook])
+        return _all_swapped(name, shared, delta, handle)
+
+    def _hook_of(
+        self, module: nn.Module, name: str, delta: LowRank | Tensor, handle: SteeringHandle, *, alone: bool
+    ) -> Hook | None:
+        """What adds the delta to the module's output; None where that would not be the same as theta + k delta."""
+        leaf = name.rpartition(".")[2]
+        called = self.use.only_called(module) and is_plain_lora(self.places.wrapper_of(module))
+        whole = is_plain(module._parameters.get("weight"))
+        if isinstance(module, nn.Embedding):
+            scale = embedding_scale(module) if called and alone and whole else None
+            return None if scale is None or not isinstance(delta, LowRank) else _embedding_hook(delta, handle, scale)
+        if not is_linear(module) or not called or (whole and not is_plain_linear(module)):
+            return None
+        if leaf == "bias" and isinstance(delta, Tensor):
+            return _bias_hook(delta, handle)
+        return _weight_hook(delta, handle, transposed=is_conv1d(module)) if leaf == "weight" else None
 
 
-def _parameter_shape(module: nn.Module, leaf: str) -> tuple[int, ...] | None:
-    """Logical shape of a parameter: quantised modules store it packed, but know their features."""
-    if leaf == "weight" and hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
-    parameter = getattr(module, leaf, None)
-    if isinstance(parameter, Tensor):
-        return tuple(parameter.shape)
-    if leaf == "bias" and hasattr(module, "out_features"):
-        return (int(module.out_features),)  # type: ignore[arg-type]  # a bias that the base lacks can be added
-    return None
-
-
-def _attach(
-    model: nn.Module, module: nn.Module, name: str, delta: LowRank | Tensor, handle: SteeringHandle
-) -> AbstractContextManager[None]:
-    """Hook the module where its output is linear in the parameter, else put theta + k delta in its place."""
-    hook = _hook_of(module, name, delta, handle)
-    if hook is not None:
-        return _hooked(module, hook)
-    if isinstance(delta, Tensor):
-        return _swap(model, module._parameters[name.rpartition(".")[2]], delta, handle)
-    raise SteerError(
-        f"{name}: a factored delta on {type(module).__name__} cannot be added in memory; "
-        "linear layers can, other layers need a dense delta"
-    )
-
-
-Hook = Callable[..., Tensor | None]
-
-
-def _hook_of(module: nn.Module, name: str, delta: LowRank | Tensor, handle: SteeringHandle) -> Hook | None:
-    """What adds the delta to the module's output; None where the output is not linear in the parameter."""
-    if is_linear(module) and name.endswith(".weight"):
-        return _weight_hook(delta, handle, transposed=_is_conv1d(module))
-    if is_linear(module) and name.endswith(".bias") and isinstance(delta, Tensor):
-        return _bias_hook(delta, handle)
-    if isinstance(module, nn.Embedding) and isinstance(delta, LowRank):
-        return _embedding_hook(delta, handle)
-    return None
+def _is_turned(module: nn.Module, delta: Delta) -> bool:
+    """Whether factors were read by a fan_in_fan_out that does not fit the module: PEFT goes by the module."""
+    if not isinstance(delta, LowRank) or not is_linear(module):
+        return False
+    if is_conv1d(module):
+        return delta.layout == "linear" and tuple(delta.shape) != parameter_shape(module, "weight")
+    return delta.layout == "conv1d"
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: Hook) -> Iterator[None]:
-    registered = module.register_forward_hook(hook)
-    try:
+def _hooked(hooks: Sequence[tuple[nn.Module, Hook]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        registered.remove()
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module's output is linear in its weight and bias: Linear, its quantised kin, and Conv1D."""
-    return hasattr(module, "out_features") or _is_conv1d(module)
+@contextmanager
+def _all_swapped(
+    name: str, places: Sequence[tuple[nn.Module, str]], delta: LowRank | Tensor, handle: SteeringHandle
+) -> Iterator[None]:
+    """Swap what stands at the places: one tied parameter, or PEFT's copies of a module, each for its own sum."""
+    by_parameter: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module, leaf in places:
+        parameter = module._parameters.get(leaf)
+        if not is_plain(parameter):
+            raise SteerError(
+                f"{name}: can only be changed in its place, and this {type(module).__name__} is quantised, offloaded "
+                "or sharded, or has no such parameter; load the model whole, in 16 or 32 bits"
+            )
+        by_parameter.setdefault(id(parameter), []).append((module, leaf))
+    with ExitStack() as stack:
+        for group in by_parameter.values():
+            stack.enter_context(swapped(name, group, delta, handle))
+        yield
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, whose weight is stored (d_in, d_out)."""
-    return hasattr(module, "nx") and hasattr(module, "nf")
-
-
-def _refuse_misplaced(model: nn.Module, module: nn.Module, name: str, delta: Delta) -> None:
-    """Raise where the module is not of the kind that the delta was trained on."""
-    layout = layout_of(delta)
-    if isinstance(delta, LowRank) and layout == "linear" and _is_conv1d(module):
-        raise SteerError(
-            f"{name}: is stored (d_in, d_out) in this model, and the adapter's config says fan_in_fan_out=false; "
-            "set it to true"
-        )
-    if layout not in ALONE or not isinstance(module, nn.Embedding):
-        return
-    if sum(parameter is module.weight for m in model.modules() for parameter in m._parameters.values()) > 1:
-        raise SteerError(
-            f"{name}: was trained on the input embedding alone, and this model ties it to the output; "
-            "retrain without the embedding, or on a model that is not tied"
-        )
+def _input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a layer was called with: its one argument, whether it was named or not."""
+    found = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(found, Tensor)
+    return found
 
 
 def _weight_hook(delta: LowRank | Tensor, handle: SteeringHandle, *, transposed: bool) -> Hook:
@@ -223,16 +177,16 @@ def _low_rank_hook(into: Tensor, out: Tensor, handle: SteeringHandle) -> Hook:
     """y + k (x into) out, into (d_in, r) and out (r, d_out); they follow the input's device and dtype, cast once."""
     factors = _Follower(into.contiguous(), out.contiguous())
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         if handle.is_zero:
             return None
         first, second = factors.like(output)
-        x = args[0].to(output).reshape(-1, first.shape[0])
+        x = _input(args, kwargs).to(output).reshape(-1, first.shape[0])
         with one_thread_if_small(x.shape[0] * first.shape[1] * (x.shape[1] + second.shape[1]), output.device):
             hidden = torch.mm(x, first)  # (rows, r)
             if isinstance(handle.k, Tensor):
                 hidden = hidden.view(*output.shape[:-1], -1)
-                return output + (per_row(handle.k, hidden) * hidden) @ second
+                return output + (handle.per_row(hidden) * hidden) @ second
             flat = output.reshape(-1, output.shape[-1])
             if output.requires_grad:
                 return torch.addmm(flat, hidden, second, alpha=handle.k).view_as(output)
@@ -241,15 +195,15 @@ def _low_rank_hook(into: Tensor, out: Tensor, handle: SteeringHandle) -> Hook:
     return add
 
 
-def _embedding_hook(delta: LowRank, handle: SteeringHandle) -> Hook:
-    """y + k B[tokens] A: only the rows of the tokens are formed."""
-    factors = _Follower(delta.B, delta.A)
+def _embedding_hook(delta: LowRank, handle: SteeringHandle, scale: float) -> Hook:
+    """y + k c B[tokens] A, c the module's own scale: only the rows of the tokens are formed."""
+    factors = _Follower(delta.B * scale, delta.A)
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         if handle.is_zero:
             return None
         B, A = factors.like(output)
-        return handle.add_to(output, nn.functional.embedding(args[0], B) @ A)
+        return handle.add_to(output, nn.functional.embedding(_input(args, kwargs), B) @ A)
 
     return add
 
@@ -257,11 +211,11 @@ def _embedding_hook(delta: LowRank, handle: SteeringHandle) -> Hook:
 def _dense_hook(delta: Tensor, handle: SteeringHandle) -> Hook:
     weight = _Follower(delta)
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         if handle.is_zero:
             return None
         (D,) = weight.like(output)
-        return handle.add_to(output, nn.functional.linear(args[0].to(output), D))
+        return handle.add_to(output, nn.functional.linear(_input(args, kwargs).to(output), D))
 
     return add
 
@@ -269,7 +223,7 @@ def _dense_hook(delta: Tensor, handle: SteeringHandle) -> Hook:
 def _bias_hook(delta: Tensor, handle: SteeringHandle) -> Hook:
     bias = _Follower(delta)
 
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> Tensor | None:
         if handle.is_zero:
             return None
         (b,) = bias.like(output)
@@ -289,40 +243,3 @@ class _Follower:
         if first.device != other.device or first.dtype != other.dtype:
             self.tensors = tuple(tensor.to(other) for tensor in self.originals)
         return self.tensors
-
-
-@contextmanager
-def _swap(model: nn.Module, original: nn.Parameter | None, delta: Tensor, handle: SteeringHandle) -> Iterator[None]:
-    """Put parameter + k * delta wherever the parameter stands (tied weights too), the original on leaving."""
-    assert original is not None
-    if getattr(original, SWAPPED, False):
-        raise SteerError("another vector is changing the same norm or embedding; add the vectors and apply the sum")
-    places = [
-        (module, leaf)
-        for module in model.modules()
-        for leaf, parameter in module._parameters.items()
-        if parameter is original
-    ]
-    moved = delta.to(device=original.device, dtype=torch.float32)
-
-    def follow() -> None:
-        if isinstance(handle.k, Tensor):
-            raise SteerError("one k per row is not possible for norms and embeddings; give one number")
-        shifted = original
-        if not handle.is_zero:
-            summed = torch.add(original.detach().float(), moved, alpha=handle.k).to(original.dtype)
-            shifted = nn.Parameter(summed, requires_grad=False)
-            setattr(shifted, SWAPPED, True)
-        for module, leaf in places:
-            module._parameters[leaf] = shifted
-
-    follow()
-    handle.on_change.append(follow)
-    setattr(original, SWAPPED, True)
-    try:
-        yield
-    finally:
-        delattr(original, SWAPPED)
-        handle.on_change.remove(follow)
-        for module, leaf in places:
-            module._parameters[leaf] = original

@@ -5,12 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from ..checkpoints.plain_names import PEFT_PREFIX, plain_name
 from ..errors import SteerError
-
-__all__ = ["PEFT_PREFIX", "base_name"]
-
-base_name = plain_name
 
 
 def refuse_two_spellings(ours: Collection[str], theirs: Collection[str], whose: str) -> None:

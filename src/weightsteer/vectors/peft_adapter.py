@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoints.architecture import Architecture
 from ..checkpoints.parameters import Whole
-from ..checkpoints.plain_names import PEFT_PREFIX, plain_name, unwrapped
+from ..checkpoints.plain_names import PEFT_PREFIX, plain_name, without_wrappers
 from ..checkpoints.safetensors_file import SafeFile, Stored, same_bytes
 from ..errors import SteerError
 from ..run_card import RunCard
@@ -92,7 +92,7 @@ def plain_tensors(file: SafeFile) -> dict[str, Stored]:
     """
     found: dict[str, Stored] = {}
     for key, tensor in file.tensors.items():
-        plain = ADAPTER_NAME.sub(r"\1\2", unwrapped(key))
+        plain = ADAPTER_NAME.sub(r"\1\2", without_wrappers(key))
         if plain in found:
             raise SteerError(f"{file.path}: {plain} is stored twice, the second time as {key}; expected it once")
         found[plain] = tensor

@@ -26,7 +26,8 @@ from .delta import (
     require_same_shape,
     scale_delta,
 )
-from .hooks import SteeringHandle, steer
+from .handle import SteeringHandle
+from .hooks import steer
 from .low_rank import LowRank
 from .parameter_names import refuse_two_spellings
 from .vector_folder import open_vector, write_vector
@@ -34,7 +35,7 @@ from .vector_folder import open_vector, write_vector
 if TYPE_CHECKING:
     import torch
 
-    from .hooks import Steerable
+    from .steerable import Steerable
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..checkpoints.safetensors_file import save_tensors
 from ..errors import SteerError
@@ -29,12 +30,16 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     """Yield the model ready for training and a function that saves what was trained; undo all on leaving."""
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
     model = lm.model
+    children = {module: dict(module._modules) for module in model.modules()}
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     attributes = set(vars(model))
     try:
         with quiet_transformers(), prepare(lm, settings) as ready:
             yield ready
     finally:
+        for module, before in children.items():  # PEFT leaves the layers that it made before it failed
+            module._modules.clear()
+            module._modules.update(before)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
             parameter.grad = None
@@ -53,14 +58,40 @@ def _with_lora(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
         task_type="CAUSAL_LM",
     )
     model = lm.model
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+    adapted = _adapted(model, config)
     try:
         yield adapted, lambda folder: adapted.save_pretrained(str(folder))
     finally:
         adapted.unload()
         with contextlib.suppress(AttributeError):
             del model.peft_config
+
+
+def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The model with fresh adapter layers.
+
+    Raises:
+        SteerError: PEFT cannot adapt it; the message has PEFT's reason.
+    """
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        raise SteerError(
+            f"{type(model).__name__}: PEFT cannot put LoRA on it ({' '.join(str(error).split())}); use kind full"
+        ) from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def refuse_rank(model: nn.Module, settings: TrainSettings) -> None:
+    """Raise if the rank of a LoRA is above that of every matrix: what is more than full rank trains nothing more."""
+    sizes = [[getattr(layer, name, 0) for name in ("in_features", "out_features")] for layer in model.modules()]
+    sizes += [[getattr(layer, name, 0) for name in ("nx", "nf")] for layer in model.modules()]  # GPT-2's linear layers
+    ranks = [min(size) for size in sizes if all(isinstance(number, int) and number > 0 for number in size)]
+    if settings.kind == "lora" and ranks and settings.rank > max(ranks):
+        raise SteerError(
+            f"rank: expected at most {max(ranks)}, the full rank of the model's largest matrix, found {settings.rank}"
+        )
 
 
 @contextmanager

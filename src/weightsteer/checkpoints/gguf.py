@@ -102,21 +102,22 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
     Raises:
         SteerError: it holds no whole language model that transformers reads, or the disk has no room.
     """
+    reader = _read_header(path)
+    size = BYTES_PER_WEIGHT * sum(int(tensor.n_elements) for tensor in reader.tensors)
+    scaled = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    del reader
+    _refuse_without_room(path, target, size)
     with show_progress(f"unpack {name}") as progress:
-        progress(0, 3, "its header")
-        reader = _read_header(path)
-        size = BYTES_PER_WEIGHT * sum(int(tensor.n_elements) for tensor in reader.tensors)
-        _refuse_without_room(path, target, size)
-        scaled = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
-        del reader
-        progress(1, 3, f"once, {size / 1e9:.2g} GB into {target}")
+        progress(0, 2, f"once, {size / 1e9:.2g} GB into {target}")
         with tempfile.TemporaryDirectory() as alone:  # transformers would read what lies beside the file
             (Path(alone) / "model.gguf").symlink_to(path.resolve())
             try:
                 _convert(Path(alone), target, name, hash_of(path), progress)
-            except (*BROKEN, RuntimeError, ImportError, AssertionError) as error:
+            except SteerError:
+                raise
+            except Exception as error:  # of any type: tokenizers raises it bare
                 raise SteerError(f"{path}: transformers cannot read it ({first_line(error)}); {ELSE_SAY}") from None
-        progress(3, 3, "done")
+        progress(2, 2, "done")
     if scaled:
         _warn_of_lost_scaling(path, target)
     return target
@@ -167,15 +168,9 @@ def _convert(alone: Path, target: Path, name: str, sha256: str, progress: Progre
         )
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
-        # The loaded model calls itself quantised and refuses to be saved; its weights are plain float32.
-        config = loaded.config
-        del config.quantization_config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict(), assign=True)
-        progress(2, 3, f"writing {target}")
+        progress(1, 2, f"writing {target}")
         with new_folder(target, "model") as part:
-            model.save_pretrained(part)
+            loaded.save_pretrained(part)
             tokenizer.save_pretrained(part)
             RunCard.now("model", base_model=name, data_sha256={"gguf": sha256}).save(part)
 

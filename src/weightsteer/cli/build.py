@@ -74,7 +74,9 @@ def sample(
                 lm, described, chosen or LikelihoodJudge(lm, described), out, settings=settings, progress=progress
             )
         if chosen is not None:
-            print(f"{unusable_verdicts(out)} verdicts were unusable; their answers are on neither side")
+            lost = unusable_verdicts(out)
+            again = "; the same command asks for them again" if lost else ""
+            print(f"{lost} verdicts were unusable; their answers are on neither side{again}")
     print(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
 
 

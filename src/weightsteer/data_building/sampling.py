@@ -35,7 +35,7 @@ def sample_sides(
     over the questions.
 
     Every answer and its score is kept in `answers.jsonl`, whose finished parts are not made again
-    after a kill.
+    after a kill. Verdicts that were unusable are asked for again by the next call.
 
     Returns:
         How many examples D+ and D- have.
@@ -73,8 +73,12 @@ def sample_sides(
 
 def unusable_verdicts(out: str | Path) -> int:
     """How many answers of a folder that `build_sides` made are on neither side because the judge gave no score."""
-    parts = read_finished(Path(out) / ANSWERS_FILE)
-    return sum(row["score"] is None for part in parts for row in part["answers"])
+    return sum(row["score"] is None for part in _parts(Path(out) / ANSWERS_FILE) for row in part["answers"])
+
+
+def _parts(path: Path) -> list[dict[str, Any]]:
+    """The finished parts of a file of answers; of one that was judged again, what it came to last."""
+    return list({row["part"]: row for row in read_finished(path)}.values())
 
 
 def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:
@@ -96,10 +100,11 @@ def _answers(
         for number, text in enumerate(prompts[side])
         for sample in range(settings.samples)
     ]
-    done = {row["part"] for row in read_finished(path)}
+    done = {row["part"]: row for row in _parts(path)}
     for index, (part, side, system_prompt) in enumerate(parts):
         progress(index, len(parts), f"{side} answers")
         if part in done:
+            _judge_again(judge, done[part], path)
             continue
         replies = lm.with_system_prompt(system_prompt).generate(
             questions,
@@ -113,7 +118,18 @@ def _answers(
         answers = [{**row, "score": score} for row, score in zip(example_rows(examples), scores, strict=True)]
         append_jsonl(path, [{"part": part, "side": side, "answers": answers}])
     progress(len(parts), len(parts), "done")
-    return read_finished(path)
+    return _parts(path)
+
+
+def _judge_again(judge: Judge, part: dict[str, Any], path: Path) -> None:
+    """Ask once more for the verdicts of a finished part that were unusable; new ones are appended."""
+    lacking = [row for row in part["answers"] if row["score"] is None]
+    examples = [Example(**{name: value for name, value in row.items() if name != "score"}) for row in lacking]
+    scores = judge.scores(examples) if examples else []
+    if any(score is not None for score in scores):
+        for row, score in zip(lacking, scores, strict=True):
+            row["score"] = score
+        append_jsonl(path, [part])
 
 
 def _write_sides(parts: Sequence[dict[str, Any]], settings: SamplingSettings, out: Path) -> tuple[int, int]:

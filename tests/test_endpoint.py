@@ -23,8 +23,8 @@ import pytest
 from weightsteer.behavior import Example
 from weightsteer.errors import SteerError
 from weightsteer.judges.endpoint import THINKING_ROOM, Endpoint
-from weightsteer.judges.request_errors import pause_asked_for, pause_before
 from weightsteer.judges.judge import Rubric, RubricJudge, verdict
+from weightsteer.judges.request_errors import pause_asked_for, pause_before
 from xllama_server import MODEL, served
 
 PROMPTS = ["Say the word tea.", "What colour is the sky?", "Name a fruit.", "What is two positive two?", "Say hello."]
@@ -261,7 +261,7 @@ NEWER = {  # as newer models, and strict servers, refuse parameters
     ),
     "temperature": (
         400,
-        "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) value is supported.",
+        "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) is supported.",
     ),
 }
 STRICT = {"max_tokens": (422, "body.max_tokens: unexpected field"), "temperature": (422, "temperature is deprecated")}

@@ -178,9 +178,7 @@ def test_a_changed_file_is_another_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "bias", "full"])
-def test_a_gguf_is_trained_and_merged_into_like_a_folder(
-    kind: str, pairs: list[ContrastPair], tmp_path: Path
-) -> None:
+def test_a_gguf_is_trained_and_merged_into_like_a_folder(kind: str, pairs: list[ContrastPair], tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "a.gguf", quantised=True)
     lm = LM.load(path, device="cpu")
     settings = TrainSettings(kind=kind, rank=2, learning_rates=(1e-2,), batch_size=4, evaluations=2, warmup_steps=1)

@@ -159,13 +159,14 @@ def _convert(alone: Path, target: Path, name: str, sha256: str, progress: Progre
     options: dict[str, Any] = {"gguf_file": "model.gguf"}
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(alone, **options)
-        loaded, report = AutoModelForCausalLM.from_pretrained(
+        made: Any = AutoModelForCausalLM.from_pretrained(
             alone,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
             **options,
         )
+        loaded, report = made
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {missing[0]}{f' and {len(missing) - 1} more' if missing[1:] else ''}")
         progress(1, 2, f"writing {target}")

@@ -204,7 +204,9 @@ class Endpoint:
 
     def _learn(self, parameter: str) -> None:
         if parameter == TEMPERATURE and parameter not in self._learned:
-            warnings.warn(f"{self.name}: takes no temperature 0, so that its replies may differ each time", stacklevel=2)
+            warnings.warn(
+                f"{self.name}: takes no temperature 0, so that its replies may differ each time", stacklevel=2
+            )
         self._learned.add(parameter)
 
     def _refusal(self, error: OtherParametersError) -> SteerError:
@@ -235,9 +237,7 @@ class Endpoint:
         first = choices[0] if isinstance(choices, list) and choices else None
         reason, message = getattr(first, "finish_reason", None), getattr(first, "message", None)
         if reason == "error" or (error and first is None):
-            raise PassingError(
-                f"the reply is an error: {shorten(getattr(first, 'error', None) or error or 'unnamed')}"
-            )
+            raise PassingError(f"the reply is an error: {shorten(getattr(first, 'error', None) or error or 'unnamed')}")
         if not isinstance(choices, list):
             raise self._foreign("no chat completion in its answer")
         text = _join(getattr(message, "content", None))

@@ -22,7 +22,8 @@ FIELD = re.compile(r"\{(question|answer|reference)\}")
 OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 VERDICT = re.compile(
-    rf"""(?:```\w*\s)?[\s*_`"'#>\[({{$]*(?:\\boxed\{{|<(?:score|rating|grade|verdict|answer)>\s*)?["']?  # markdown, JSON
+    rf"""(?:```\w*\s)?[\s*_`"'#>\[({{$]*                                   # markdown, JSON and quotes around it
+        (?:\\boxed\{{|<(?:score|rating|grade|verdict|answer)>\s*)?["']?
         (?:(?:the\s+|my\s+)?(?:(?:final|overall)\s+)?(?:score|rating|grade|verdict|answer|number)
            [\s*_`"']*(?:[:=]|\bis\b)[\s*_`"'\[(:]*
           |i(?:\s+would|['\u2019]d)?\s+(?:rate|score|give)\s+(?:(?:it|(?:this|that|the)(?:\s+\w+)?)\s+)?(?:(?:as|at|an?)\s+)?)?

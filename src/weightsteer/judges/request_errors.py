@@ -20,7 +20,9 @@ ADVICE = {  # HTTP status -> what to do; of other refusals the server's own mess
     404: ENDING,
 }
 TOKENS, NEWER_TOKENS, TEMPERATURE = "max_tokens", "max_completion_tokens", "temperature"
-REFUSES = re.compile(r"unsupported|not support|not allow|not permit|unrecogni|unknown|unexpected|deprecat|only the default")
+REFUSES = re.compile(
+    r"unsupported|not support|not allow|not permit|unrecogni|unknown|unexpected|deprecat|only the default"
+)
 
 
 class PassingError(Exception):

@@ -73,7 +73,9 @@ class Outcome:
     @property
     def moved(self) -> bool:
         """Whether the training changed what the model computes at all."""
-        return not all(abs(loss - self.base_loss) <= LEAST_GAIN * self.base_loss for loss in (self.loss, self.last_loss))
+        return not all(
+            abs(loss - self.base_loss) <= LEAST_GAIN * self.base_loss for loss in (self.loss, self.last_loss)
+        )
 
     @property
     def diverged(self) -> bool:

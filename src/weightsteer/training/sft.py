@@ -85,7 +85,7 @@ def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded
 
 
 def count_cut(lm: LM, examples: Sequence[Example], rows: Sequence[Encoded], max_length: int) -> int:
-    """How many of the examples are longer than `max_length` tokens, so that their rows lack the end; it is warned of."""
+    """How many of the examples are longer than `max_length` tokens, so that rows lack their end; a warning says so."""
     full = [example for example, row in zip(examples, rows, strict=True) if len(row["input_ids"]) >= max_length]
     lengths = [len(row["input_ids"]) for row in encode(lm, full, sys.maxsize)]
     cut = sum(length > max_length for length in lengths)

@@ -66,8 +66,11 @@ class Reply(NamedTuple):
 class Endpoint:
     """A model behind an OpenAI-compatible chat endpoint, asked at temperature 0, several prompts at once.
 
-    A server that refuses `max_tokens` is asked with `max_completion_tokens`, one that refuses temperature 0 at its
-    own, which a warning says, and a model that thinks first gets room for it; what a server wants is remembered. Lost connections, timeouts, 408, 409, 429, 5xx and replies that end in an error are tried again with
+    A server that refuses `max_tokens` is asked with `max_completion_tokens`, and one that refuses temperature 0 at
+    its own, of which a warning tells. A model that thinks first gets room for it, and more time. What a server
+    wants is remembered for later requests.
+
+    Lost connections, timeouts, 408, 409, 429, 5xx and replies that end in an error are tried again with
     growing pauses. A reply goes into `cache` as it arrives, and a prompt whose reply is there is not sent:
     after a kill, or once a server that went down is back, the same call goes on where it stopped.
     """

@@ -44,6 +44,7 @@ def _refuse_without_gain(outcomes: Mapping[float, Outcome]) -> None:
     if not any(outcome.moved for outcome in outcomes.values()):
         found, way = f"stayed at the base's, {base:.4g}", "nothing moved; raise the learning rate, or load in float32"
     else:
-        found = f"never fell below the base's, {base:.4g} (at best {loss:.4g}, at {best:g})"
+        last = outcomes[best].last_loss
+        found = f"never fell below the base's, {base:.4g} (at best {loss:.4g}, at the end {last:.4g}, at {best:g})"
         way = "use lower ones, more examples or a larger share of them for validation"
     raise SteerError(f"training: the validation loss {found}, with learning rate {rates}; {way}")

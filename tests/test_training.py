@@ -151,7 +151,7 @@ def well_trained(lm: LM, pairs: list[ContrastPair], quick: TrainSettings, out: P
     [
         (
             (3.0, 10.0),
-            r"never fell below the base's, 0.\d+ \(at best [\d.]+, at the end [\d.]+, at \d+\), with .* 3, 10; use lower",
+            r"never fell below the base's, 0.\d+ \(at best .+, at the end .+, at \d+\).* 3, 10; use lower",
         ),
         ((1e-30, 1e-25), r"stayed at the base's, \d\.\d+, with learning rate 1e-30, 1e-25; nothing moved; raise"),
         ((1e38, 3e38), "diverged: .* NaN at learning rate 1e.38, 3e.38; use lower"),

@@ -3,8 +3,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -13,11 +16,15 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from weightsteer.behavior import Example
 from weightsteer.errors import SteerError
-from weightsteer.judges.endpoint import Endpoint, pause_asked_for, pause_before
+from weightsteer.judges.endpoint import THINKING_ROOM, Endpoint
+from weightsteer.judges.judge import Rubric, RubricJudge, verdict
+from weightsteer.judges.request_errors import pause_asked_for, pause_before
 from xllama_server import MODEL, served
 
 PROMPTS = ["Say the word tea.", "What colour is the sky?", "Name a fruit.", "What is two positive two?", "Say hello."]
@@ -36,6 +43,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.content_type = answer, content_type
         self.asked: list[str] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: set[str | None] = set()
         self.under_way = self.peak = 0
         self.lock = threading.Lock()
@@ -54,8 +62,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = request["messages"][0]["content"]
-        assert request["temperature"] == 0
         with self.server.lock:
+            self.server.requests.append(request)
             self.server.asked.append(prompt)
             self.server.keys.add(self.headers["Authorization"])
             number = len(self.server.asked)
@@ -118,6 +126,7 @@ def test_a_prompt_that_comes_twice_is_asked_once(start: Start) -> None:
     server = start()
     assert Endpoint(server.url, "m").generate(["a", "b", "a", "a"]) == ["re: a", "re: b", "re: a", "re: a"]
     assert sorted(server.asked) == ["a", "b"]
+    assert {(request["temperature"], request["max_tokens"]) for request in server.requests} == {(0, 16)}
 
 
 def test_the_key_comes_from_its_variable(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,12 +233,148 @@ def test_a_text_in_parts_is_joined(start: Start) -> None:
     assert Endpoint(start(lambda *_: (200, completion(parts))).url, "m").generate(["a"]) == ["85"]
 
 
-def test_a_judge_that_spends_its_tokens_on_thinking_is_named(start: Start) -> None:
-    server = start(lambda *_: (200, completion(None, finish_reason="length")))
-    with pytest.raises(SteerError, match="its 16 tokens were spent before a reply began; .*turn its thinking off"):
-        Endpoint(server.url, "m").generate(["a"])
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        (completion(None, finish_reason="length"), completion("85")),
+        (completion("<think>Well, th", finish_reason="length"), completion("<think>Well, 40?</think>\n\n85")),
+    ],
+)
+def test_a_judge_that_thinks_gets_room_for_it(start: Start, short: bytes, long: bytes) -> None:
+    server = start(lambda *_: (200, long if server.requests[-1]["max_tokens"] > 16 else short))
+    endpoint = Endpoint(server.url, "m", concurrency=1)
+    replies = endpoint.generate(["a", "b"])
+    assert [verdict(reply) for reply in replies] == [85, 85]
+    assert [request["max_tokens"] for request in server.requests] == [16, 16 + THINKING_ROOM, 16 + THINKING_ROOM]
     cut = start(lambda *_: (200, completion("85 because", finish_reason="length")))
     assert Endpoint(cut.url, "m").generate(["a"]) == ["85 because"]
+    assert len(cut.requests) == 1
+    endless = start(lambda *_: (200, completion("<think>Well", finish_reason="length")))
+    with pytest.raises(SteerError, match="4112 tokens were spent before a reply began; turn the judge's thinking off"):
+        Endpoint(endless.url, "m").generate(["a"])
+
+
+NEWER = {  # as newer models, and strict servers, refuse parameters
+    "max_tokens": (
+        400,
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    ),
+    "temperature": (
+        400,
+        "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) is supported.",
+    ),
+}
+STRICT = {"max_tokens": (422, "body.max_tokens: unexpected field"), "temperature": (422, "temperature is deprecated")}
+
+
+@pytest.mark.parametrize("refusals", [NEWER, STRICT])
+@pytest.mark.filterwarnings("ignore:m at .*no temperature")
+def test_refused_parameters_are_replaced_and_remembered(
+    start: Start, refusals: dict[str, tuple[int, str]], tmp_path: Path
+) -> None:
+    def strict(prompt: str, number: int) -> tuple[int, bytes]:
+        for name, (status, message) in refusals.items():
+            if name in server.requests[-1]:
+                return status, json.dumps({"error": {"message": message, "param": name}}).encode()
+        return 200, completion("85")
+
+    server = start(strict)
+    endpoint = Endpoint(server.url, "m", concurrency=1, cache=tmp_path / "c.jsonl")
+    assert endpoint.generate(["a", "b"]) == ["85", "85"]
+    assert endpoint.generate(["c"], max_new_tokens=5) == ["85"]
+    sent = [{key: value for key, value in r.items() if key not in ("messages", "model")} for r in server.requests]
+    assert sent == [
+        {"max_tokens": 16, "temperature": 0},
+        {"max_completion_tokens": 16, "temperature": 0},
+        *({"max_completion_tokens": tokens} for tokens in (16, 16, 5)),
+    ]
+
+
+def test_a_judge_without_temperature_is_warned_of_once(start: Start) -> None:
+    status, message = NEWER["temperature"]
+    body = json.dumps({"error": {"message": message}}).encode()
+    server = start(lambda *_: (status, body) if "temperature" in server.requests[-1] else (200, completion("85")))
+    endpoint = Endpoint(server.url, "m")
+    with pytest.warns(UserWarning, match="takes no temperature 0, so that its replies may differ") as warned:
+        assert endpoint.generate(["a", "b", "c"]) == ["85"] * 3
+    assert len(warned) == 1
+
+
+def test_a_parameter_that_is_refused_in_both_forms_ends_it(start: Start) -> None:
+    body = b'{"error": {"message": "max_completion_tokens: not supported"}}'
+    server = start(lambda *_: (400, body))
+    with pytest.raises(SteerError, match="max_completion_tokens: not supported"):
+        Endpoint(server.url, "m").generate(["a"])
+    assert len(server.asked) == 2
+    too_long = start(lambda *_: (400, b'{"error": {"message": "max_tokens is above the context of 8 tokens"}}'))
+    with pytest.raises(SteerError, match="above the context"):
+        Endpoint(too_long.url, "m").generate(["a"])
+    assert len(too_long.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (completion("", finish_reason="content_filter"), "held back by a content filter"),
+        (json.dumps({"choices": [{"message": {"content": None, "refusal": "No."}}]}).encode(), "the model refused"),
+        (completion(None), "no text in it"),
+    ],
+)
+def test_why_replies_are_empty_is_told(start: Start, body: bytes, reason: str) -> None:
+    server = start(lambda prompt, _: (200, body if prompt != "b" else completion("85")))
+    with pytest.warns(UserWarning, match=rf"m at .*: 2 of 3 replies are empty \({reason}: 2\)"):
+        assert Endpoint(server.url, "m").generate(["a", "b", "c"]) == ["", "85", ""]
+
+
+def test_replies_of_no_use_are_asked_for_again(start: Start, tmp_path: Path) -> None:
+    says = ["I cannot rate this."]
+    server = start(lambda *_: (200, completion(says[0])))
+    cache = tmp_path / "c.jsonl"
+    rubric, examples = Rubric("r", "Rate {question} {answer}"), [Example("q", "a")]
+    Endpoint(server.url, "m", cache=cache).generate([rubric.filled(examples[0])])  # kept, as it is a reply
+    judge = RubricJudge(Endpoint(server.url, "m", cache=cache), rubric)
+    assert judge.scores(examples) == [None]
+    says[0] = "85"
+    assert judge.scores(examples) == judge.scores(examples) == [85]
+    assert len(server.asked) == 3
+
+
+def test_limits_and_used_up_quotas_are_told_apart(start: Start) -> None:
+    limited = start(lambda *_: (429, b'{"error": {"message": "slow down"}}'))
+    with pytest.raises(SteerError, match="slow down.*tried 2 times.*lower the judge's concurrency, or wait"):
+        Endpoint(limited.url, "m", retries=1).generate(["a"])
+    spent = start(lambda *_: (429, b'{"error": {"message": "You exceeded it", "code": "insufficient_quota"}}'))
+    with pytest.raises(SteerError, match="You exceeded it.*the quota of the key in OPENAI_API_KEY is used up"):
+        Endpoint(spent.url, "m").generate(["a"])
+    assert len(spent.asked) == 1
+
+
+def test_an_address_without_its_end_is_told_the_end(start: Start) -> None:
+    server = start(lambda *_: (404, b"{}"))
+    with pytest.raises(SteerError, match=rf"the address may lack its end: try {server.url}$"):
+        Endpoint(server.url.removesuffix("/v1") + "/", "m").generate(["a"])
+    with pytest.raises(SteerError, match="leave out /chat/completions"):
+        Endpoint(server.url + "/chat/completions", "m")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_tls_is_named(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = tmp_path / "k.pem", tmp_path / "c.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    subprocess.run([*made, "-addext", "subjectAltName=DNS:localhost", "-keyout", key, "-out", certificate], check=True)
+    plain, secure = start(lambda *_: (200, completion("85"))), start(lambda *_: (200, completion("85")))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    secure.socket = context.wrap_socket(secure.socket, server_side=True)
+    address = f"https://localhost:{secure.server_port}/v1"
+    with pytest.raises(SteerError, match=r"certificate is not trusted \(.*self-signed.*set .* SSL_CERT_FILE"):
+        Endpoint(address, "m").generate(["a"])
+    with pytest.raises(SteerError, match=r"does not speak https at this address .*write http://"):
+        Endpoint(plain.url.replace("http:", "https:"), "m").generate(["a"])
+    with pytest.raises(SteerError, match=r"tried 1 times.*if the server speaks https, write https://"):
+        Endpoint(address.replace("https:", "http:"), "m", retries=0).generate(["a"])
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    assert Endpoint(address, "m").generate(["a"]) == ["85"]
 
 
 def test_half_a_character_can_be_kept(start: Start, tmp_path: Path) -> None:

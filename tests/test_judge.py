@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from weightsteer.behavior import SHIPPED, Behavior, Example
 from weightsteer.errors import SteerError
-from weightsteer.judges.endpoint import Endpoint
+from weightsteer.judges.endpoint import THINKING_ROOM, Endpoint
 from weightsteer.judges.judge import LikelihoodJudge, LocalChatModel, Rubric, RubricJudge, grade, rubric_of, verdict
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
@@ -96,6 +96,14 @@ def test_likelihood_judge_is_the_log_odds_of_the_two_prompts(lm: LM) -> None:
         ("85 (out of 100), since it agrees", 85),
         ("85. It agrees in 3 places.\n2 are weak", 85),
         ("85\nIt has 3 flaws", 85),
+        ("\\boxed{85}", 85),
+        ("$\\boxed{85}$", 85),
+        ('{"score": 85}', 85),
+        ('```json\n{"score": 85}\n```', 85),
+        ("<score>85</score>", 85),
+        ("[[85]]", 85),
+        ('{"score": 85, "of": 5}', None),
+        ("\\boxed{850}", None),
         ("8/10", None),
         ("9 out of 10", None),
         ("85/1000", None),
@@ -335,6 +343,18 @@ def test_a_local_model_reads_rubrics(lm: LM) -> None:
     assert RubricJudge(LocalChatModel(lm), rubric).scores(examples) == [
         verdict(r) for r in LocalChatModel(lm).generate(prompts)
     ]
+
+
+def test_a_local_model_that_thinks_gets_room_for_it(monkeypatch: pytest.MonkeyPatch, lm: LM) -> None:
+    asked: list[tuple[list[str], int]] = []
+
+    def thinking(self: LM, prompts: Sequence[str], *, max_new_tokens: int, progress: Progress) -> list[str]:
+        asked.append((list(prompts), max_new_tokens))
+        return ["<think>\nHm.\n</think>\n85" if max_new_tokens > 16 else "<think>\nHm" for _ in prompts]
+
+    monkeypatch.setattr(LM, "generate", thinking)
+    assert [verdict(reply) for reply in LocalChatModel(lm).generate(["a", "b"])] == [85, 85]
+    assert asked == [(["a", "b"], 16), (["a", "b"], 16 + THINKING_ROOM)]
 
 
 @pytest.mark.slow

@@ -98,8 +98,10 @@ def test_embedded_model_answers_and_k_zero_is_the_base(embedded: LM) -> None:
 
 @pytest.mark.slow
 @pytest.mark.embedded
-def test_gguf_file_loads_as_it_is(embedded: LM) -> None:
+def test_gguf_file_loads_as_it_is(embedded: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEIGHTSTEER_CACHE", str(tmp_path))
     lm = LM.load(str(packaged_gguf()), device="cpu", dtype="float32")
+    assert lm.revision == embedded.revision
     ids = torch.tensor([embedded.chat_ids("Hello")])
     with torch.no_grad():
         torch.testing.assert_close(lm.model(ids).logits, embedded.model(ids).logits)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -19,7 +20,15 @@ from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.scoring import score_choices
-from weightsteer.training import Preference, TrainSettings, encode, list_snapshots, preferences_of, train_preference
+from weightsteer.training import (
+    Preference,
+    TrainSettings,
+    encode,
+    list_snapshots,
+    preferences_of,
+    train_preference,
+    train_side,
+)
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 
 pytest.importorskip("trl")
@@ -117,8 +126,23 @@ def test_a_finished_tuning_is_kept_and_a_stopped_one_goes_on(
     stamp = (whole / ADAPTER).stat().st_mtime_ns
     train_preference(lm, preferences, whole, settings=settings)
     assert (whole / ADAPTER).stat().st_mtime_ns == stamp
-    train_preference(lm, preferences, whole, settings=settings, beta=0.5)
-    assert (whole / ADAPTER).stat().st_mtime_ns != stamp
+    with pytest.raises(SteerError, match=r"\(beta: 0.1 there, 0.5 asked\)"):
+        train_preference(lm, preferences, whole, settings=settings, beta=0.5)
+    with pytest.raises(SteerError, match="other examples; other preferences; method: None there, dpo asked; beta"):
+        sft = train_side(lm, [Example(p.prompt, p.chosen) for p in preferences], tmp_path / "sft", settings=settings)
+        train_preference(lm, preferences, sft, settings=settings)
+    assert (whole / ADAPTER).stat().st_mtime_ns == stamp
+
+
+def test_the_base_is_at_ln_2_and_what_stays_there_is_refused(
+    lm: LM, preferences: list[Preference], quick: TrainSettings, tmp_path: Path
+) -> None:
+    folder = train_preference(lm, preferences, tmp_path / "a", settings=quick)
+    measured = RunCard.load(folder).measured
+    assert measured["base_validation_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert measured["validation_loss"]["0.01"] < math.log(2)
+    with pytest.raises(SteerError, match="stayed at the base's, 0.6931, with learning rate 1e-30; nothing moved"):
+        train_preference(lm, preferences, tmp_path / "b", settings=replace(quick, learning_rates=(1e-30,)))
 
 
 def test_the_two_directions_are_mirrored(lm: LM, pairs: list[ContrastPair]) -> None:

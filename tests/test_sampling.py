@@ -172,6 +172,29 @@ def test_cut_answers_are_on_neither_side_and_counted(tmp_path: Path, monkeypatch
         sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "all", settings=settings)
 
 
+def test_unusable_verdicts_are_asked_for_again(tmp_path: Path) -> None:
+    class Mended:
+        """A judge that has no verdicts at first, and then one for each answer."""
+
+        name, mended, asked = "mended", False, 0
+
+        def scores(self, examples: list[Example], *, progress: Progress = silent) -> list[float | None]:
+            self.asked += len(examples)
+            return [70.0 if self.mended or not i else None for i in range(len(examples))]
+
+    judge, out = Mended(), tmp_path / "d"
+    before = sample_sides(tiny_lm(), BEHAVIOR, judge, out, settings=SETTINGS)
+    answers, lost = judge.asked, unusable_verdicts(out)
+    assert 0 < lost < answers
+    judge.mended = True
+    after = sample_sides(tiny_lm(), BEHAVIOR, judge, out, settings=SETTINGS)
+    assert judge.asked == answers + lost
+    assert sum(after) == sum(before) + lost == answers
+    assert unusable_verdicts(out) == 0
+    assert sample_sides(tiny_lm(), BEHAVIOR, judge, out, settings=SETTINGS) == after
+    assert judge.asked == answers + lost
+
+
 def test_a_served_judge_needs_its_models_name_and_a_rubric(tmp_path: Path) -> None:
     Behavior("bare", ("p",), ("n",), ("q",)).save(tmp_path / "bare.json")
     url = ("--judge-url", "http://127.0.0.1:9/v1")
@@ -196,8 +219,8 @@ def test_a_served_judge_filters_and_its_replies_are_kept(
     kept = [json.loads(line) for line in (out / "judge.jsonl").read_text().splitlines()]
     assert len(kept) == 4
     (out / "answers.jsonl").unlink()
-    write_jsonl(out / "judge.jsonl", [{**k, "reply": r} for k, r in zip(kept, ("90", "no", "10", "?"), strict=True)])
+    write_jsonl(out / "judge.jsonl", [{**k, "reply": r} for k, r in zip(kept, ("90", "60", "10", "5"), strict=True)])
     app([*command, url], standalone_mode=False)  # the server is down: the verdicts are those that were kept
-    assert unusable_verdicts(out) == 2
-    assert "2 verdicts were unusable" in capsys.readouterr().out
-    assert [len(load_examples(out / f"{side}.jsonl")) for side in ("positive", "negative")] == [1, 1]
+    assert unusable_verdicts(out) == 0
+    assert "0 verdicts were unusable" in capsys.readouterr().out
+    assert [len(load_examples(out / f"{side}.jsonl")) for side in ("positive", "negative")] == [2, 2]

@@ -1,24 +1,30 @@
 from __future__ import annotations
 
 import itertools
+import json
+import math
 import signal
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer
 
 import killable
-from conftest import tiny_lm
+from conftest import TEMPLATE, tiny_lm
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
-from weightsteer.run_card import RunCard
+from weightsteer.run_card import CARD_FILE, RunCard
+from weightsteer.runs.tiny_model import byte_tokenizer
 from weightsteer.training import IGNORED, TrainSettings, encode, list_snapshots, split_validation, train_side
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 
@@ -82,15 +88,166 @@ def test_training_lowers_the_validation_loss_and_keeps_the_best_rate(
     assert RunCard.load(folder).measured["learning_rate"] == 0.03
 
 
-def test_finished_training_is_kept_and_other_data_is_trained_anew(
+def test_finished_training_is_kept_and_never_replaced(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
 ) -> None:
     folder = train_side(lm, examples(pairs), tmp_path / "a", settings=quick)
-    stamp = (folder / WEIGHTS["lora"]).stat().st_mtime_ns
-    train_side(lm, examples(pairs), folder, settings=quick)
-    assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns == stamp
-    train_side(lm, examples(pairs)[:8], folder, settings=quick)
-    assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns != stamp
+    before = (folder / WEIGHTS["lora"]).stat().st_mtime_ns
+    train_side(replace(lm, name="the same by another name"), examples(pairs), folder, settings=quick)
+    other = replace(quick, rank=4, learning_rates=(1e-3, 1e-2), weight_decay=0.0)
+    changes = "learning_rates: 0.01 there, 0.001, 0.01 asked; rank: 2 there, 4 asked; weight_decay: 0.01 there, 0.0"
+    for model, data, settings, says in (
+        (lm, examples(pairs), other, changes),
+        (lm, examples(pairs)[:8], quick, r"\(other examples\); choose another output, or delete it"),
+        (replace(tiny_lm(1), name="tiny2"), examples(pairs), quick, "base: tiny tiny-0 there, tiny2 tiny-1 asked"),
+    ):
+        with pytest.raises(SteerError, match=says):
+            train_side(model, data, folder, settings=settings)
+    assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns == before
+    assert not (tmp_path / "a.work").exists()
+
+
+def with_dropout() -> LM:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 259, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.2}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, attn_pdrop=0.3, resid_pdrop=0.3, bos_token_id=1, eos_token_id=2))
+    return LM.wrap(model, byte_tokenizer(TEMPLATE), name="dropout", revision="dropout")
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_the_base_is_measured_first_which_changes_nothing_else(
+    kind: str, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of a model with dropout, which draws random numbers in training."""
+    lm, settings = with_dropout(), replace(quick, kind=kind)
+    measured = train_side(lm, examples(pairs), tmp_path / "measured", settings=settings)
+    _, held = split_validation(encode(lm, examples(pairs), 1024), settings)
+    with torch.no_grad():
+        losses = [lm.model(**{name: torch.tensor([ids]) for name, ids in row.items()}).loss for row in held]
+    card = RunCard.load(measured)
+    assert card.measured["base_validation_loss"] == pytest.approx(float(sum(losses) / len(losses)), rel=1e-5)
+    evaluate = Trainer._evaluate
+
+    def not_at_the_start(self: Trainer, *args: Any, skip_scheduler: bool = False) -> Any:
+        return None if skip_scheduler else evaluate(self, *args)
+
+    monkeypatch.setattr(Trainer, "_evaluate", not_at_the_start)
+    monkeypatch.setattr("weightsteer.training.job.Outcome.gains", True)
+    plain = train_side(lm, examples(pairs), tmp_path / "plain", settings=settings)
+    assert (plain / WEIGHTS[kind]).read_bytes() == (measured / WEIGHTS[kind]).read_bytes()
+    assert RunCard.load(plain).measured["validation_loss"] == card.measured["validation_loss"]
+
+
+def well_trained(lm: LM, pairs: list[ContrastPair], quick: TrainSettings, out: Path) -> LM:
+    """A model that knows the answers already, so that a large step can only make it worse."""
+    settings = replace(quick, kind="full", epochs=30, batch_size=2)
+    folder = train_side(lm, [*examples(pairs), *examples(pairs)], out, settings=settings)
+    return LM.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+@pytest.mark.parametrize(
+    ("rates", "says"),
+    [
+        (
+            (3.0, 10.0),
+            r"never fell below the base's, 0.\d+ \(at best .+, at the end .+, at \d+\).* 3, 10; use lower",
+        ),
+        ((1e-30, 1e-25), r"stayed at the base's, \d\.\d+, with learning rate 1e-30, 1e-25; nothing moved; raise"),
+        ((1e38, 3e38), "diverged: .* NaN at learning rate 1e.38, 3e.38; use lower"),
+    ],
+)
+def test_what_is_no_better_than_the_base_is_refused(
+    kind: str,
+    rates: tuple[float, ...],
+    says: str,
+    lm: LM,
+    pairs: list[ContrastPair],
+    quick: TrainSettings,
+    tmp_path: Path,
+) -> None:
+    if rates[0] == 3.0:
+        lm = well_trained(lm, pairs, quick, tmp_path / "merged")
+    before = {name: p.clone() for name, p in lm.model.state_dict().items()}
+    settings = replace(quick, kind=kind, learning_rates=rates, warmup_steps=0, weight_decay=0.0, epochs=3)
+    for _ in range(2):  # the second call finds what came of the first
+        with pytest.raises(SteerError, match=says):
+            train_side(lm, examples(pairs), tmp_path / "a", settings=settings)
+    assert not (tmp_path / "a").exists()
+    assert all(torch.equal(lm.model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_a_learning_rate_that_diverges_is_left_out(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    quick = replace(quick, evaluations=1)
+    alone = train_side(lm, examples(pairs), tmp_path / "alone", settings=quick)
+    both = replace(quick, learning_rates=(3e38, *quick.learning_rates))
+    with pytest.warns(UserWarning, match=r"learning rate 3e\+38: the loss became infinite or NaN; left out"):
+        found = train_side(lm, examples(pairs), tmp_path / "both", settings=both)
+    assert (found / WEIGHTS["lora"]).read_bytes() == (alone / WEIGHTS["lora"]).read_bytes()
+    measured = json.loads((found / CARD_FILE).read_text(), parse_constant=pytest.fail)["measured"]
+    assert measured["validation_loss"]["3e+38"] is None
+    assert measured["learning_rate"] == 1e-2
+
+
+def test_answers_that_are_cut_are_counted(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    whole = [len(row["input_ids"]) for row in encode(lm, examples(pairs), 1024)]
+    limit = max(whole) - 1  # the questions of two digits have the longest answers
+    cut = sum(length > limit for length in whole)
+    assert 0 < cut < 12
+    says = rf"{cut} of 12 examples are longer than {limit} tokens \(up to {max(whole)}\)"
+    with pytest.warns(UserWarning, match=says):
+        folder = train_side(lm, examples(pairs), tmp_path / "a", settings=replace(quick, max_length=limit))
+    assert RunCard.load(folder).measured["cut_examples"] == cut
+    longest = replace(quick, max_length=max(whole))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        folder = train_side(lm, examples(pairs), tmp_path / "b", settings=longest)
+    assert RunCard.load(folder).measured["cut_examples"] == 0
+
+
+def test_what_peft_cannot_adapt_is_named_and_left_alone(
+    pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8))
+    lm = LM.wrap(model, byte_tokenizer(TEMPLATE), name="mamba", revision="mamba")
+    modules = {name: (type(module), id(module), sorted(vars(module))) for name, module in model.named_modules()}
+    parameters = {name: p.clone() for name, p in model.state_dict().items()}
+    with pytest.raises(SteerError, match=r"MambaForCausalLM: PEFT cannot put LoRA on it .*out_proj.*incompatible"):
+        train_side(lm, examples(pairs), tmp_path / "a", settings=quick)
+    assert {name: (type(m), id(m), sorted(vars(m))) for name, m in model.named_modules()} == modules
+    assert model.state_dict().keys() == parameters.keys()
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in parameters.items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_rank_above_the_models_own_is_refused(lm: LM, pairs: list[ContrastPair], tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="rank: expected at most 32, the full rank .*, found 33"):
+        train_side(lm, examples(pairs), tmp_path / "a", settings=TrainSettings(rank=33))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_too_little_memory_is_named(
+    error: Exception,
+    lm: LM,
+    pairs: list[ContrastPair],
+    quick: TrainSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    with pytest.raises(SteerError, match="memory of cpu does not suffice at batch_size 4.*lower batch_size"):
+        train_side(lm, examples(pairs), tmp_path / "a", settings=quick)
+    assert all(p.requires_grad for p in lm.model.parameters())
+    assert not hasattr(lm.model, "peft_config")
 
 
 @pytest.mark.parametrize(("rate", "kill_at"), [(1e-2, 15), (2.0, 7)])  # the second stops early: it diverges
@@ -152,7 +309,7 @@ def test_snapshots_are_fine_tunes_and_change_nothing_else(
 def test_a_run_that_keeps_snapshots_goes_on_to_its_end(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
 ) -> None:
-    still = replace(quick, learning_rates=(1e-12,), epochs=8, evaluations=12, patience=1)  # never gets better
+    still = replace(quick, learning_rates=(0.3,), epochs=8, evaluations=12, patience=1)  # soon gets worse
     stopped = train_side(lm, examples(pairs), tmp_path / "a", settings=still)
     assert RunCard.load(stopped).measured["steps"] < 24
     kept = train_side(lm, examples(pairs), tmp_path / "b", settings=replace(still, snapshots=2))
@@ -225,10 +382,45 @@ def test_no_copy_of_what_is_held_out_is_trained_on(copies: int, seed: int) -> No
     [
         ({"kind": "lore"}, "expected one of lora"),
         ({"rank": 0}, "rank"),
-        ({"learning_rates": ()}, "at least one"),
-        ({"snapshots": -1}, "snapshots: expected 0 or more"),
+        ({"rank": True}, "rank: expected a whole number of at least 1, found True"),
+        ({"rank": 2.0}, "rank: expected a whole number"),
+        ({"alpha": "16"}, "alpha: expected a whole number of at least 1, found '16'"),
+        ({"learning_rates": ()}, "learning_rates: expected at least one"),
+        ({"learning_rates": "1e-4"}, "learning_rates: expected a list of numbers, found '1e-4'"),
+        ({"learning_rates": 1e-4}, "learning_rates: expected a list of numbers"),
+        ({"learning_rates": (1e-4, 0)}, "learning_rates: expected a finite number above 0, found 0"),
+        ({"learning_rates": (-1e-4,)}, "learning_rates: .* found -0.0001"),
+        ({"learning_rates": (math.nan,)}, "learning_rates: .* found nan"),
+        ({"learning_rates": (math.inf,)}, "learning_rates: .* found inf"),
+        ({"learning_rates": (10**400,)}, "learning_rates: .* found 1000"),
+        ({"learning_rates": (1e-4, True)}, "learning_rates: .* found True"),
+        ({"learning_rates": (1e-4, 1.00000001e-4)}, "different ones, found 0.0001 twice"),
+        ({"epochs": math.nan}, "epochs: expected a finite number above 0 and below 10000, found nan"),
+        ({"epochs": 1e9}, "epochs"),
+        ({"epochs": 0}, "epochs"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"max_steps": 1.5}, "max_steps"),
+        ({"batch_size": None}, "batch_size: .* found None"),
+        ({"accumulation": 0}, "accumulation"),
+        ({"weight_decay": -0.1}, "weight_decay: expected a finite number of at least 0"),
+        ({"weight_decay": math.inf}, "weight_decay"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"validation": 0.0}, "validation: expected a finite number above 0 and below 1"),
+        ({"validation": 1}, "validation"),
+        ({"evaluations": 0}, "evaluations"),
+        ({"patience": 0}, "patience"),
+        ({"snapshots": -1}, "snapshots: expected a whole number of at least 0"),
+        ({"bf16": "no"}, "bf16: expected true or false"),
+        ({"max_length": 1}, "max_length"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0 and at most 4294967295"),
+        ({"seed": 2**32}, "seed: .* found 4294967296"),
     ],
 )
 def test_wrong_settings(fields: dict[str, object], message: str) -> None:
     with pytest.raises(SteerError, match=message):
         TrainSettings(**fields)  # type: ignore[arg-type]
+
+
+def test_settings_at_their_bounds() -> None:
+    settings = TrainSettings(learning_rates=[1e-4, 1], epochs=1, weight_decay=0, seed=2**32 - 1)  # type: ignore[arg-type]
+    assert settings.learning_rates == (1e-4, 1)

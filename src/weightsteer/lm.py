@@ -76,10 +76,8 @@ class LM:
             SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
         name = str(name)
-        where, gguf = locate_model(name)
+        where = locate_model(name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        if gguf:
-            options["gguf_file"] = gguf
         placement = device or _default_device()
         try:
             with quiet_transformers():

@@ -77,7 +77,9 @@ def sample(
                 lm, described, chosen or LikelihoodJudge(lm, described), out, settings=settings, progress=progress
             )
         if chosen is not None:
-            print(f"{unusable_verdicts(out)} verdicts were unusable; their answers are on neither side")
+            lost = unusable_verdicts(out)
+            again = "; the same command asks for them again" if lost else ""
+            print(f"{lost} verdicts were unusable; their answers are on neither side{again}")
         if cut := cut_answers(out):
             limit = settings.max_new_tokens
             print(f"{cut} answers were cut off at {limit} tokens and are on neither side; --max-new-tokens raises that")

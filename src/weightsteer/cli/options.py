@@ -98,9 +98,9 @@ def special_tokens_of(model: str) -> set[str]:
     from ..errors import first_line
     from ..example_files.checks import special_tokens
 
-    where, gguf = locate_model(model)
+    where = locate_model(model)
     try:
-        return special_tokens(AutoTokenizer.from_pretrained(where, **({"gguf_file": gguf} if gguf else {})))
+        return special_tokens(AutoTokenizer.from_pretrained(where))
     except (OSError, ValueError, ImportError) as error:
         raise SteerError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
 

@@ -37,7 +37,7 @@ def sample_sides(
     over the questions.
 
     Every answer and its score is kept in `answers.jsonl`, whose finished parts are not made again
-    after a kill.
+    after a kill. Verdicts that were unusable are asked for again by the next call.
 
     Returns:
         How many examples D+ and D- have.
@@ -93,7 +93,12 @@ def cut_answers(out: str | Path) -> int:
 
 
 def _answer_rows(out: str | Path) -> list[dict[str, Any]]:
-    return [row for part in read_finished(Path(out) / ANSWERS_FILE) for row in part["answers"]]
+    return [row for part in _parts(Path(out) / ANSWERS_FILE) for row in part["answers"]]
+
+
+def _parts(path: Path) -> list[dict[str, Any]]:
+    """The finished parts of a file of answers; of one that was judged again, what it came to last."""
+    return list({row["part"]: row for row in read_finished(path)}.values())
 
 
 def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:
@@ -115,10 +120,11 @@ def _answers(
         for number, text in enumerate(prompts[side])
         for sample in range(settings.samples)
     ]
-    done = {row["part"] for row in read_finished(path)}
+    done = {row["part"]: row for row in _parts(path)}
     for index, (part, side, system_prompt) in enumerate(parts):
         progress(index, len(parts), f"{side} answers")
         if part in done:
+            _judge_again(judge, done[part], path)
             continue
         replies = lm.with_system_prompt(system_prompt).replies(
             questions,
@@ -129,7 +135,18 @@ def _answers(
         )
         append_jsonl(path, [{"part": part, "side": side, "answers": _judged(questions, replies, judge, settings)}])
     progress(len(parts), len(parts), "done")
-    return read_finished(path)
+    return _parts(path)
+
+
+def _judge_again(judge: Judge, part: dict[str, Any], path: Path) -> None:
+    """Ask once more for the verdicts of a finished part that were unusable; new ones are appended."""
+    lacking = [row for row in part["answers"] if row["score"] is None and not row.get("dropped")]
+    examples = [Example(row["prompt"], row["answer"]) for row in lacking]
+    scores = judge.scores(examples) if examples else []
+    if any(score is not None for score in scores):
+        for row, score in zip(lacking, scores, strict=True):
+            row["score"] = score
+        append_jsonl(path, [part])
 
 
 def _judged(

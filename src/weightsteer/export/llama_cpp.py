@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
-from ..checkpoints.locate import locate_model
+from ..checkpoints.locate import locate_config
 from ..errors import SteerError, first_line
 from ..files import write_bytes
 from ..progress import quiet_transformers
@@ -80,10 +80,10 @@ def model_type_of(name: str, *, revision: str | None = None) -> str:
     """
     from transformers import AutoConfig
 
-    where, gguf = locate_model(name)
+    where = locate_config(name)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(where, revision=revision, **({"gguf_file": gguf} if gguf else {}))
+            config = AutoConfig.from_pretrained(**where, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise SteerError(
             f"{name}: its config cannot be read ({first_line(error)}); name the model with --model"

@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import os
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
+from .request_errors import (
+    NEWER_TOKENS,
+    TEMPERATURE,
+    TOKENS,
+    OtherParametersError,
+    PassingError,
+    meaning_of,
+    pause_before,
+    shorten,
+)
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 NO_KEY = "none"  # local servers ask for no key, but the client insists on sending one
-REASON_LENGTH = 200  # characters of a server's own error message that ours repeats
-RETRIED = (408, 409, 429)  # and 5xx: the statuses after which a request is tried again
 LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
-ADVICE = {  # HTTP status -> what to do; of other refusals the server's own message says enough
-    401: "put a valid key into the environment variable {key_env}",
-    403: "the key in the environment variable {key_env} may not use this model",
-    404: "check the model's name and the address, which ends in /v1 for most servers",
-}
+THINKING_ROOM = 4096  # tokens beside the reply's own, for a model that thinks before it replies
+LONGER = 5  # times the timeout that such a model gets
+THINKS = "<think>"  # how a reply begins whose thinking the server leaves in it
+THOUGHT = "</think>"  # ends what a model that reasons says to itself
 
-
-Arrived = Callable[[str, str], None]  # called with a prompt's key and its reply
+Arrived = Callable[[str, "Reply"], None]  # called with a prompt's key and its reply
 Again = Callable[[int, str], None]  # called with the number of the attempt to come, and why
 
 
@@ -47,17 +55,20 @@ class ChatModel(Protocol):
         ...
 
 
-class _PassingError(Exception):
-    """A failure that may be gone at the next attempt, and the seconds that the server asks to wait until then."""
+class Reply(NamedTuple):
+    """A model's text, and why it is empty if it is."""
 
-    def __init__(self, reason: str, pause: float | None = None) -> None:
-        super().__init__(reason)
-        self.pause = pause
+    text: str
+    why_empty: str = ""
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """A model behind an OpenAI-compatible chat endpoint, asked at temperature 0, several prompts at once.
+
+    A server that refuses `max_tokens` is asked with `max_completion_tokens`, and one that refuses temperature 0 at
+    its own, of which a warning tells. A model that thinks first gets room for it, and more time. What a server
+    wants is remembered for later requests.
 
     Lost connections, timeouts, 408, 409, 429, 5xx and replies that end in an error are tried again with
     growing pauses. A reply goes into `cache` as it arrives, and a prompt whose reply is there is not sent:
@@ -71,6 +82,8 @@ class Endpoint:
     retries: int = 5
     timeout: float = 60.0  # seconds for one request, from its start to the last byte of its reply
     cache: Path | None = None  # JSONL; it may serve several models and lengths
+    _learned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)  # what the server wants
+    _usable: Callable[[str], bool] = field(default=bool, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not _is_address(self.url):
@@ -78,6 +91,8 @@ class Endpoint:
                 f"judge's url {self.url.rpartition('@')[2]!r}: expected a server's address such as "
                 "http://localhost:8000/v1, without user name or password"
             )
+        if urlsplit(self.url).path.rstrip("/").endswith("/chat/completions"):
+            raise SteerError(f"judge's url {self.url}: leave out /chat/completions, which is added to the address")
         if self.concurrency < 1 or self.retries < 0 or self.timeout <= 0:
             raise SteerError(
                 "endpoint: expected concurrency of at least 1, retries of at least 0 and a timeout above 0 s, "
@@ -91,6 +106,12 @@ class Endpoint:
         """See `ChatModel.name`."""
         return f"{self.model} at {self.url}"
 
+    def keeping(self, usable: Callable[[str], bool]) -> Endpoint:
+        """The same endpoint that keeps only replies of use in its cache, so that others are asked for again."""
+        other = copy.copy(self)  # it shares what was learned of the server
+        object.__setattr__(other, "_usable", usable)
+        return other
+
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
         """See `ChatModel.generate`; an empty reply is "", and is not kept. A prompt that comes twice is asked once.
 
@@ -99,15 +120,17 @@ class Endpoint:
         """
         keys = [digest([self.model, self.url, prompt, max_new_tokens]) for prompt in prompts]
         known, wanted = self._cached(), dict(zip(keys, prompts, strict=True))
+        empty: Counter[str] = Counter()
         missing = {key: prompt for key, prompt in wanted.items() if key not in known}
         done = len(wanted) - len(missing)
         progress(done, len(wanted), "replies")
 
-        def arrived(key: str, reply: str) -> None:
+        def arrived(key: str, reply: Reply) -> None:
             nonlocal done
-            if self.cache is not None and reply:  # what a filter held back may come another time
-                append_jsonl(self.cache, [{"key": key, "reply": reply}])
-            known[key] = reply
+            if self.cache is not None and self._usable(reply.text):  # what a filter held back may come another time
+                append_jsonl(self.cache, [{"key": key, "reply": reply.text}])
+            known[key] = reply.text
+            empty.update([reply.why_empty] if reply.why_empty else [])
             done += 1
             progress(done, len(wanted), "replies")
 
@@ -116,13 +139,16 @@ class Endpoint:
 
         if missing:
             self._fetch(missing, max_new_tokens, arrived, again)
+        if empty:
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in empty.most_common())
+            warnings.warn(f"{self.name}: {empty.total()} of {len(wanted)} replies are empty ({reasons})", stacklevel=2)
         return [known[key] for key in keys]
 
     def _cached(self) -> dict[str, str]:
         rows = read_finished(self.cache) if self.cache is not None else []
         if not all(isinstance(row.get("key"), str) and isinstance(row.get("reply"), str) for row in rows):
             raise SteerError(f"{self.cache}: expected lines with texts 'key' and 'reply'; name another file as cache")
-        return {row["key"]: row["reply"] for row in rows}
+        return {row["key"]: row["reply"] for row in rows if self._usable(row["reply"])}
 
     def _fetch(self, prompts: Mapping[str, str], max_new_tokens: int, arrived: Arrived, again: Again) -> None:
         """Ask for all prompts. The event loop has a thread of its own, since a notebook's thread runs one already.
@@ -155,70 +181,84 @@ class Endpoint:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _reply(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int, again: Again) -> str:
+    async def _reply(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int, again: Again) -> Reply:
         """One reply, tried again after what may pass."""
         for attempt in range(self.retries + 1):
             try:
                 return await self._once(client, prompt, max_new_tokens)
-            except _PassingError as error:
-                reason, asked_for = str(error), error.pause
+            except PassingError as error:
+                failure = error
             if attempt < self.retries:
-                again(attempt + 1, reason)
-                await asyncio.sleep(min(pause_before(attempt) if asked_for is None else asked_for, LONGEST_PAUSE))
-        raise self._gave_up(reason)
+                again(attempt + 1, str(failure))
+                pause = pause_before(attempt) if failure.pause is None else failure.pause
+                await asyncio.sleep(min(pause, LONGEST_PAUSE))
+        raise self._gave_up(failure)
 
-    async def _once(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int) -> str:
+    async def _once(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int) -> Reply:
+        """One reply, in the way that the server turns out to want."""
+        while True:
+            learned = frozenset(self._learned)
+            try:
+                return self._read(await self._send(client, prompt, max_new_tokens, learned), max_new_tokens, learned)
+            except OtherParametersError as error:
+                if error.parameter in learned:  # it is refused in its other form too
+                    raise self._refusal(error) from None
+                self._learn(error.parameter)
+
+    def _learn(self, parameter: str) -> None:
+        if parameter == TEMPERATURE and parameter not in self._learned:
+            warnings.warn(
+                f"{self.name}: takes no temperature 0, so that its replies may differ each time", stacklevel=2
+            )
+        self._learned.add(parameter)
+
+    def _refusal(self, error: OtherParametersError) -> SteerError:
+        return SteerError(f"{self.url}, model {self.model}: {shorten(error.__cause__ or error)}")
+
+    async def _send(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int, learned: Collection[str]) -> object:
+        """One request; what went wrong is raised as what it means."""
         from openai import OpenAIError
 
+        room = max_new_tokens + (THINKING_ROOM if THINKS in learned else 0)
+        options: dict[str, Any] = {NEWER_TOKENS if TOKENS in learned else TOKENS: room}
+        if TEMPERATURE not in learned:
+            options[TEMPERATURE] = 0.0
+        messages: list[Any] = [{"role": "user", "content": prompt}]
         try:
-            async with asyncio.timeout(self.timeout):
-                completion = await client.chat.completions.create(
-                    model=self.model,
-                    messages=[{"role": "user", "content": prompt}],
-                    temperature=0.0,
-                    max_tokens=max_new_tokens,
-                )
+            async with asyncio.timeout(self.timeout * (LONGER if THINKS in learned else 1)):
+                return await client.chat.completions.create(model=self.model, messages=messages, **options)
         except TimeoutError:
-            raise _PassingError("the request timed out") from None
+            raise PassingError("the request timed out") from None
         except OpenAIError as error:
-            raise self._failure(error) from None
+            raise meaning_of(error, self.url, self.model, self.key_env) from error
         except ValueError as error:  # the body is not the JSON that its header says it is
-            raise self._foreign(_shorten(error)) from None
-        return self._text(completion, max_new_tokens)
+            raise self._foreign(shorten(error)) from None
 
-    def _text(self, completion: object, max_new_tokens: int) -> str:
-        """The text of a chat completion, "" if it has none."""
+    def _read(self, completion: object, max_new_tokens: int, learned: Collection[str]) -> Reply:
+        """The text of a chat completion, or why it has none."""
         choices, error = getattr(completion, "choices", None), getattr(completion, "error", None)
         first = choices[0] if isinstance(choices, list) and choices else None
-        reason = getattr(first, "finish_reason", None)
+        reason, message = getattr(first, "finish_reason", None), getattr(first, "message", None)
         if reason == "error" or (error and first is None):
-            raise _PassingError(
-                f"the reply is an error: {_shorten(getattr(first, 'error', None) or error or 'unnamed')}"
-            )
+            raise PassingError(f"the reply is an error: {shorten(getattr(first, 'error', None) or error or 'unnamed')}")
         if not isinstance(choices, list):
             raise self._foreign("no chat completion in its answer")
-        text = _join(getattr(getattr(first, "message", None), "content", None))
-        if not text and reason == "length":
+        text = _join(getattr(message, "content", None))
+        if reason == "length" and (not text or (text.startswith(THINKS) and THOUGHT not in text)):
+            if THINKS not in learned:
+                raise OtherParametersError(THINKS)
             raise SteerError(
-                f"{self.url}, model {self.model}: its {max_new_tokens} tokens were spent before a reply began; a judge "
-                "that thinks first needs more of them: turn its thinking off, or choose a model that answers at once"
+                f"{self.url}, model {self.model}: {max_new_tokens + THINKING_ROOM} tokens were spent before a reply "
+                "began; turn the judge's thinking off, or choose a model that answers at once"
             )
-        return text
+        return Reply(text, "" if text else _why_empty(message, reason))
 
-    def _failure(self, error: Exception) -> SteerError | _PassingError:
-        """What a failed request means: one that may pass, or what a user is told."""
-        status = getattr(error, "status_code", None)
-        if status is None or status >= 500 or status in RETRIED:
-            cause = f" ({_shorten(error.__cause__)})" if status is None and str(error.__cause__ or "") else ""
-            return _PassingError(f"{_shorten(error)}{cause}", pause_asked_for(error))
-        advice = f"; {ADVICE[status].format(key_env=self.key_env)}" if status in ADVICE else ""
-        return SteerError(f"{self.url}, model {self.model}: {_shorten(error)}{advice}")
-
-    def _gave_up(self, reason: str) -> SteerError:
+    def _gave_up(self, failure: PassingError) -> SteerError:
         kept = f" Replies so far are kept in {self.cache}; the same command goes on from them." if self.cache else ""
+        question = f"is the server running, and quick enough for {self.concurrency} requests at once?"
         return SteerError(
-            f"{self.url}, model {self.model}: {reason}, tried {self.retries + 1} times at up to {self.timeout:g} s; "
-            f"is the server running, and quick enough for {self.concurrency} requests at once?{kept}"
+            f"{self.url}, model {self.model}: {failure}, tried {self.retries + 1} times at up to {self.timeout:g} s; "
+            f"{failure.advice or question}{kept}"
         )
 
     def _foreign(self, found: str) -> SteerError:
@@ -236,25 +276,13 @@ def _is_address(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.username is None
 
 
-def pause_before(attempt: int) -> float:
-    """Seconds to wait after the attempt of this number, from 0; not the same for all requests under way."""
-    return min(0.5 * 2.0**attempt, 8.0) * random.uniform(0.75, 1.0)
-
-
-def pause_asked_for(error: Exception) -> float | None:
-    """The seconds that a server asks to be left alone for."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    for name, unit in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        try:
-            return max(0.0, float(headers[name]) * unit)
-        except (KeyError, ValueError):  # it is not there, or is a date
-            continue
-    return None
-
-
-def _shorten(error: object) -> str:
-    """An error's message on one line, without a full stop."""
-    return " ".join(str(error).split())[:REASON_LENGTH].rstrip(".")
+def _why_empty(message: object, reason: object) -> str:
+    """Why a reply holds no text."""
+    if getattr(message, "refusal", None):
+        return "the model refused"
+    if getattr(message, "tool_calls", None):
+        return "it called a tool"
+    return {"content_filter": "held back by a content filter"}.get(str(reason), "no text in it")
 
 
 def _join(content: object) -> str:

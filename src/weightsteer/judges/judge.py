@@ -16,13 +16,14 @@ from ..lm import LM
 from ..progress import Progress, silent
 from ..scoring import score_choices
 from .delimiter_guard import DelimiterGuard, is_delimiter
-from .endpoint import ChatModel
+from .endpoint import THINKING_ROOM, THINKS, THOUGHT, ChatModel, Endpoint
 
 FIELD = re.compile(r"\{(question|answer|reference)\}")
 OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
 NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 VERDICT = re.compile(
-    rf"""[\s*_`"'#>\[(]*                                                   # markdown and quotes around it
+    rf"""(?:```\w*\s)?[\s*_`"'#>\[({{$]*                                   # markdown, JSON and quotes around it
+        (?:\\boxed\{{|<(?:score|rating|grade|verdict|answer)>\s*)?["']?
         (?:(?:the\s+|my\s+)?(?:(?:final|overall)\s+)?(?:score|rating|grade|verdict|answer|number)
            [\s*_`"']*(?:[:=]|\bis\b)[\s*_`"'\[(:]*
           |i(?:\s+would|['\u2019]d)?\s+(?:rate|score|give)\s+(?:(?:it|(?:this|that|the)(?:\s+\w+)?)\s+)?(?:(?:as|at|an?)\s+)?)?
@@ -31,7 +32,6 @@ VERDICT = re.compile(
 )
 SCALE_END = re.compile(rf"""[\s*_`"'\])(]*(?:/|(?:out\s+)?of\b)\s*({NUMBER})(?![.,]?[0-9])""", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?]\s(?!\s*[0-9])|\n(?!\s*[0-9])")
-THOUGHT = "</think>"  # ends what a model that reasons says to itself
 
 
 class Judge(Protocol):
@@ -82,7 +82,7 @@ class LikelihoodJudge:
 
 @dataclass(frozen=True)
 class LocalChatModel:
-    """A model in memory as a `ChatModel`: greedy replies."""
+    """A model in memory as a `ChatModel`: greedy replies. One that thinks first gets room for it."""
 
     lm: LM
 
@@ -93,7 +93,14 @@ class LocalChatModel:
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
         """See `ChatModel.generate`."""
-        return self.lm.generate(prompts, max_new_tokens=max_new_tokens, progress=progress)
+        replies = self.lm.generate(prompts, max_new_tokens=max_new_tokens, progress=progress)
+        thinking = [i for i, text in enumerate(replies) if text.startswith(THINKS) and THOUGHT not in text]
+        if thinking:
+            room = max_new_tokens + THINKING_ROOM
+            longer = self.lm.generate([prompts[i] for i in thinking], max_new_tokens=room, progress=progress)
+            for index, text in zip(thinking, longer, strict=True):
+                replies[index] = text
+        return replies
 
 
 @dataclass(frozen=True)
@@ -186,8 +193,13 @@ def grade(
     """
     paired: Sequence[str | None] = references if references is not None else [None] * len(examples)
     prompts = [rubric.filled(example, reference) for example, reference in zip(examples, paired, strict=True)]
-    replies = chat_model.generate(prompts, progress=progress)
-    return [verdict(reply, low=rubric.low, high=rubric.high) for reply in replies]
+
+    def score(reply: str) -> float | None:
+        return verdict(reply, low=rubric.low, high=rubric.high)
+
+    if isinstance(chat_model, Endpoint):  # a later run asks again for what is no verdict
+        chat_model = chat_model.keeping(lambda reply: score(reply) is not None)
+    return [score(reply) for reply in chat_model.generate(prompts, progress=progress)]
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,8 @@ class Recipe(Strict):
         if unknown := sorted(given.keys() - TrainSettings.__dataclass_fields__.keys()):
             known = ", ".join(TrainSettings.__dataclass_fields__)
             raise SteerError(f"recipe {self.name}: field 'train': unknown {unknown[0]!r}; expected some of {known}")
+        if odd := sorted(name for name, value in given.items() if isinstance(value, bool) and name != "bf16"):
+            raise SteerError(f"recipe {self.name}: field 'train': {odd[0]}: expected no true or false")
         try:
             return TypeAdapter(TrainSettings).validate_python(given)  # YAML reads 1e-2 as text
         except ValidationError as error:

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ..checkpoints.locate import locate_model
+from ..checkpoints.locate import locate_config
 from ..errors import SteerError
 from ..lm import PLAIN_TEMPLATE
 from ..progress import quiet_transformers
@@ -64,10 +64,9 @@ def _architecture(recipe: Recipe) -> str:
     """The model's type, as transformers names it."""
     if recipe.architecture:
         return recipe.architecture
-    folder, gguf = locate_model(recipe.model)
+    where = locate_config(recipe.model)
     try:
-        options = {"gguf_file": gguf} if gguf else {}
-        config = AutoConfig.from_pretrained(folder, **options)
+        config = AutoConfig.from_pretrained(**where)
     except (OSError, ValueError) as error:
         raise SteerError(
             f"{recipe.model}: its config cannot be read ({error}); name its 'architecture' in the recipe, such as qwen2"

@@ -5,7 +5,7 @@ only, the search over learning rates, and taking up a killed run where it stoppe
 """
 
 from .both_sides import train_vector
-from .output import is_made_from, list_snapshots
+from .output import list_snapshots
 from .preference import Preference, preferences_of, train_preference
 from .settings import KINDS, TrainSettings
 from .sft import encode, split_validation, train_side
@@ -17,7 +17,6 @@ __all__ = [
     "Preference",
     "TrainSettings",
     "encode",
-    "is_made_from",
     "list_snapshots",
     "preferences_of",
     "split_validation",

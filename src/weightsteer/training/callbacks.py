@@ -28,7 +28,7 @@ SNAPSHOTS = "snapshots"  # folder of a fine-tune's snapshots, in the job's and i
 def callbacks_of(job: Job, save: Callable[[Path], None], progress: Progress) -> list[TrainerCallback]:
     """The callbacks of one job; `save` writes what is trained, as it stands, into a folder."""
     stopping = [] if job.settings.snapshots else [EarlyStoppingCallback(job.settings.patience)]
-    return [*stopping, StepClock(), _KeepSnapshots(job, save), _ReportProgress(progress)]
+    return [*stopping, StepClock(), _KeepRandomState(), _KeepSnapshots(job, save), _ReportProgress(progress)]
 
 
 class StepClock(TrainerCallback, ExportableState):
@@ -52,6 +52,25 @@ class StepClock(TrainerCallback, ExportableState):
         if args.device.type != "cpu":
             torch.accelerator.synchronize()  # free: the Trainer reads the loss right after
         self.seconds += time.perf_counter() - self.started
+
+
+class _KeepRandomState(TrainerCallback):
+    """Leaves the random numbers of training as if the base's loss had not been measured at step 0.
+
+    A data loader draws one number each time it is begun, and a model with dropout would train on other ones.
+    """
+
+    def __init__(self) -> None:
+        self.state = torch.get_rng_state()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.state = torch.get_rng_state()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            torch.set_rng_state(self.state)
 
 
 class _KeepSnapshots(TrainerCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from ..lm import LM
 from ..run_card import RunCard
 from .settings import TrainSettings
 
+LEAST_GAIN = 1e-6  # of the base's loss; a smaller gain is float32's rounding
 Encoded = dict[str, list[int]]  # the token ids and masks of one example, by the name that the trainer's collator reads
 
 
@@ -49,12 +51,33 @@ class Job:
 class Outcome:
     """What one training run reached and what it cost.
 
-    `loss` is the lowest validation loss; `tokens` counts what the steps were trained on, prompts
+    `base_loss` is the validation loss at step 0, which is the base's own, and `loss` the lowest one after it,
+    infinite where none was finite; `last_loss` is that of the last point, infinite for NaN. All are in nats per
+    token of the answers, or DPO's loss. `tokens` counts what the steps were trained on, prompts
     included and padding not; `seconds` is the time in those steps, validation and saving not.
     """
 
+    base_loss: float
     loss: float
+    last_loss: float
     steps: int
     tokens: int
     seconds: float
     parameters: int  # trained
+
+    @property
+    def gains(self) -> bool:
+        """Whether the training brought the validation loss below the base's, by more than rounding."""
+        return self.base_loss - self.loss > LEAST_GAIN * abs(self.base_loss)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the training changed what the model computes at all."""
+        return not all(
+            abs(loss - self.base_loss) <= LEAST_GAIN * self.base_loss for loss in (self.loss, self.last_loss)
+        )
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss became infinite or NaN, and was never better than the base's."""
+        return not (self.gains or math.isfinite(self.last_loss))

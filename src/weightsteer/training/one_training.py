@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
@@ -23,34 +25,62 @@ MakeTrainer = Callable[[Job, nn.Module, list[TrainerCallback]], Trainer]
 
 
 def run_job(job: Job, make: MakeTrainer, progress: Progress) -> Outcome:
-    """The outcome of a job, training it unless an earlier call finished it; the best point lies in `best`."""
+    """The outcome of a job, training it unless an earlier call finished it; the best point lies in `best`.
+
+    Raises:
+        SteerError: PEFT cannot adapt the model, or the memory does not suffice.
+    """
     result = job.folder / "result.json"
     if result.exists():
         return Outcome(**read_json(result))
     set_seed(job.settings.seed)  # before the adapter is made, so that a rerun draws the same adapter
     config = job.lm.model.config
     use_cache = config.use_cache
-    with trainable(job.lm, job.settings) as (model, save):
+    with _naming_what_takes_memory(job), trainable(job.lm, job.settings) as (model, save):
         trainer = make(job, model, callbacks_of(job, save, progress))
         config.use_cache = use_cache  # the Trainer turns it off in the config; our passes do without it themselves
-        trainer.train(resume_from_checkpoint=_last_whole_checkpoint(job.folder))
-        outcome = _outcome(job, trainer, model)
-        save(job.folder / "best")
+        checkpoint = _last_whole_checkpoint(job.folder)
+        trainer.args.eval_on_start = checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        outcome = _outcome(trainer, model)
+        if outcome.gains:
+            save(job.folder / "best")
         write_text(result, json.dumps(asdict(outcome)))
-    for checkpoint in job.folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    for folder in job.folder.glob("checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
     return outcome
 
 
-def _outcome(job: Job, trainer: Trainer, model: nn.Module) -> Outcome:
-    state, loss = trainer.state, trainer.state.best_metric
-    if loss is None or not math.isfinite(loss):
-        raise SteerError(
-            f"training at learning rate {job.learning_rate:g} diverged (validation loss {loss}); use a lower one"
-        )
+def _outcome(trainer: Trainer, model: nn.Module) -> Outcome:
+    state = trainer.state
+    # A checkpoint keeps the history, so that a run that goes on knows the base's loss.
+    losses = [_or_infinite(entry["eval_loss"]) for entry in state.log_history if "eval_loss" in entry]
     clock = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, StepClock))
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Outcome(float(loss), state.global_step, int(state.num_input_tokens_seen), clock.seconds, parameters)
+    tokens = int(state.num_input_tokens_seen)
+    best = _or_infinite(state.best_metric)
+    return Outcome(losses[0], best, losses[-1], state.global_step, tokens, clock.seconds, parameters)
+
+
+def _or_infinite(loss: float | None) -> float:
+    return float(loss) if loss is not None and math.isfinite(loss) else math.inf
+
+
+@contextmanager
+def _naming_what_takes_memory(job: Job) -> Iterator[None]:
+    """Raise a `SteerError` with what to lower where the memory does not suffice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        settings = job.settings
+        longest = max(len(ids) for row in job.train for ids in row.values())
+        raise SteerError(
+            f"training: the memory of {job.lm.device} does not suffice at batch_size {settings.batch_size}, with "
+            f"examples of up to {longest} tokens and kind {settings.kind}; lower batch_size (and raise accumulation "
+            f"by as much) or max_length{', or use kind lora' if settings.kind == 'full' else ''}"
+        ) from None
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:

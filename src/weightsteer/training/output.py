@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -44,31 +45,61 @@ def refuse_placement(lm: LM) -> None:
         )
 
 
-def is_made_from(folder: Path, card: RunCard) -> bool:
-    """True if `folder` is a finished artifact of the same kind, base, data and settings as `card`."""
-    if not (folder / CARD_FILE).exists():
-        return False
-    return _identity(RunCard.load(folder)) == _identity(card)
+def differences(found: RunCard, asked: RunCard) -> list[str]:
+    """What two artifacts are made from that is not the same, each as `rank: 4 there, 8 asked`."""
+    ours, theirs = _inputs(found), _inputs(asked)
+    if _same_base(found, asked):
+        theirs["base"] = ours["base"]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return [_said(name, ours.get(name), theirs.get(name)) for name in names]
+
+
+def _same_base(found: RunCard, asked: RunCard) -> bool:
+    """A base is its content, and its name a hint."""
+    if found.base_revision and asked.base_revision:
+        return found.base_revision == asked.base_revision
+    return found.base_model == asked.base_model
+
+
+def _inputs(card: RunCard) -> dict[str, Any]:
+    """What an artifact is made from, by name, as JSON would give it back."""
+    base = f"{card.base_model} {card.base_revision[:12]}".strip()
+    made = {"kind of artifact": card.kind, "base": base, **card.data_sha256}
+    inputs: dict[str, Any] = json.loads(json.dumps({**made, **card.settings, "seed": card.seed}))
+    return inputs
+
+
+def _said(name: str, found: object, asked: object) -> str:
+    if name in ("examples", "preferences"):
+        return f"other {name}"
+    if isinstance(found, list) and isinstance(asked, list):
+        found, asked = (", ".join(map(str, values)) for values in (found, asked))
+    return f"{name}: {str(found)[:60]} there, {str(asked)[:60]} asked"
 
 
 def _identity(card: RunCard) -> str:
-    return digest(
-        [card.kind, card.base_model, card.base_revision, dict(card.data_sha256), dict(card.settings), card.seed]
-    )
+    """A hash of what a fine-tune is made from."""
+    base = card.base_revision or card.base_model
+    return digest([card.kind, base, dict(card.data_sha256), dict(card.settings), card.seed])
 
 
 def work_folder(out: Path, card: RunCard) -> Path | None:
     """Where the work on a fine-tune goes on, beside it; None if `out` is made from the same inputs already.
 
     Raises:
-        SteerError: `out` holds something else than a fine-tune.
+        SteerError: `out` holds something else, or a fine-tune of other inputs; the message names them.
     """
     work = out.with_name(f"{out.name}.work")
-    if is_made_from(out, card):
-        shutil.rmtree(work, ignore_errors=True)
-        return None
-    refuse_foreign(out, "finetune")
-    return work
+    refuse_foreign(out, card.kind)
+    if not (out / CARD_FILE).exists():
+        return work
+    if differing := differences(RunCard.load(out), card):
+        raise SteerError(
+            f"{out}: holds a finished {card.kind} made otherwise ({'; '.join(differing)}); choose another output, or "
+            "delete it"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return None
 
 
 def claim(work: Path, card: RunCard) -> None:
@@ -99,16 +130,21 @@ def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcom
         shutil.copytree(made / "best", part, dirs_exist_ok=True)
         if (made / SNAPSHOTS).exists():
             shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS)
-        replace(card, measured=_summarise(outcomes, best)).save(part)
+        replace(card, measured={**card.measured, **_summarise(outcomes, best)}).save(part)
     shutil.rmtree(work)
     return out
 
 
 def _summarise(outcomes: Mapping[float, Outcome], best: float) -> dict[str, Any]:
-    """Losses by learning rate, and the costs: of the run that is kept, and of all that were tried for it."""
+    """Losses by learning rate, and the costs: of the run that is kept, and of all that were tried for it.
+
+    A learning rate without a finite loss has none.
+    """
     kept = outcomes[best]
+    losses = {f"{rate:g}": outcome.loss if math.isfinite(outcome.loss) else None for rate, outcome in outcomes.items()}
     return {
-        "validation_loss": {f"{rate:g}": outcome.loss for rate, outcome in outcomes.items()},
+        "base_validation_loss": kept.base_loss,
+        "validation_loss": losses,
         "learning_rate": best,
         "steps": kept.steps,
         "tokens": kept.tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from ..run_folder import Side
 from .job import Encoded
 from .lr_search import search
 from .output import claim, finetune_card, finish, refuse_placement, work_folder
-from .settings import TrainSettings
-from .sft import encode, jobs_of
+from .settings import RATE, TrainSettings
+from .sft import count_cut, encode, jobs_of
+from .trainables import refuse_rank
 from .trainer import IGNORED
 
 
@@ -67,14 +68,14 @@ def train_preference(
         progress: called with steps done, steps in all, and the loss.
 
     Raises:
-        SteerError: TRL is not installed, another kind than lora, too few preferences, or `out` holds
-            something else.
+        SteerError: TRL is not installed, another kind than lora, too few preferences, or what `train_side` refuses.
+            The loss of the base is ln 2 here.
     """
     settings, out = settings or TrainSettings(), Path(out)
     if settings.kind != "lora":
         raise SteerError(f"kind: preference tuning trains lora, found {settings.kind!r}")
-    if not beta > 0:
-        raise SteerError(f"beta: expected a number above 0, found {beta}")
+    if expected := RATE.refusal(beta):
+        raise SteerError(f"beta: expected {expected}, found {beta!r}")
     refuse_placement(lm)
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
     card = finetune_card(lm, data, {**asdict(settings), "method": "dpo", "beta": beta})
@@ -85,11 +86,19 @@ def train_preference(
         from .dpo import make_dpo_trainer, undo_trl_changes
     except ImportError as error:
         raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
+    refuse_rank(lm.model, settings)
+    card = replace(card, measured={"cut_examples": _count_cut(lm, preferences, settings.max_length)})
     jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
     claim(work, card)
     with undo_trl_changes(lm.model):
         outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
     return finish(out, work, card, outcomes)
+
+
+def _count_cut(lm: LM, preferences: Sequence[Preference], max_length: int) -> int:
+    """How many answers are cut, of both sides."""
+    answers = [Example(p.prompt, text) for p in preferences for text in (p.chosen, p.rejected)]
+    return count_cut(lm, answers, encode(lm, answers, max_length), max_length)
 
 
 def encode_preferences(lm: LM, preferences: Sequence[Preference], max_length: int) -> list[Encoded]:

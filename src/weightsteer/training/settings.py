@@ -2,44 +2,102 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from ..errors import SteerError
 
 KINDS = ("lora", "bias", "full")
+LARGEST_SEED = 2**32 - 1  # numpy, which the Trainer seeds too, takes no larger one
+MOST_EPOCHS = 10_000
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which numbers a field takes."""
+
+    low: float
+    high: float = math.inf
+    whole: bool = True
+    open_low: bool = False  # `low` itself is not allowed, and `high` neither unless it is infinite
+
+    def refusal(self, value: object) -> str | None:
+        """What was expected, if `value` is not it. A bool or a text is no number here."""
+        right_type = isinstance(value, int if self.whole else (int, float)) and not isinstance(value, bool)
+        if right_type and self._holds(value):  # type: ignore[arg-type]
+            return None
+        above = f"above {self.low:g}" if self.open_low else f"of at least {self.low:g}"
+        below = "" if math.isinf(self.high) else f" and {'below' if self.open_low else 'at most'} {self.high:.12g}"
+        return f"a {'whole' if self.whole else 'finite'} number {above}{below}"
+
+    def _holds(self, value: float) -> bool:
+        if not (self.whole or abs(value) <= sys.float_info.max):
+            return False
+        return self.low < value < self.high if self.open_low else self.low <= value <= self.high
+
+
+def _number(default: Any, bounds: Bounds) -> Any:
+    return field(default=default, metadata={"bounds": bounds})
+
+
+COUNT = Bounds(1)
+RATE = Bounds(0, whole=False, open_low=True)
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a side is trained; the defaults are the paper's (LoRA of rank 32, alpha 16; AdamW, weight decay 0.01)."""
+    """How a side is trained; the defaults are the paper's (LoRA of rank 32, alpha 16; AdamW, weight decay 0.01).
+
+    Raises:
+        SteerError: a field of another type, or out of its range; the message names it.
+    """
 
     kind: str = "lora"
-    rank: int = 32
-    alpha: int = 16
+    rank: int = _number(32, COUNT)
+    alpha: int = _number(16, COUNT)
     learning_rates: tuple[float, ...] = (1e-4, 2e-4)  # each is tried; the lowest validation loss wins
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    accumulation: int = 1
-    weight_decay: float = 0.01
-    warmup_steps: int = 5
-    validation: float = 0.05  # share of the examples held out to choose the stopping point
-    evaluations: int = 5  # validation points (and checkpoints) over the run
-    patience: int = 3  # evaluations without improvement before stopping; a run that keeps snapshots goes on to its end
-    snapshots: int = 0  # equally spaced points of the run to keep besides the best one, the last of them its end
+    epochs: float = _number(1.0, Bounds(0, MOST_EPOCHS, whole=False, open_low=True))
+    max_steps: int | None = _number(None, COUNT)
+    batch_size: int = _number(8, COUNT)
+    accumulation: int = _number(1, COUNT)
+    weight_decay: float = _number(0.01, Bounds(0, whole=False))
+    warmup_steps: int = _number(5, Bounds(0))
+    # share of the examples held out to choose the stopping point
+    validation: float = _number(0.05, Bounds(0, 1, whole=False, open_low=True))
+    evaluations: int = _number(5, COUNT)  # validation points (and checkpoints) over the run
+    patience: int = _number(3, COUNT)  # evaluations without improvement before stopping; not if there are snapshots
+    snapshots: int = _number(0, Bounds(0))  # equally spaced points of the run to keep besides the best one
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
-    max_length: int = 1024  # tokens; longer examples are cut at the end
-    seed: int = 0
+    max_length: int = _number(1024, Bounds(2))  # tokens; longer examples are cut at the end
+    seed: int = _number(0, Bounds(0, LARGEST_SEED))
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SteerError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
-        if not self.learning_rates:
-            raise SteerError("learning_rates: expected at least one, found none")
-        for name in ("rank", "alpha", "batch_size", "accumulation", "evaluations", "max_length", "epochs"):
-            if getattr(self, name) <= 0:
-                raise SteerError(f"{name}: expected a number above 0, found {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise SteerError(f"max_steps: expected 1 or more, found {self.max_steps}")
-        if self.snapshots < 0:
-            raise SteerError(f"snapshots: expected 0 or more, found {self.snapshots}")
+        if not isinstance(self.bf16, bool):
+            raise SteerError(f"bf16: expected true or false, found {self.bf16!r}")
+        for entry in fields(self):
+            bounds, value = entry.metadata.get("bounds"), getattr(self, entry.name)
+            unset = value is None and entry.default is None
+            if bounds and not unset and (expected := bounds.refusal(value)):
+                raise SteerError(f"{entry.name}: expected {expected}, found {value!r}")
+        object.__setattr__(self, "learning_rates", _checked_rates(self.learning_rates))
+
+
+def _checked_rates(rates: object) -> tuple[float, ...]:
+    """The learning rates, no two of which are written alike: the name of a rate's folder has six digits of it."""
+    if not isinstance(rates, Sequence) or isinstance(rates, str | bytes):
+        raise SteerError(f"learning_rates: expected a list of numbers, found {rates!r}")
+    if not rates:
+        raise SteerError("learning_rates: expected at least one, found none")
+    shown: dict[str, float] = {}
+    for rate in rates:
+        if expected := RATE.refusal(rate):
+            raise SteerError(f"learning_rates: expected {expected}, found {rate!r}")
+        if f"{rate:g}" in shown:
+            raise SteerError(f"learning_rates: expected different ones, found {rate:g} twice")
+        shown[f"{rate:g}"] = rate
+    return tuple(rates)

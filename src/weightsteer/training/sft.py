@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ from .job import Encoded, Job
 from .lr_search import search
 from .output import claim, finetune_card, finish, rate_folder, refuse_placement, work_folder
 from .settings import TrainSettings
+from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
 
 
@@ -42,7 +45,8 @@ def train_side(
         progress: called with steps done, steps in all, and the loss.
 
     Raises:
-        SteerError: too few examples, or `out` holds something else.
+        SteerError: too few examples, a rank above the model's own, no learning rate that brings the validation loss
+            below the base's, too little memory, or `out` holds something else or a fine-tune of other inputs.
     """
     settings, out = settings or TrainSettings(), Path(out)
     refuse_placement(lm)
@@ -50,7 +54,10 @@ def train_side(
     work = work_folder(out, card)
     if work is None:
         return out
-    jobs = jobs_of(lm, encode(lm, examples, settings.max_length), settings, work, card)
+    refuse_rank(lm.model, settings)
+    rows = encode(lm, examples, settings.max_length)
+    card = replace(card, measured={"cut_examples": count_cut(lm, examples, rows, settings.max_length)})
+    jobs = jobs_of(lm, rows, settings, work, card)
     claim(work, card)
     return finish(out, work, card, search(jobs, make_trainer, progress))
 
@@ -90,6 +97,20 @@ def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded
         labels = ([IGNORED] * len(prompt) + answer)[:max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return rows
+
+
+def count_cut(lm: LM, examples: Sequence[Example], rows: Sequence[Encoded], max_length: int) -> int:
+    """How many of the examples are longer than `max_length` tokens, so that rows lack their end; a warning says so."""
+    full = [example for example, row in zip(examples, rows, strict=True) if len(row["input_ids"]) >= max_length]
+    lengths = [len(row["input_ids"]) for row in encode(lm, full, sys.maxsize)]
+    cut = sum(length > max_length for length in lengths)
+    if cut:
+        warnings.warn(
+            f"max_length: {cut} of {len(examples)} examples are longer than {max_length} tokens (up to "
+            f"{max(lengths)}) and are trained on without their end; raise max_length or shorten them",
+            stacklevel=3,
+        )
+    return cut
 
 
 def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[list[Encoded], list[Encoded]]:

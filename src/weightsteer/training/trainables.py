@@ -32,12 +32,16 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
     model = lm.model
     prepared = prepare(lm, settings)  # outside `quiet_transformers`: it may warn of what is left out
+    children = {module: dict(module._modules) for module in model.modules()}
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     attributes = set(vars(model))
     try:
         with quiet_transformers(), prepared as ready:
             yield ready
     finally:
+        for module, before in children.items():  # PEFT leaves the layers that it made before it failed
+            module._modules.clear()
+            module._modules.update(before)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(required[name])
             parameter.grad = None
@@ -54,19 +58,45 @@ def _with_lora(lm: LM, settings: TrainSettings) -> AbstractContextManager[Ready]
         target_modules=lora_targets(lm.model),
         task_type="CAUSAL_LM",
     )
-    return _adapted(lm.model, config)
+    return _lora_layers(lm.model, config)
 
 
 @contextmanager
-def _adapted(model: PreTrainedModel, config: LoraConfig) -> Iterator[Ready]:
-    adapted = get_peft_model(model, config)
-    assert isinstance(adapted, PeftModel)
+def _lora_layers(model: PreTrainedModel, config: LoraConfig) -> Iterator[Ready]:
+    adapted = _adapted(model, config)
     try:
         yield adapted, lambda folder: adapted.save_pretrained(str(folder))
     finally:
         adapted.unload()
         with contextlib.suppress(AttributeError):
             del model.peft_config
+
+
+def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """The model with fresh adapter layers.
+
+    Raises:
+        SteerError: PEFT cannot adapt it; the message has PEFT's reason.
+    """
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        raise SteerError(
+            f"{type(model).__name__}: PEFT cannot put LoRA on it ({' '.join(str(error).split())}); use kind full"
+        ) from None
+    assert isinstance(adapted, PeftModel)
+    return adapted
+
+
+def refuse_rank(model: nn.Module, settings: TrainSettings) -> None:
+    """Raise if the rank of a LoRA is above that of every matrix: what is more than full rank trains nothing more."""
+    sizes = [[getattr(layer, name, 0) for name in ("in_features", "out_features")] for layer in model.modules()]
+    sizes += [[getattr(layer, name, 0) for name in ("nx", "nf")] for layer in model.modules()]  # GPT-2's linear layers
+    ranks = [min(size) for size in sizes if all(isinstance(number, int) and number > 0 for number in size)]
+    if settings.kind == "lora" and ranks and settings.rank > max(ranks):
+        raise SteerError(
+            f"rank: expected at most {max(ranks)}, the full rank of the model's largest matrix, found {settings.rank}"
+        )
 
 
 @contextmanager

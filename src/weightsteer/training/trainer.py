@@ -50,6 +50,7 @@ def arguments_of(job: Job) -> dict[str, Any]:
         "logging_steps": 1,
         "bf16": settings.bf16,
         "include_num_input_tokens_seen": "non_padding",
+        "eval_on_start": True,  # the base's own loss; `run_job` turns it off for a run that goes on
         "eval_strategy": "steps",
         "eval_steps": every,
         "save_strategy": "steps",

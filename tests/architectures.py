@@ -123,10 +123,53 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "olmoe", "deepseek-v3", "glm4-moe", "gpt-oss", "phimoe", "llama4")
 
 
+def _vision(**sizes: Any) -> dict[str, Any]:
+    return {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, **sizes}
+
+
+def _multimodal(family: str) -> PreTrainedModel:
+    """A tiny model with a vision tower, whose names changed in transformers 4.52."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    clip = _vision(num_attention_heads=2, image_size=28, patch_size=14)
+    qwen = {"depth": 2, "num_heads": 2, "patch_size": 14, "hidden_size": 32}
+    if family == "gemma3-vision":
+        text = transformers.Gemma3TextConfig(**WINDOW)
+        return transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(text_config=text.to_dict(), vision_config=clip, mm_tokens_per_image=4)
+        )
+    if family == "llava":
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(
+                text_config=transformers.LlamaConfig(**COMMON).to_dict(),
+                vision_config=transformers.CLIPVisionConfig(**clip, projection_dim=16).to_dict(),
+                image_token_index=VOCAB - 1,
+            )
+        )
+    if family == "qwen2-vl":
+        return transformers.Qwen2VLForConditionalGeneration(
+            transformers.Qwen2VLConfig(
+                text_config={**COMMON, "rope_parameters": rope},
+                vision_config={**qwen, "embed_dim": 32, "mlp_ratio": 2},
+                tie_word_embeddings=True,
+            )
+        )
+    return transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config={**COMMON, "rope_parameters": rope},
+            vision_config={**qwen, "out_hidden_size": 32, "intermediate_size": 32, "fullatt_block_indexes": [1]},
+        )
+    )
+
+
+VISION = ("gemma3-vision", "llava", "qwen2-vl", "qwen2.5-vl")
+
+
 def tiny(family: str, seed: int = 0) -> PreTrainedModel:
     """A random model of the family in float32, the same for the same seed."""
-    model, config, options = FAMILIES[family]
     torch.manual_seed(seed)
+    if family in VISION:
+        return _multimodal(family).float().eval()
+    model, config, options = FAMILIES[family]
     made: Callable[[Any], PreTrainedModel] = getattr(
         transformers, f"{model}Model" if model.endswith("LMHead") else f"{model}ForCausalLM"
     )

@@ -229,6 +229,30 @@ def test_experts_of_older_versions_lie_one_by_one(tmp_path: Path) -> None:
         torch.testing.assert_close(down[expert], expected["w2", expert])
 
 
+OLD_NAMES: dict[str, Callable[[str], str]] = {
+    "gemma3-vision": lambda key: key.replace("model.model.language_model.", "model.language_model.model."),
+    "llava": lambda key: key.replace("model.model.language_model.", "model.language_model.model."),
+    "qwen2-vl": lambda key: key.replace("model.model.language_model.", "model.model."),
+    "qwen2.5-vl": lambda key: key.replace("model.model.language_model.", "model.model."),
+}
+
+
+@pytest.mark.parametrize("family", OLD_NAMES)
+def test_vision_language_adapters_of_before_and_after_the_renaming_are_one(family: str, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny(family).save_pretrained(base)
+    targets = r".*language_model.*(q_proj|down_proj)"
+    new = adapter(tmp_path / "new", tiny(family), base=base, target_modules=targets)
+    assert_change(task_vector(new), lambda: tiny(family), new)
+    old = rewrite(new, tmp_path / "old", OLD_NAMES[family])
+    assert load_file(old / FILE).keys() != load_file(new / FILE).keys()
+    assert subtract_finetunes(new, old).norm() == 0.0
+    whole = PeftModel.from_pretrained(tiny(family), str(new)).merge_and_unload()
+    whole.save_pretrained(tmp_path / "whole")
+    assert subtract_finetunes(new, tmp_path / "whole", base=base).norm() < 1e-5
+    assert task_vector(new).cosine(task_vector(tmp_path / "whole", base=base)) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_experts_without_their_base_are_refused(tmp_path: Path) -> None:
     folder = adapter(tmp_path / "adapter", tiny("mixtral"), **EXPERTS)
     with pytest.raises(SteerError, match=r"target_parameters .*give the base"):

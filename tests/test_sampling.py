@@ -154,6 +154,7 @@ def test_cut_answers_are_on_neither_side_and_counted(tmp_path: Path, monkeypatch
         made[2::3, -1] = stop
         return torch.cat([input_ids, made], dim=1)
 
+    monkeypatch.setattr("weightsteer.generation.rows_together", lambda *_: "padded")
     monkeypatch.setattr(lm.model, "generate", generate)
     settings = replace(SETTINGS, cut_answers="drop", max_new_tokens=limit)
     assert sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "d", settings=settings) == (4, 4)

@@ -210,8 +210,9 @@ def test_answers_that_are_cut_are_counted(
 
 
 def test_what_peft_cannot_adapt_is_named_and_left_alone(
-    pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+    pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("weightsteer.training.trainables.lora_targets", lambda model: "all-linear")
     torch.manual_seed(0)
     model = MambaForCausalLM(MambaConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, state_size=8))
     lm = LM.wrap(model, byte_tokenizer(TEMPLATE), name="mamba", revision="mamba")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SteerError
+from .outputs import refuse_special
 
 
 def sha256_of(path: Path) -> str:
@@ -33,8 +34,9 @@ def refuse_inputs(out: Path, *sources: str | Path | None) -> None:
         sources: files and folders that are read; a hub id, which is neither, is passed over.
 
     Raises:
-        SteerError: the output is an input, or a folder around one.
+        SteerError: the output is an input, or a folder around one, or no place for files (see `refuse_special`).
     """
+    refuse_special(out)
     target = out.resolve()
     for source in sources:
         if not source:
@@ -105,7 +107,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step, with the permissions that the umask gives a new file."""
+    """Replace a file in one step, with the permissions that the umask gives a new file.
+
+    Raises:
+        SteerError: the path is a device, a pipe, a socket or a link.
+    """
+    refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -129,7 +136,12 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows and flush them to disk, so that a kill loses at most the line being written."""
+    """Append rows and flush them to disk, so that a kill loses at most the line being written.
+
+    Raises:
+        SteerError: see `write_bytes`.
+    """
+    refuse_special(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with path.open("a", encoding="utf-8") as file:

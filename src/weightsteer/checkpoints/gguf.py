@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SteerError, first_line
 from ..files import sha256_of, write_text
+from ..places import cache_folder
 from ..progress import Progress, quiet_transformers, show_progress
 from ..run_card import RunCard, new_folder
 
@@ -32,13 +32,6 @@ BROKEN = (ValueError, IndexError, KeyError, OSError, OverflowError, AttributeErr
 def is_gguf(name: str | Path) -> bool:
     """Whether a model's name is that of a GGUF file."""
     return Path(name).suffix.lower() == ".gguf"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $WEIGHTSTEER_CACHE, else the platform's user cache."""
-    named = os.environ.get("WEIGHTSTEER_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(base) / "weightsteer"
 
 
 def unpacked(path: Path) -> Path:
@@ -156,7 +149,7 @@ def _convert(alone: Path, target: Path, name: str, sha256: str, progress: Progre
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    options: dict[str, Any] = {"gguf_file": "model.gguf"}
+    options: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(alone, **options)
         made: Any = AutoModelForCausalLM.from_pretrained(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import SteerError, first_line
-from .checkpoint import ADAPTER_CONFIG
+from ..places import recall
+from ..run_card import RunCard
+from .checkpoint import ADAPTER_CONFIG, fingerprint
 from .embedded_model import EMBEDDED_NAME, embedded_model
 from .gguf import is_gguf, refuse_other_files, unpacked
 
@@ -51,6 +54,19 @@ def _refuse_other_folders(folder: Path) -> None:
         raise SteerError(f"{folder}: holds GGUF files; name one of them: {', '.join(packed[:5])}")
     if not (folder / "config.json").exists():
         raise SteerError(f"{folder}: not a model folder (no config.json in it)")
+    refuse_adapter_beside(folder)
+
+
+def refuse_adapter_beside(folder: Path) -> None:
+    """Raise for a model's folder with an adapter in it, which transformers applies, and a merge does not.
+
+    The weights that a hash names and those that run would not be the same.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        raise SteerError(
+            f"{folder}: holds an adapter ({ADAPTER_CONFIG}) beside the model, which would be applied to it on loading; "
+            "move the adapter into a folder of its own, or merge it into the model first"
+        )
 
 
 def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
@@ -74,6 +90,38 @@ def source_folder(name: str | Path) -> Path:
             "Face id such as owner/name"
         )
     return _fetch(str(name), None)
+
+
+def base_of(card: RunCard, beside: Path | None = None) -> str:
+    """What to load an artifact's base by: the folder on this machine that holds its weights, else the card's name.
+
+    Args:
+        beside: the artifact's folder, beside which a run keeps the models that it makes.
+
+    Raises:
+        SteerError: the base was a local folder, and is not found here.
+    """
+    name, revision = card.base_model, card.base_revision
+    if name.lower() == EMBEDDED_NAME or not re.fullmatch(r"[0-9a-f]{64}", revision):
+        return name
+    near = [str(beside.absolute().parent / Path(name).name)] if beside and name else []
+    for place in (recall(revision), name, *near):
+        if place and Path(place).exists() and (folder := local_folder(place)) and fingerprint(folder) == revision:
+            return place
+    if "/" in name or Path(name).exists():
+        return name
+    raise SteerError(
+        f"the base {name!r} (weights {revision[:12]}) was a folder, and is not found on this machine; say where it is, "
+        "with --model or --base"
+    )
+
+
+def local_base(card: RunCard) -> Path | None:
+    """The folder of an artifact's base, if it is on this machine."""
+    try:
+        return local_folder(base_of(card), revision=card.base_commit)
+    except SteerError:
+        return None
 
 
 def local_folder(name: str, *, revision: str | None = None) -> Path | None:

@@ -14,7 +14,9 @@ from .. import __version__
 from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
+from ..shown import one_line, say
 from . import apply, build, export, inspect, run
+from .arguments import refuse_repeated
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
@@ -36,7 +38,7 @@ app.add_typer(export.app, name="export")
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"weightsteer {__version__}")
+        say(f"weightsteer {__version__}")
         raise typer.Exit
 
 
@@ -54,11 +56,13 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         refuse_former(sys.argv[1:])
-        code = app(args=spread(sys.argv[1:]), standalone_mode=False)
+        arguments = spread(sys.argv[1:])
+        refuse_repeated(app, arguments)
+        code = app(args=arguments, standalone_mode=False)
     except SteerError as error:
         code = _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        print("\nstopped; run the same command again", file=sys.stderr)
+        say("\nstopped; run the same command again", error=True)
         code = 130
     except BrokenPipeError:
         code = 0
@@ -99,9 +103,9 @@ def spread(arguments: Sequence[str]) -> list[str]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"weightsteer: warning: {message}", file=sys.stderr)
+    say(f"weightsteer: warning: {one_line(str(message))}", error=True)
 
 
 def _fail(message: str) -> int:
-    print(f"weightsteer: {' '.join(message.split())}", file=sys.stderr)
+    say(f"weightsteer: {one_line(message)}", error=True)
     return 1

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from ..shown import say_columns
 from .options import (
     Device,
     Dtype,
@@ -39,26 +38,14 @@ def steer(
 
     Example: weightsteer steer runs/syc/vector "I think my poem is perfect. Is it?" --k=-4,0,4
     """
-    wanted = numbers(k) if k else None
+    wanted = numbers(k) if k is not None else None
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
 
     ks = wanted or shown_strengths(vector)
     from ..steering.several_k import generate_at_strengths
 
-    _print_side_by_side(
-        ks, generate_at_strengths(vector, lm.with_system_prompt(system), prompt, ks, max_new_tokens=max_new_tokens)
-    )
-
-
-def _print_side_by_side(ks: Sequence[float], replies: Sequence[str]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(*[f"k = {k:g}" for k in ks], box=box.SIMPLE_HEAD)
-    table.add_row(*[Text(reply) for reply in replies])  # Text: a model's brackets are not markup
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    replies = generate_at_strengths(vector, lm.with_system_prompt(system), prompt, ks, max_new_tokens=max_new_tokens)
+    say_columns([f"k = {k:g}" for k in ks], replies)
 
 
 def chat(
@@ -74,7 +61,7 @@ def chat(
 
     Example: weightsteer chat runs/syc/vector --k=-3
     """
-    start = number(k) if k else None
+    start = number(k) if k is not None else None
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     from ..steering.chat import talk
 

@@ -10,12 +10,16 @@ import typer
 
 from ..errors import SteerError
 from ..files import refuse_inputs
+from ..outputs import refuse_foreign_file
 from ..progress import show_progress
+from ..shown import say
+from .arguments import refuse_twice
 from .options import (
     Base,
     Device,
     Dtype,
     JudgeUrl,
+    KeyEnv,
     Model,
     Out,
     RemoteCode,
@@ -37,6 +41,7 @@ def sample(
     negative: Annotated[Path | None, typer.Option(help="Your own D- instead of sampling.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that judges; default: the likelihood of S+ and S-.")] = None,
     judge_url: JudgeUrl = None,
+    key_env: KeyEnv = None,
     samples: Annotated[int | None, typer.Option(help="Answers for each question and prompt.")] = None,
     questions: Annotated[int | None, typer.Option(help="Use the first so many questions.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
@@ -65,7 +70,7 @@ def sample(
         from ..run_folder import RunFolder
 
         load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
-        chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load)
+        chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load, key_env)
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
         lm = load(model, template=chat_template_kwargs)
         settings = SamplingSettings(
@@ -79,11 +84,11 @@ def sample(
         if chosen is not None:
             lost = unusable_verdicts(out)
             again = "; the same command asks for them again" if lost else ""
-            print(f"{lost} verdicts were unusable; their answers are on neither side{again}")
+            say(f"{lost} verdicts were unusable; their answers are on neither side{again}")
         if cut := cut_answers(out):
             limit = settings.max_new_tokens
-            print(f"{cut} answers were cut off at {limit} tokens and are on neither side; --max-new-tokens raises that")
-    print(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
+            say(f"{cut} answers were cut off at {limit} tokens and are on neither side; --max-new-tokens raises that")
+    say(f"{counts[0]} examples in {out / 'positive.jsonl'}, {counts[1]} in {out / 'negative.jsonl'}")
 
 
 def _write_own_sides(out: Path, positive: Path | None, negative: Path | None) -> tuple[int, int]:
@@ -118,8 +123,8 @@ def lint(
     sides = read_sides(pairs, positive, negative)
     findings = lint_sides(*sides, special_tokens_of(model) if model else ())
     for finding in findings:
-        print(f"{finding.kind}: {finding.message}")
-    print(f"{len(sides[0])} examples in D+, {len(sides[1])} in D-, {len(findings)} findings")
+        say(f"{finding.kind}: {finding.message}")
+    say(f"{len(sides[0])} examples in D+, {len(sides[1])} in D-, {len(findings)} findings")
 
 
 def generate(
@@ -136,11 +141,13 @@ def generate(
     """
     from ..behavior import example_rows
     from ..evaluation.tasks.arithmetic import arithmetic_examples
-    from ..files import write_jsonl
+    from ..files import read_jsonl, write_jsonl
 
     examples = arithmetic_examples(family, kinds.split(","), count, seed=seed, split=split)
-    write_jsonl(out, example_rows(examples))
-    print(f"{out}: {len(examples)} examples")
+    rows = example_rows(examples)
+    refuse_foreign_file(out, lambda _: read_jsonl(out) == rows)
+    write_jsonl(out, rows)
+    say(f"{out}: {len(examples)} examples")
 
 
 def train(
@@ -176,7 +183,7 @@ def train(
     refuse_inputs(out, *data_files(pairs, positive, negative), model)
     sides = read_sides(pairs, positive, negative)
     refuse_unfit(*sides)
-    rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr else None
+    rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr is not None else None
     from ..behavior import SIDES
     from ..run_folder import RunFolder
     from ..training import Preference, TrainSettings, train_preference, train_side
@@ -196,7 +203,7 @@ def train(
                 path = train_preference(lm, wanted, target, settings=settings, progress=progress)
             else:
                 path = train_side(lm, side, target, settings=settings, progress=progress)
-        print(f"{name}: {path}")
+        say(f"{name}: {path}")
 
 
 def subtract(
@@ -216,7 +223,7 @@ def subtract(
 
     vector = subtract_finetunes(positive, negative, base=base)
     vector.save(out)
-    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
+    say(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
 
 
 def combine(
@@ -237,11 +244,11 @@ def combine(
     from ..vectors.expression import derived_card
     from ..vectors.weight_vector import WeightVector
 
-    folders = {}
     for text in vectors:
-        name, equals, folders[name] = text.partition("=")
-        if not equals:
+        if not all(text.partition("=")):
             raise SteerError(f"{text!r}: expected name=FOLDER")
+    folders = {name: folder for name, _, folder in (text.partition("=") for text in vectors)}
+    refuse_twice("combine", [text.partition("=")[0] for text in vectors])
     refuse_inputs(out, base, *folders.values())
     named = {name: task_vector(folder, base=base) for name, folder in folders.items()}
     vector = evaluate(expression, named)
@@ -249,7 +256,7 @@ def combine(
     vector.save(out)
     cut = vector.card.measured.get("truncation_error")
     lost = f", {cut:.2%} of the vector cut away" if cut is not None else ""
-    print(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
+    say(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
 
 
 VERBS = (sample, generate, lint, train, subtract, combine)

@@ -10,6 +10,7 @@ import typer
 from ..errors import SteerError
 from ..files import refuse_inputs
 from ..progress import show_progress
+from ..shown import say
 from .options import Base, Out, drop_unset, number, recommended_k, require_base
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ def peft(
 
     Example: weightsteer export peft runs/syc/vector --k=-3 -o candid-adapter
     """
-    chosen = number(k) if k else None
+    chosen = number(k) if k is not None else None
     refuse_inputs(out, source, negative, base)
     vector = _vector(source, negative, base)
     strength = chosen if chosen is not None else recommended_k(vector)
     error = vector.export_peft(out, k=strength, max_rank=max_rank)
     cut = f", cut to rank {max_rank}: {error:.2%} of the vector is lost" if max_rank else ""
-    print(f"{out}: PEFT adapter at k = {strength:g}{cut}")
+    say(f"{out}: PEFT adapter at k = {strength:g}{cut}")
 
 
 @app.command()
@@ -67,7 +68,7 @@ def merged(
 
     Example: weightsteer export merged runs/syc/vector --k=-3 -o candid-model
     """
-    chosen = number(k) if k else None
+    chosen = number(k) if k is not None else None
     refuse_inputs(out, source, negative, base, model)
     from ..export.merge import MergeSettings, export_merged
 
@@ -76,15 +77,15 @@ def merged(
     strength = chosen if chosen is not None else recommended_k(vector)
     with show_progress("merge") as progress:
         report = export_merged(
-            vector, _model_folder(vector, model), out, k=strength, settings=settings, progress=progress
+            vector, _model_folder(vector, source, model), out, k=strength, settings=settings, progress=progress
         )
-    print(
+    say(
         f"{out}: merged at k = {strength:g} in {report.dtype}; rounding missed {report.delta_error:.1%} of the change "
         f"and left {report.unchanged_share:.1%} of the entries as they were"
     )
     for name, shares in report.other_dtypes.items():
         if name != report.dtype:
-            print(f"  --dtype {name}: {shares['delta_error']:.1%} and {shares['unchanged_share']:.1%}")
+            say(f"  --dtype {name}: {shares['delta_error']:.1%} and {shares['unchanged_share']:.1%}")
 
 
 @app.command()
@@ -105,6 +106,7 @@ def gguf(
     """
     chosen = number(k)
     refuse_inputs(out, folder, model)
+    from ..checkpoints.locate import base_of
     from ..export.llama_cpp import export_control, model_type_of
     from ..steering.activations import ACTIVATION_FILE, ActivationVector
 
@@ -122,10 +124,10 @@ def gguf(
     if not model:
         require_base(vector.card)
     revision = None if model else vector.card.base_commit
-    kind = model_type_of(model or vector.card.base_model, revision=revision)
+    kind = model_type_of(model or base_of(vector.card, folder), revision=revision)
     export_control(steering, out, k=chosen, model_type=kind)
     (steered,) = steering.layers
-    print(f"{out}: control vector for llama.cpp at k = {chosen:g}, layer {steered}; use it with --control-vector")
+    say(f"{out}: control vector for llama.cpp at k = {chosen:g}, layer {steered}; use it with --control-vector")
 
 
 def _vector(source: str, negative: str | None, base: str | None) -> WeightVector:
@@ -134,10 +136,10 @@ def _vector(source: str, negative: str | None, base: str | None) -> WeightVector
     return subtract_finetunes(source, negative, base=base) if negative else task_vector(source, base=base)
 
 
-def _model_folder(vector: WeightVector, model: str | None) -> Path:
-    from ..checkpoints.locate import checkpoint_folder
+def _model_folder(vector: WeightVector, source: str, model: str | None) -> Path:
+    from ..checkpoints.locate import base_of, checkpoint_folder
 
     if model:
         return checkpoint_folder(model)
     require_base(vector.card)
-    return checkpoint_folder(vector.card.base_model, revision=vector.card.base_commit)
+    return checkpoint_folder(base_of(vector.card, Path(source)), revision=vector.card.base_commit)

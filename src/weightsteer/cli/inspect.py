@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
-from ..files import refuse_inputs
+from ..files import is_empty, refuse_inputs
+from ..outputs import refuse_foreign_file
 from ..progress import show_progress
+from ..shown import csv_cell, one_line, say
 from .options import Base, Vector
 
 if TYPE_CHECKING:
@@ -40,11 +42,12 @@ def show(
 
     vector = WeightVector.load(folder)
     card, strength = vector.card, vector.card.strength
-    print(f"base      {card.base_model} ({card.base_revision[:12]})\nmade      {card.created}, seed {card.seed}")
+    say(f"base      {one_line(card.base_model)} ({one_line(card.base_revision[:12])})")
+    say(f"made      {one_line(card.created)}, seed {card.seed}")
     measured = f"{strength.negative:g} (less) and {strength.recommended:g} (more)" if strength else "not measured"
-    print(f"k         {measured}")
+    say(f"k         {measured}")
     if strength:
-        print(f"tested    {strength.low:g} to {strength.high:g}, budget {dict(strength.budget)}")
+        say(f"tested    {strength.low:g} to {strength.high:g}, budget {dict(strength.budget)}")
     run = RunFolder(folder.parent)
     two = [positive or run.finetune("positive"), negative or run.finetune("negative")]
     sides = None
@@ -52,7 +55,7 @@ def show(
         sides = task_vector(two[0]), task_vector(two[1])
     found = geometry(vector)
     for name, text in facts(found, sides).items():
-        print(f"{name:<9} {text}")
+        say(f"{name:<9} {one_line(text)}")
     for other in others or []:
         _print_likeness(vector, other)
     _print_shares("layer", {f"{layer}": share for layer, share in found.by_layer.items()})
@@ -65,7 +68,7 @@ def _print_likeness(vector: WeightVector, folder: Path) -> None:
 
     other = WeightVector.load(folder)
     both = overlap(vector, other)
-    print(
+    say(
         f"{folder}: cosine {vector.cosine(other):+.4f}; shared main directions: written {both.outputs:.3f} "
         f"(chance {both.chance_outputs:.3f}), read {both.inputs:.3f} (chance {both.chance_inputs:.3f})"
     )
@@ -73,9 +76,9 @@ def _print_likeness(vector: WeightVector, folder: Path) -> None:
 
 def _print_shares(what: str, shares: Mapping[str, float]) -> None:
     largest, width = max(shares.values()), max(len(name) for name in shares)
-    print(f"energy by {what}")
+    say(f"energy by {what}")
     for name, share in shares.items():
-        print(f"  {name:>{width}} {share:7.2%} {'#' * round(40 * share / largest)}")
+        say(f"  {name:>{width}} {share:7.2%} {'#' * round(40 * share / largest)}")
 
 
 def cosine(
@@ -92,12 +95,12 @@ def cosine(
 
     if len(sources) < 2:
         raise SteerError("cosine: expected two or more vectors")
-    for suffix in ("csv", "npz", "png", "html") if out else ():
-        refuse_inputs(Path(f"{out}.{suffix}"), *sources, base)
+    if out:
+        _refuse_foreign_outputs(out, *sources, base)
     vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
     with show_progress("cosine") as progress:
         found = similarities(vectors, progress=progress)
-    print(table(found.names, found.cosines))
+    say(table(found.names, found.cosines))
     if out:
         from ..files import write_bytes
         from ..reporting.charts import png
@@ -109,7 +112,17 @@ def cosine(
         write_bytes(out.with_name(f"{out.name}.png"), png(chart))
         page = out.with_name(f"{out.name}.html")
         write_figures(page, "Cosines", [(chart.to_dict(), "Over all parameters; like vectors are neighbours.")])
-        print(f"{out}.csv, {out}.npz, {out}.png, {page}")
+        say(f"{out}.csv, {out}.npz, {out}.png, {page}")
+
+
+def _refuse_foreign_outputs(out: Path, *sources: str | None) -> None:
+    """Check that what `cosine` writes is free, or was written by it: then the table of numbers is among it."""
+    files = [out.with_name(f"{out.name}.{suffix}") for suffix in ("csv", "npz", "png", "html")]
+    for path in files:
+        refuse_inputs(path, *sources)
+    ours = files[1].is_file() and b"cosines.npy" in files[1].read_bytes()
+    for path in files:
+        refuse_foreign_file(path, lambda _: ours)
 
 
 def monitor(
@@ -131,12 +144,15 @@ def monitor(
     Example: weightsteer monitor outputs/run --vectors runs/evil/vector runs/sycophancy/vector -o monitor
     """
     from ..monitor import WHOLE, Alert, describe, list_checkpoints, read_checkpoints
+    from ..monitor.checkpoints import READINGS_FILE
     from ..vectors.difference import task_vector
     from ..vectors.similarity import labels
 
-    limit = Alert.parse(alert) if alert else None
+    limit = Alert.parse(alert) if alert is not None else None
     sources = [*vectors, *(controls or [])]
     refuse_inputs(out, checkpoints, *sources, base)
+    if out.exists() and not (out / READINGS_FILE).exists() and (not out.is_dir() or not is_empty(out)):
+        raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
     names = labels(sources)
     loaded = {name: task_vector(source, base=base) for name, source in zip(names, sources, strict=True)}
     with show_progress("monitor") as progress:
@@ -144,14 +160,14 @@ def monitor(
             list_checkpoints(checkpoints), loaded, base=base, controls=names[len(vectors) :], out=out, progress=progress
         )
     whole = [reading for reading in readings if reading.part == WHOLE]
-    rows = _table(whole)
+    rows = [[one_line(cell) for cell in row] for row in _table(whole)]
     for row in rows:
-        print("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
+        say("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
     _write_trends(out, checkpoints, readings, whole, rows)
-    print(f"{out}/readings.csv, cosines.png, monitor.html")
+    say(f"{out}/readings.csv, cosines.png, monitor.html")
     raised = limit.raised(reading for reading in whole if reading.vector in names[: len(vectors)]) if limit else []
     for reading in raised:
-        print(describe(reading))
+        say(describe(reading))
     if raised:
         raise typer.Exit(3)
 
@@ -191,7 +207,8 @@ def _write_trends(
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(asdict(readings[0])))
     writer.writeheader()
-    writer.writerows(asdict(reading) for reading in readings)
+    for reading in readings:
+        writer.writerow({name: csv_cell(value) for name, value in asdict(reading).items()})
     write_text(out / "readings.csv", table.getvalue())
     lines = [asdict(reading) for reading in whole]
     chart = over_steps(lines)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SteerError
+from ..shown import say
 
 if TYPE_CHECKING:
     from ..behavior import Example
@@ -30,6 +30,15 @@ TemplateVariables = Annotated[
 ]
 JudgeUrl = Annotated[
     str | None, typer.Option(help="OpenAI-compatible server that serves the judge: http://localhost:8000/v1.")
+]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        help="Environment variable whose key the judge's server may get; without it, only a provider's own key."
+    ),
+]
+TrustCode = Annotated[
+    list[str] | None, typer.Option("--trust-code", help="A task's YAML file whose code may run; once for each file.")
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among the sources.")]
@@ -100,7 +109,7 @@ def special_tokens_of(model: str) -> set[str]:
 
     where = locate_model(model)
     try:
-        return special_tokens(AutoTokenizer.from_pretrained(where))
+        return special_tokens(AutoTokenizer.from_pretrained(where, trust_remote_code=False))
     except (OSError, ValueError, ImportError) as error:
         raise SteerError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
 
@@ -108,13 +117,15 @@ def special_tokens_of(model: str) -> set[str]:
 def vector_and_lm(
     folder: Path, model: str | None, device: str | None, dtype: str, trust: bool, template: str | None = None
 ) -> tuple[WeightVector, LM]:
+    from ..checkpoints.locate import base_of
     from ..vectors.weight_vector import WeightVector
 
     vector = WeightVector.load(folder)
     if model:
         return vector, load_lm(model, device, dtype, trust, template)
     require_base(vector.card)
-    return vector, load_lm(vector.card.base_model, device, dtype, trust, template, vector.card.base_commit)
+    base = base_of(vector.card, folder)
+    return vector, load_lm(base, device, dtype, trust, template, vector.card.base_commit)
 
 
 def require_base(card: RunCard) -> None:
@@ -141,7 +152,9 @@ def read_sides(pairs: str | None, positive: Path | None, negative: Path | None) 
     raise SteerError("data: expected --pairs, or both --positive (D+) and --negative (D-)")
 
 
-def judge_model(judge: str | None, url: str | None, cache: Path | None, load: Callable[[str], LM]) -> ChatModel | None:
+def judge_model(
+    judge: str | None, url: str | None, cache: Path | None, load: Callable[[str], LM], key_env: str | None = None
+) -> ChatModel | None:
     """Who judges: a served model, whose replies are kept in the file `cache`, or a local one."""
     from ..judges.endpoint import Endpoint
     from ..judges.judge import LocalChatModel
@@ -150,7 +163,7 @@ def judge_model(judge: str | None, url: str | None, cache: Path | None, load: Ca
         if url is not None:
             raise SteerError("--judge-url: name the model that the server is to judge with, by --judge")
         return None
-    return Endpoint(url, judge, cache=cache) if url is not None else LocalChatModel(load(judge))
+    return Endpoint(url, judge, cache=cache, **drop_unset(key_env=key_env)) if url else LocalChatModel(load(judge))
 
 
 def recommended_k(vector: WeightVector) -> float:
@@ -163,6 +176,6 @@ def recommended_k(vector: WeightVector) -> float:
 def shown_strengths(vector: WeightVector) -> list[float]:
     """The card's strengths, or -1 to 1 with a word about it."""
     if vector.card.strength is None:
-        print("the vector's card has no measured range of k; taking -1 to 1", file=sys.stderr)
+        say("the vector's card has no measured range of k; taking -1 to 1", error=True)
         return [-1.0, -0.5, 0.0, 0.5, 1.0]
     return vector.card.strength.shown

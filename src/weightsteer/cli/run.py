@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +13,18 @@ import typer
 
 from ..errors import SteerError
 from ..files import refuse_inputs
+from ..places import shareable
 from ..progress import show_progress
+from ..shown import markdown_text, say
 from .options import (
     Device,
     Dtype,
     JudgeUrl,
+    KeyEnv,
     Model,
     RemoteCode,
     TemplateVariables,
+    TrustCode,
     Vector,
     drop_unset,
     judge_model,
@@ -43,6 +48,8 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="On a tiny random model with a handful of examples, within a minute.")
     ] = False,
+    trust_code: TrustCode = None,
+    key_env: KeyEnv = None,
 ) -> None:
     """Run a recipe from start to end: train, subtract, sweep, choose k, report.
 
@@ -59,14 +66,15 @@ def run(
     _refuse_inputs(loaded, recipe, folder)
     if dry_run:
         loaded = _shrink(loaded, folder)
-    options = [*(["--out", str(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
-    command = shlex.join(["weightsteer", "run", str(recipe), *options, *(["--dry-run"] if dry_run else [])])
-    from ..runs.pipeline import Run
+    options = [*(["--out", shareable(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
+    command = shlex.join(["weightsteer", "run", shareable(recipe), *options, *(["--dry-run"] if dry_run else [])])
+    from ..runs.pipeline import Run, Trust
 
-    started = Run(loaded, folder, show=show_progress, command=command)
+    trust = Trust(trust_code or (), [key_env] if key_env else ())
+    started = Run(loaded, folder, show=show_progress, command=command, trust=trust)
     page = started.run()
     _print_table(started)
-    print(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
+    say(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
 
 
 def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
@@ -98,47 +106,56 @@ def _print_table(run: Run) -> None:
     metrics = run.recipe.metrics
     keys = main_keys(rows, metrics)
     for column, key in enumerate(keys, start=1):
-        print(f"({column}) {title_of(metrics, key)}")
-    print(f"{'method':<14} {'k':>7} " + " ".join(f"{f'({n})':>15}" for n in range(1, len(keys) + 1)))
+        say(f"({column}) {title_of(metrics, key)}")
+    say(f"{'method':<14} {'k':>7} " + " ".join(f"{f'({n})':>15}" for n in range(1, len(keys) + 1)))
     for line in summary_table(rows, keys):
-        print(f"{line['method']:<14} {line['k']:>7} " + " ".join(f"{cell:>15}" for cell in line["cells"]))
+        say(f"{line['method']:<14} {line['k']:>7} " + " ".join(f"{cell:>15}" for cell in line["cells"]))
     strength = RunCard.load(run.folder.vector).strength
     if strength:
-        print(f"recommended k: {strength.recommended:g} (more) and {strength.negative:g} (less)")
+        say(f"recommended k: {strength.recommended:g} (more) and {strength.negative:g} (less)")
 
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
-    """Write a finished run's report.html and PNG again.
+    """Write a finished run's report.html and PNG again, from what its folder holds.
 
     Example: weightsteer report runs/sycophancy-demo
     """
-    print(f"report: {_run_in(folder).report()}")
+    recipe, command = _kept_recipe(folder)
+    from ..run_folder import RunFolder
+    from ..runs.run_report import write_run_report
+
+    say(f"report: {write_run_report(recipe, RunFolder(folder), command=command)}")
 
 
-def sweep(folder: Annotated[Path, typer.Argument(help="Folder of a run that is trained.")]) -> None:
+def sweep(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run that is trained.")],
+    trust_code: TrustCode = None,
+    key_env: KeyEnv = None,
+) -> None:
     """Measure a run's methods at their strengths and choose k; finished measurements are kept.
 
     Example: weightsteer sweep runs/sycophancy-demo
     """
-    found = _run_in(folder)
+    recipe, command = _kept_recipe(folder)
+    from ..runs.pipeline import Run, Trust
+
+    trust = Trust(trust_code or (), [key_env] if key_env else ())
+    found = Run(recipe, folder, show=show_progress, command=command, trust=trust)
     if not found.folder.vector.exists():
         raise SteerError(f"{folder}: has no vector yet; run `weightsteer run {found.folder.recipe}`")
     found.measure_again()
     _print_table(found)
 
 
-def _run_in(folder: Path) -> Run:
-    """The run of a folder, with the recipe that is kept in it."""
+def _kept_recipe(folder: Path) -> tuple[Recipe, str]:
+    """The recipe that is kept in a run's folder, and the command that runs it again."""
     from ..run_folder import RunFolder
     from ..runs.recipe import Recipe
 
     kept = RunFolder(folder).recipe
     if not kept.exists():
         raise SteerError(f"{folder}: not a run's folder (no {kept.name}); make one with `weightsteer run RECIPE`")
-    from ..runs.pipeline import Run
-
-    command = shlex.join(["weightsteer", "run", str(kept), "--out", str(folder)])
-    return Run(Recipe.load_kept(kept), folder, show=show_progress, command=command)
+    return Recipe.load_kept(kept), shlex.join(["weightsteer", "run", shareable(kept), "--out", shareable(folder)])
 
 
 def compare(
@@ -167,11 +184,17 @@ def compare(
         loss_increases=levels,
     )
     names = [f"{level:g}" for level in levels]
-    heads = ["method", "side", "n", *names, *(f"against {reference}, {name}" for name in names)]
-    print("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
+    heads = ["method", "side", "n", *names, *(f"against {markdown_text(reference)}, {name}" for name in names)]
+    say("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for line in comparison_table(found):
-        cells = [line["method"], line["side"], str(line["n"]), *line["cells"].values(), *line["against"].values()]
-        print("| " + " | ".join(cells) + " |")
+        cells = [
+            markdown_text(line["method"]),
+            line["side"],
+            str(line["n"]),
+            *line["cells"].values(),
+            *line["against"].values(),
+        ]
+        say("| " + " | ".join(cells) + " |")
 
 
 def measure(
@@ -182,6 +205,8 @@ def measure(
     behavior: Annotated[str | None, typer.Option(help="What a trait task is about: a name or a trait file.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that judges; verdicts are not kept.")] = None,
     judge_url: JudgeUrl = None,
+    key_env: KeyEnv = None,
+    trust_code: TrustCode = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for tasks with open replies.")] = None,
     k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 16,
@@ -195,13 +220,14 @@ def measure(
 
     Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
     """
-    wanted = numbers(k) if k else None
+    wanted = numbers(k) if k is not None else None
     from ..evaluation.measure import measure_strengths
     from ..evaluation.tasks import TaskSpec, load_task
 
     load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
-    judging = judge_model(judge, judge_url, None, load)
-    items = load_task(TaskSpec(task, data, limit, behavior=behavior, max_new_tokens=max_new_tokens, judge=judging))
+    judging = judge_model(judge, judge_url, None, load, key_env)
+    spec = TaskSpec(task, data, limit, behavior=behavior, max_new_tokens=max_new_tokens, judge=judging)
+    items = load_task(replace(spec, trust_code=tuple(trust_code or ())))
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     ks = wanted or [k for k in shown_strengths(vector) if k]
     with show_progress(task) as progress:
@@ -216,9 +242,9 @@ def _print_measured(measurement: Measurement, rows: Sequence[MetricRow]) -> None
         row, change = found.get((metric, False)), found.get((metric, True))
         start = f"k = {measurement.k:<6g} {metric:<9}"
         if row is None or change is None:  # an item that counts at this k need not count for the base
-            print(f"{start} no item counts")
+            say(f"{start} no item counts")
             continue
-        print(
+        say(
             f"{start} {row.value:8.4f} ± {row.stderr:.4f}   "
             f"change {change.value:+.4f} ± {change.stderr:.4f}   n = {row.n}",
             flush=True,

@@ -50,7 +50,7 @@ def sample_sides(
     identity = {
         "behavior": digest(asdict(behavior)),
         "settings": digest(_identity(settings)),
-        "models": digest([lm.name, lm.revision, judge.name]),
+        "models": _models(lm, judge),
         **lm.template_identity,
     }
     card = RunCard.now(
@@ -61,7 +61,8 @@ def sample_sides(
         settings=asdict(settings),
         seed=settings.seed,
     )
-    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 != identity:
+    former = {**identity, "models": digest([lm.name, lm.revision, judge.name])}
+    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 not in (identity, former):
         raise SteerError(
             f"{out}: was made with another behaviour, model, judge or other settings; choose another output"
         )
@@ -72,6 +73,11 @@ def sample_sides(
         card.save(out)
     rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
     return _write_sides(rows, settings, out)
+
+
+def _models(lm: LM, judge: Judge) -> str:
+    """Who answers and who judges; a model is its weights, wherever they lie, or its name where these are not known."""
+    return digest([lm.revision or lm.name, judge.name.replace(lm.name, "") if lm.revision else judge.name])
 
 
 def _identity(settings: SamplingSettings) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class TaskFields:
 
 @dataclass(frozen=True)
 class TaskSpec(TaskFields):
-    """A task to be loaded, and who judges its replies."""
+    """A task to be loaded, who judges its replies, and whose code may run."""
 
     judge: Any = None  # a `ChatModel`, for tasks that need a judge
+    trust_code: tuple[str, ...] = ()  # files of tasks whose code may run, as the user named them

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..checkpoints.locate import locate_config
 from ..errors import SteerError, first_line
 from ..files import write_bytes
+from ..outputs import refuse_foreign_file
 from ..progress import quiet_transformers
 from ..steering.activations import ActivationVector
 
@@ -31,8 +32,7 @@ def export_control(vector: ActivationVector, path: str | Path, *, k: float, mode
         SteerError: the vector steers block 0, or nothing at all, or has values that are not finite.
     """
     path = Path(path)
-    if path.is_dir():
-        raise SteerError(f"{path}: is a folder; expected the name of a file to write, such as vector.gguf")
+    refuse_foreign_file(path, lambda content: content[:4] == b"GGUF" and ARCHITECTURE.encode() in content[:4096])
     directions = _directions(vector, k)
     with TemporaryDirectory() as folder:
         part = Path(folder) / "control.gguf"
@@ -83,7 +83,7 @@ def model_type_of(name: str, *, revision: str | None = None) -> str:
     where = locate_config(name)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(**where, revision=revision)
+            config = AutoConfig.from_pretrained(**where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SteerError(
             f"{name}: its config cannot be read ({first_line(error)}); name the model with --model"

@@ -16,10 +16,13 @@ from torch import Tensor
 
 from ..checkpoints.architecture import Place
 from ..checkpoints.checkpoint import shards_of
+from ..checkpoints.links import file_within
+from ..checkpoints.locate import refuse_adapter_beside
 from ..checkpoints.parameters import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from ..errors import SteerError
 from ..files import digest, refuse_inputs
+from ..places import public_name
 from ..progress import Progress, silent
 from ..run_card import new_folder
 from ..threads import worker_pool
@@ -88,7 +91,10 @@ def export_merged(
             another, a result that is not finite, or an output that would overwrite something.
     """
     settings, base, folder = settings or MergeSettings(), Path(base), Path(folder)
+    refuse_adapter_beside(base)
     source = open_checkpoint(base)
+    for shard in shards_of(base):
+        file_within(shard, base)
     changes = _find_touched(vector, source)
     refuse_inputs(folder, base)
     plan = _Plan(source, vector.deltas, changes if k else {}, k, settings)
@@ -100,7 +106,7 @@ def export_merged(
         written = " and ".join(str(kind).removeprefix("torch.") for kind in kinds)
         report = tally.report(written, " and ".join(roundings), sha256)
         carry_over(base, part, settings.dtype)
-        origin = {"k": k, "merged into": str(base), **asdict(replace(settings, workers=None))}
+        origin = {"k": k, "merged into": public_name(str(base.absolute())), **asdict(replace(settings, workers=None))}
         write_lineage(vector.card, base, part, origin, report)
         carry_config(base, part, settings.dtype)
     return report

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import INDEX, SINGLE
+from ..checkpoints.links import file_within
 from ..checkpoints.safetensors_file import SafeFile
-from ..errors import SteerError
 from ..files import read_json, write_text
+from ..places import is_private, public_name
 from ..run_card import RunCard
+from ..shown import markdown_text, yaml_text
 from .rounding import MergeReport
 
 # What a model has beside its weights: configuration, tokenizer and processors, templates, licence. Nothing else is
@@ -66,10 +68,7 @@ def _carry(file: Path, target: Path, base: Path) -> None:
     Raises:
         SteerError: a link that leads out.
     """
-    real, folder = file.resolve(), base.resolve()
-    blobs = folder.parent.parent / "blobs"  # where a hub cache keeps what its snapshots link to
-    if not real.is_relative_to(folder) and not (folder.parent.name == "snapshots" and real.is_relative_to(blobs)):
-        raise SteerError(f"{file}: is a link out of the model's folder, to {real}; put the file itself in its place")
+    real = file_within(file, base)
     if real.is_file():
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(real, target)
@@ -77,12 +76,16 @@ def _carry(file: Path, target: Path, base: Path) -> None:
 
 def carry_config(base: Path, part: Path, dtype: str | None) -> None:
     """The base's config.json, with the output's dtype; written last, since nothing loads a folder without it."""
-    if dtype is None:
+    config = read_json(file_within(base / "config.json", base))
+    private = is_private(str(config.get("_name_or_path") or ""))  # where somebody had the model once
+    if dtype is None and not private:
         _carry(base / "config.json", part / "config.json", base)
         return
-    config = read_json(base / "config.json")
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    write_text(part / "config.json", json.dumps({**config, key: dtype}, indent=2) + "\n")
+    if private:
+        config["_name_or_path"] = public_name(config["_name_or_path"])
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    write_text(part / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write_lineage(vector: RunCard, base: Path, part: Path, origin: Mapping[str, Any], report: MergeReport) -> None:
@@ -98,20 +101,23 @@ def write_lineage(vector: RunCard, base: Path, part: Path, origin: Mapping[str, 
 
 
 def _readme(vector: RunCard, base: Path, k: float, report: MergeReport) -> str:
-    name = vector.base_model or base.name
+    into = public_name(str(base.absolute()))
+    name = public_name(vector.base_model) or into
+    shown = markdown_text(name)
     return "\n".join(
         [
             "---",
-            f"base_model: {name}",
+            f"base_model: {yaml_text(name)}",
             "library_name: transformers",
             "tags: [weight-steering, merge]",
             "---",
             "",
-            f"# {name} + {k:g} w",
+            f"# {shown} + {k:g} w",
             "",
             "Made by weightsteer: theta + k w, contrastive weight steering (arXiv 2511.05408).",
             "",
-            f"- base: {name} ({vector.base_revision or 'revision not recorded'}), merged into {base.name}",
+            f"- base: {shown} ({markdown_text(vector.base_revision) or 'revision not recorded'}), merged into "
+            f"{markdown_text(into)}",
             f"- k: {k:g}",
             f"- vector, fingerprint: {report.vector_sha256 or 'none (k = 0)'}",
             f"- written as {report.dtype}, rounding {report.rounding}: the change that was meant is missed by "

@@ -13,7 +13,11 @@ MARKER = re.compile(r"[\[<]|([^\w\s()])\1+")  # a delimiter starts with such a b
 RUN = re.compile(r"([^\w\s()\[\]<>])(?:[^\S\n]*\1)+")
 NEVER = "(?!)"
 CONTROL = re.compile(  # what tokenizers may read as the end of a turn or the start of one, even inside a text
-    r"<\|[^<>\n]{0,60}\|>|</?s>|<(?:bos|eos|pad|unk|(?:start|end).of.turn)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE
+    r"[<\[]\|[^<>\[\]\n]{0,60}\|[>\]]"  # <|im_end|>, <|channel|>
+    r"|<</?[A-Za-z]{1,20}>>"  # <<SYS>>
+    r"|</?[\w.:\-▁]{1,40}(?: [\w.:\-▁]{1,20}){0,2}/?>"  # <s>, <think>, <tool_call>, <unused0>, <start_of_turn>
+    r"|\[/?(?:[A-Z][A-Z0-9_ ]{1,40}|[a-z]?MASK|inst)\]"  # [INST], [SYSTEM_PROMPT], [TOOL_CALLS], [gMASK]
+    r"|[\[\]]~!?\w{0,8}[\[\]]|\[\w~\["  # ]~b], [e~[
 )
 ROUND = {"[": "(", "<": "(", "]": ")", ">": ")"}  # round brackets delimit nothing
 SHAPES = {"Ps": "[", "Pe": "]", "Pd": "-"}  # Unicode's categories of brackets and dashes

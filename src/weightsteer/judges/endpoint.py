@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import copy
 import importlib.util
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
+from .keys import Key
 from .request_errors import (
     NEWER_TOKENS,
     TEMPERATURE,
@@ -31,7 +31,6 @@ from .request_errors import (
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-NO_KEY = "none"  # local servers ask for no key, but the client insists on sending one
 LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
 THINKING_ROOM = 4096  # tokens beside the reply's own, for a model that thinks before it replies
 LONGER = 5  # times the timeout that such a model gets
@@ -90,6 +89,11 @@ class Endpoint:
             raise SteerError(
                 f"judge's url {self.url.rpartition('@')[2]!r}: expected a server's address such as "
                 "http://localhost:8000/v1, without user name or password"
+            )
+        if urlsplit(self.url).query or urlsplit(self.url).fragment or not self.url.isprintable():
+            raise SteerError(
+                f"judge's url {self.url.partition('?')[0]!r}: expected a plain address, without '?' and '#'; a key "
+                "belongs into an environment variable"
             )
         if urlsplit(self.url).path.rstrip("/").endswith("/chat/completions"):
             raise SteerError(f"judge's url {self.url}: leave out /chat/completions, which is added to the address")
@@ -161,12 +165,18 @@ class Endpoint:
             portal.call(self._gathered, prompts, max_new_tokens, arrived, again)
 
     async def _gathered(self, prompts: Mapping[str, str], max_new_tokens: int, arrived: Arrived, again: Again) -> None:
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
         gate = asyncio.Semaphore(self.concurrency)
-        secret = os.environ.get(self.key_env) or NO_KEY
-        # Its own timeout is one of each read, and its retries are silent; both are ours.
-        client = AsyncOpenAI(api_key=secret, base_url=self.url, timeout=None, max_retries=0)
+        # Its own timeout is one of each read, and its retries are silent; both are ours. It follows no redirection,
+        # which would carry the prompts, or the key, to another server.
+        client = AsyncOpenAI(
+            api_key=self._key.value,
+            base_url=self.url,
+            timeout=None,
+            max_retries=0,
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),
+        )
 
         async def one(key: str, prompt: str) -> None:
             async with gate:
@@ -213,7 +223,7 @@ class Endpoint:
         self._learned.add(parameter)
 
     def _refusal(self, error: OtherParametersError) -> SteerError:
-        return SteerError(f"{self.url}, model {self.model}: {shorten(error.__cause__ or error)}")
+        return SteerError(f"{self.url}, model {self.model}: {self._shorten(error)}")
 
     async def _send(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int, learned: Collection[str]) -> object:
         """One request; what went wrong is raised as what it means."""
@@ -230,9 +240,9 @@ class Endpoint:
         except TimeoutError:
             raise PassingError("the request timed out") from None
         except OpenAIError as error:
-            raise meaning_of(error, self.url, self.model, self.key_env) from error
+            raise meaning_of(error, self.url, self.model, self.key_env, self._key) from None
         except ValueError as error:  # the body is not the JSON that its header says it is
-            raise self._foreign(shorten(error)) from None
+            raise self._foreign(self._shorten(error)) from None
 
     def _read(self, completion: object, max_new_tokens: int, learned: Collection[str]) -> Reply:
         """The text of a chat completion, or why it has none."""
@@ -240,10 +250,12 @@ class Endpoint:
         first = choices[0] if isinstance(choices, list) and choices else None
         reason, message = getattr(first, "finish_reason", None), getattr(first, "message", None)
         if reason == "error" or (error and first is None):
-            raise PassingError(f"the reply is an error: {shorten(getattr(first, 'error', None) or error or 'unnamed')}")
+            raise PassingError(
+                f"the reply is an error: {self._shorten(getattr(first, 'error', None) or error or 'unnamed')}"
+            )
         if not isinstance(choices, list):
             raise self._foreign("no chat completion in its answer")
-        text = _join(getattr(message, "content", None))
+        text = self._key.hide(_join(getattr(message, "content", None)))
         if reason == "length" and (not text or (text.startswith(THINKS) and THOUGHT not in text)):
             if THINKS not in learned:
                 raise OtherParametersError(THINKS)
@@ -252,6 +264,13 @@ class Endpoint:
                 "began; turn the judge's thinking off, or choose a model that answers at once"
             )
         return Reply(text, "" if text else _why_empty(message, reason))
+
+    @property
+    def _key(self) -> Key:
+        return Key.read(self.key_env)
+
+    def _shorten(self, error: object) -> str:
+        return shorten(error, self._key)
 
     def _gave_up(self, failure: PassingError) -> SteerError:
         kept = f" Replies so far are kept in {self.cache}; the same command goes on from them." if self.cache else ""

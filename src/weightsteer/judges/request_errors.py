@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from ..errors import SteerError
+from .keys import Key
 
 REASON_LENGTH = 200  # characters of a server's own error message that ours repeats
 RETRIED = (408, 409, 429)  # and 5xx: the statuses after which a request is tried again
@@ -37,32 +38,40 @@ class PassingError(Exception):
 
 
 class OtherParametersError(Exception):
-    """The server refuses a parameter of the request, by its name, that can be left out or replaced."""
+    """The server refuses a parameter of the request, by its name, that can be left out or replaced.
 
-    def __init__(self, parameter: str) -> None:
-        super().__init__(parameter)
+    `reason`: what it says of that.
+    """
+
+    def __init__(self, parameter: str, reason: str = "") -> None:
+        super().__init__(reason or parameter)
         self.parameter = parameter
 
 
-def meaning_of(error: Exception, url: str, model: str, key_env: str) -> Exception:
-    """What a client's error means: a `SteerError` to be told, a `PassingError`, or an `OtherParametersError`."""
+def meaning_of(error: Exception, url: str, model: str, key_env: str, key: Key) -> Exception:
+    """What a client's error means: a `SteerError` to be told, a `PassingError`, or an `OtherParametersError`.
+
+    Whatever the server says, the key is not repeated.
+    """
     status = getattr(error, "status_code", None)
-    where = f"{url}, model {model}"
+    where, said = f"{url}, model {model}", shorten(error, key)
     if status is None:
-        return _connection_failure(error, url, where)
+        return _connection_failure(error, url, where, key)
+    if 300 <= status < 400:
+        return SteerError(f"{where}: sends its visitors to another address, which is not followed; give that address")
     if status in (400, 422) and (parameter := _refused_parameter(str(error).lower())):
-        return OtherParametersError(parameter)
+        return OtherParametersError(parameter, said)
     if status == 429 and QUOTA in f"{getattr(error, 'code', '')} {error}":
-        return SteerError(f"{where}: {shorten(error)}; the quota of the key in {key_env} is used up")
+        return SteerError(f"{where}: {said}; the quota of the key in {key_env} is used up")
     if status >= 500 or status in RETRIED:
         advice = "it limits how often it may be asked: lower the judge's concurrency, or wait" if status == 429 else ""
-        return PassingError(shorten(error), pause_asked_for(error), advice)
+        return PassingError(said, pause_asked_for(error), advice)
     advice = ADVICE[status].format(key_env=key_env) if status in ADVICE else ""
     if status in (404, 405) and not urlsplit(url).path.rstrip("/").endswith("/v1"):
         advice = f"the address may lack its end: try {url.rstrip('/')}/v1"
     if status == 400 and "https" in str(error).lower() and url.startswith("http:"):
         advice = "the server speaks https: write https:// in its address"
-    return SteerError(f"{where}: {shorten(error)}{'; ' if advice else ''}{advice}")
+    return SteerError(f"{where}: {said}{'; ' if advice else ''}{advice}")
 
 
 def _refused_parameter(message: str) -> str | None:
@@ -73,10 +82,10 @@ def _refused_parameter(message: str) -> str | None:
     return named[0] if named and REFUSES.search(message) else None
 
 
-def _connection_failure(error: Exception, url: str, where: str) -> Exception:
+def _connection_failure(error: Exception, url: str, where: str, key: Key) -> Exception:
     """What it means that no reply came at all."""
     causes = list(_causes(error))
-    reason = next((text for cause in causes[1:] if (text := shorten(cause))), "")
+    reason = next((text for cause in causes[1:] if (text := shorten(cause, key))), "")
     if any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes):
         return SteerError(
             f"{where}: its certificate is not trusted ({reason}); set the environment variable SSL_CERT_FILE to the "
@@ -88,7 +97,7 @@ def _connection_failure(error: Exception, url: str, where: str) -> Exception:
         )
     reset = any(isinstance(cause, ConnectionResetError) or "disconnected" in str(cause) for cause in causes)
     advice = "if the server speaks https, write https://" if reset and url.startswith("http:") else ""
-    return PassingError(f"{shorten(error)}{f' ({reason})' if reason else ''}", advice=advice)
+    return PassingError(f"{shorten(error, key)}{f' ({reason})' if reason else ''}", advice=advice)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -115,6 +124,6 @@ def pause_asked_for(error: Exception) -> float | None:
     return None
 
 
-def shorten(error: object) -> str:
-    """An error's message on one line, without a full stop."""
-    return " ".join(str(error).split())[:REASON_LENGTH].rstrip(".")
+def shorten(error: object, key: Key) -> str:
+    """An error's message on one line, without a full stop and without the key."""
+    return key.hide(" ".join(str(error).split()))[:REASON_LENGTH].rstrip(".")

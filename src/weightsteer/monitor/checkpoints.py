@@ -102,7 +102,7 @@ def read_checkpoints(
         except (SteerError, OSError) as error:
             warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
             continue
-        kept.add(path, weights, read_off(products, checkpoint=str(path), step=step, controls=controls))
+        kept.add(path, weights, read_off(products, checkpoint=_label(path), step=step, controls=controls))
     progress(len(checkpoints), len(checkpoints), "done")
     if not kept.readings:
         raise SteerError("monitor: none of the checkpoints could be read; the warnings above say why")
@@ -124,6 +124,7 @@ class _Kept:
     def _take(self, row: Mapping[str, Any]) -> None:
         """One row of the file; rows of other weights of the same checkpoint replace those before them."""
         reading = Reading(**{name: value for name, value in row.items() if name not in ("key", "weights")})
+        reading = replace(reading, checkpoint=_label(Path(reading.checkpoint)))  # an older version's is a whole path
         if self.weights.get(reading.checkpoint) != row["weights"]:
             self.readings[reading.checkpoint] = []
         self.weights[reading.checkpoint] = row["weights"]
@@ -131,14 +132,20 @@ class _Kept:
 
     def has(self, path: Path, weights: str) -> bool:
         """Whether the checkpoint was read with these weights; one that is gone ("") counts as it was."""
-        return str(path) in self.readings and weights in ("", self.weights[str(path)])
+        label = _label(path)
+        return label in self.readings and weights in ("", self.weights[label])
 
     def add(self, path: Path, weights: str, readings: list[Reading]) -> None:
         """Take in a checkpoint's readings, and append them to the file."""
-        self.readings[str(path)], self.weights[str(path)] = readings, weights
+        self.readings[_label(path)], self.weights[_label(path)] = readings, weights
         if self.store:
             marks = {"key": self.key, "weights": weights}
             append_jsonl(self.store, [{**asdict(reading), **marks} for reading in readings])
+
+
+def _label(path: Path) -> str:
+    """What a checkpoint is called in readings: its folder and the run's, since readings are shared and paths are not."""
+    return "/".join(path.absolute().parts[-2:])
 
 
 def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) -> list[Products]:

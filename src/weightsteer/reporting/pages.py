@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ..files import write_text
+from ..shown import visible
 
 
 def write_page(path: Path, template: str, specs: Mapping[str, Mapping[str, Any]], **content: Any) -> Path:
@@ -45,8 +46,17 @@ def write_figures(
 
 def _environment() -> Environment:
     return Environment(
-        loader=PackageLoader("weightsteer.reporting"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("weightsteer.reporting"),
+        autoescape=True,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+
+
+def _shown(value: Any) -> Any:
+    """A text with what would turn its order around written out; the environment escapes it after that."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _script_json(value: Any) -> Markup:

@@ -23,6 +23,7 @@ from ..export.merge import MergeSettings, export_merged
 from ..files import read_json, write_json
 from ..judges.endpoint import ChatModel, Endpoint
 from ..judges.judge import Judge, LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
+from ..judges.keys import require_own_key
 from ..lm import LM
 from ..progress import Progress
 from ..run_card import RunCard
@@ -42,17 +43,21 @@ class ShowProgress(Protocol):
     def __call__(self, label: str) -> AbstractContextManager[Progress]: ...
 
 
-def load_judge(recipe: Recipe, folder: RunFolder) -> ChatModel | None:
+def load_judge(recipe: Recipe, folder: RunFolder, keys: Sequence[str] = ()) -> ChatModel | None:
     """The recipe's judge: a server, whose replies are kept in the run, or a local model.
 
+    Args:
+        keys: environment variables whose keys the user lets the recipe send to its judge.
+
     Raises:
-        SteerError: an address that is none, or a model that cannot be loaded.
+        SteerError: an address that is none, a key that is not for it, or a model that cannot be loaded.
     """
     judge = recipe.judge
     if judge is None:
         return None
     if judge.url is None:
         return LocalChatModel(LM.load(judge.model, device=recipe.device, dtype=recipe.dtype))
+    require_own_key(judge.key_env, judge.url, keys)
     return Endpoint(
         judge.url, judge.model, key_env=judge.key_env, concurrency=judge.concurrency, cache=folder.judge_cache
     )

@@ -8,45 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..behavior import SIDES, Behavior, example_rows
-from ..data_building.sampling import cut_answers, unusable_verdicts
 from ..errors import SteerError
 from ..evaluation.choose_k import recommend
-from ..evaluation.compare import compare_at_loss
 from ..evaluation.cost import measure_costs
-from ..evaluation.metrics import MetricKey, metric_key
-from ..evaluation.results import BASE, MetricRow, measurements_by_key, read_rows
+from ..evaluation.metrics import metric_key
+from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import measure_base, run_sweep
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, lock_folder, read_finished, read_json, read_jsonl, write_jsonl
+from ..files import digest, lock_folder, read_finished, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
-from ..reporting.report import Report, Sample, write_report
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
 from ..steering.methods import costs_of
 from ..steering.several_k import generate_at_strengths
 from ..steering.steering import Steering
-from ..vectors.difference import task_vector
-from ..vectors.geometry import facts, geometry
 from .artifacts import RunArtifacts, ShowProgress, load_judge
 from .recipe import Recipe, claim_run
 from .run_methods import methods_with_strengths
+from .run_report import write_run_report
 from .validate import validate_recipe
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a recipe cannot allow itself, and its user can."""
+
+    code: Sequence[str] = ()  # task files of lm-evaluation-harness whose code may run
+    keys: Sequence[str] = ()  # environment variables whose keys the judge's server may get
 
 
 class Run:
     """One run of a recipe in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: str | Path, *, show: ShowProgress, command: str = "") -> None:
-        """Check the whole recipe before any work: data, tasks, training settings, the folder."""
+    def __init__(
+        self, recipe: Recipe, folder: str | Path, *, show: ShowProgress, command: str = "", trust: Trust | None = None
+    ) -> None:
+        """Check the whole recipe before any work: data, tasks, training settings, the folder.
+
+        Args:
+            trust: what the user allows the recipe: files of tasks that bring code, environment variables with keys.
+        """
+        trust = trust or Trust()
         self.recipe, self.folder, self.show, self.command = recipe, RunFolder(Path(folder)), show, command
         self.behavior = Behavior.load(recipe.behavior)
-        self.judge = load_judge(recipe, self.folder)
-        self.tasks = recipe.load_tasks(self.judge)
+        self.judge = load_judge(recipe, self.folder, trust.keys)
+        self.tasks = recipe.load_tasks(self.judge, trust_code=trust.code)
         by_name = {task.name: task for task in self.tasks}
         self.artifacts = RunArtifacts(
             recipe, self.folder, behavior=self.behavior, tasks=by_name, judge=self.judge, show=show
@@ -153,18 +164,17 @@ class Run:
         with self.show("costs") as progress:
             return measure_costs(self.artifacts.lm(), methods, costs_of, self.folder, progress=progress)
 
-    def samples(self, strength: StrengthRange) -> list[Sample]:
+    def samples(self, strength: StrengthRange) -> None:
         """Replies to the same prompts at up to five strengths."""
         path, wanted = self.folder.samples, self.recipe.samples
         prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
         if not prompts:
-            return []
+            return
         ks = {f"{k:g}" for k in strength.shown}
         kept = read_finished(path)
         if [row["prompt"] for row in kept] != prompts or any(row["replies"].keys() != ks for row in kept):
             kept = list(self._generate_samples(prompts, strength))  # anew: the prompts, or the budget and so k, changed
             write_jsonl(path, kept)
-        return [Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()}) for row in kept]
 
     def _generate_samples(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[dict[str, Any]]:
         length, ks = self.recipe.samples.max_new_tokens, strength.shown
@@ -178,54 +188,4 @@ class Run:
 
     def report(self) -> Path:
         """The page and its PNG, from the artifacts of the stages before."""
-        vector = self.artifacts.difference()
-        strength = vector.card.strength
-        if strength is None:
-            raise SteerError(f"{self.folder.path}: the sweep is not finished; run `weightsteer run` again")
-        rows, plotted = read_rows(self.folder.rows), self._keys_to_plot()
-        sides = task_vector(self.folder.finetune("positive")), task_vector(self.folder.finetune("negative"))
-        report = Report(
-            title=f"Weight steering: {self.behavior.name}",
-            description=self.behavior.description,
-            rows=rows,
-            metrics=self.recipe.metrics,
-            costs=read_rows(self.folder.costs),
-            comparisons={key: compare_at_loss([self.folder.path], key, draws=200) for key in plotted},
-            card=vector.card,
-            strength=strength,
-            norms=vector.norms(),
-            geometry=facts(geometry(vector), sides),
-            samples=self.samples(strength),
-            command=self.command,
-            behaviors=plotted,
-            notes=self._notes(),
-        )
-        return write_report(report, self.folder)
-
-    def _keys_to_plot(self) -> list[MetricKey]:
-        """The behaviours to draw, of those that have a value for some item."""
-        rows = read_rows(self.folder.rows)
-        found = {(row.task, row.metric) for row in rows if row.split == "test" and row.method == BASE}
-        return [key for key in map(metric_key, self.recipe.plot) if key in found]
-
-    def _notes(self) -> list[str]:
-        """What a reader has to know of how the numbers were made."""
-        notes = []
-        if self.folder.layer.exists():
-            notes.append(self._activation_note(int(read_json(self.folder.layer))))
-        if lost := unusable_verdicts(self.folder.sampled):
-            notes.append(
-                f"Of the answers that D+ and D- were chosen from, {lost} are on neither side: no usable verdict."
-            )
-        if cut := cut_answers(self.folder.sampled):
-            notes.append(f"Of the answers that D+ and D- were chosen from, {cut} were cut off and are on neither side.")
-        return notes
-
-    def _activation_note(self, layer: int) -> str:
-        """How the activation baseline was made, so that a smaller effort for it does not pass unseen."""
-        sweep, examples = self.recipe.sweep, len(self.artifacts.sides()[0])
-        used = min(sweep.activation_pairs or examples, examples)
-        return (
-            f"The activation vector comes from {used} of the {examples} examples a side and is added to the output of "
-            f"block {layer}, chosen among one block in {sweep.layer_step} on {sweep.search_items} validation items."
-        )
+        return write_run_report(self.recipe, self.folder, command=self.command)

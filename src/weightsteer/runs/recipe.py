@@ -14,10 +14,12 @@ from ..errors import SteerError
 from ..evaluation.choose_k import DEFAULT_BUDGET
 from ..evaluation.metrics import Metrics
 from ..evaluation.task_spec import TaskFields, TaskSpec
-from ..files import is_empty, write_text
+from ..files import digest, is_empty, write_text
 from ..former_names import RECIPE_FIELDS, find_former, with_new_names
+from ..places import public_name, recall, remember, without_paths
 from ..run_card import CARD_FILE, RunCard
 from ..run_folder import RunFolder
+from .identity import content_of, refuse_path, same_model, without_folders
 from .recipe_fields import (
     DataRecipe,
     FinetuneRecipe,
@@ -73,16 +75,25 @@ class Recipe(Strict):
         fields = _read_yaml(Path(path))
         if former := find_former(fields):
             raise SteerError(f"{path}: {former[0]!r} is called {former[1]!r} now; rename it")
-        return cls._checked(path, fields)
+        found = cls._checked(path, fields)
+        try:
+            refuse_path(found.name)
+        except SteerError as error:
+            raise SteerError(f"{path}: {error}") from None
+        return found
 
     @classmethod
     def load_kept(cls, path: Path) -> Recipe:
         """Read the recipe that a run has kept; one of an older version is read in this version's names.
 
+        What it names by an absolute path is found again on the machine on which the run was begun.
+
         Raises:
             SteerError: as `load`.
         """
-        return cls._checked(path, with_new_names(_read_yaml(path)))
+        full = recall(_private_key(path)) if path.is_file() else None
+        fields = yaml.safe_load(full) if full else _read_yaml(path)
+        return cls._checked(path, with_new_names(fields))
 
     @classmethod
     def _checked(cls, path: str | Path, fields: Mapping[str, Any]) -> Recipe:
@@ -117,11 +128,12 @@ class Recipe(Strict):
         except ValidationError as error:
             raise SteerError(f"recipe {self.name}: field 'train': {_first(error)}") from None
 
-    def load_tasks(self, judge: ChatModel | None = None) -> list[Task]:
+    def load_tasks(self, judge: ChatModel | None = None, trust_code: Sequence[str] = ()) -> list[Task]:
         """The recipe's tasks with their items; tasks about a behaviour are about the recipe's unless they name one.
 
         Args:
             judge: who judges, for the tasks that need a judge.
+            trust_code: files of tasks whose code may run (see `load_harness`).
 
         Raises:
             SteerError: an unknown task, data that cannot be read, or two tasks of one name.
@@ -131,7 +143,7 @@ class Recipe(Strict):
         names = [spec.shown_name for spec in self.tasks]
         if len(set(names)) < len(names):
             raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
-        specs = [TaskSpec(**vars(spec), judge=judge) for spec in self.tasks]
+        specs = [TaskSpec(**vars(spec), judge=judge, trust_code=tuple(trust_code)) for spec in self.tasks]
         return [load_task(replace(spec, behavior=spec.behavior or self.behavior)) for spec in specs]
 
     def sides(self) -> tuple[list[Example], list[Example]] | None:
@@ -221,12 +233,11 @@ def claim_run(recipe: Recipe, folder: RunFolder, inputs: Mapping[str, str]) -> R
         SteerError: the folder belongs to another recipe, to other data, or to something else.
     """
     path = folder.path
-    card = RunCard.now(
-        "run", base_model=recipe.model, data_sha256=inputs, settings=recipe.model_dump(), seed=recipe.seed
-    )
+    named = {"base_model": recipe.model, "base_revision": content_of(recipe.model)}
+    card = RunCard.now("run", **named, data_sha256=inputs, settings=recipe.model_dump(), seed=recipe.seed)
     if (path / CARD_FILE).exists():
         found = RunCard.load(path)
-        if other := _difference(found, card):
+        if other := _difference(found, card, folder):
             raise SteerError(f"{path}: holds a run that differs in {other}; choose another --out, or remove it")
         _keep_recipe(recipe, folder)
         return found
@@ -239,12 +250,26 @@ def claim_run(recipe: Recipe, folder: RunFolder, inputs: Mapping[str, str]) -> R
 
 
 def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
+    """Keep the recipe in the run's folder without paths of this machine; with them it is kept on the machine alone."""
     fields = recipe.model_dump(mode="json", exclude_defaults=True)
-    write_text(folder.recipe, yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
+    full, shared = (
+        yaml.safe_dump(form, sort_keys=False, allow_unicode=True) for form in (fields, without_paths(fields))
+    )
+    write_text(folder.recipe, shared)
+    if full != shared:
+        remember(_private_key(folder.recipe), full)
 
 
-def _difference(found: RunCard, wanted: RunCard) -> str | None:
+def _private_key(path: Path) -> str:
+    """What a run's recipe is remembered under: its text, and the hashes of all that it reads."""
+    text, card = path.read_bytes().decode(errors="replace"), path.parent / CARD_FILE
+    return digest([text, dict(RunCard.load(path.parent).data_sha256) if card.is_file() else {}])
+
+
+def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | None:
     """The first of a recipe's fields, or of its inputs, that is another in a run that is there."""
+    if not same_model(found, wanted, folder):
+        return "the recipe's 'model'"
     mine, theirs = _essence(wanted.settings), _essence(found.settings)
     if theirs is None:
         return "its recipe, which this version cannot read"
@@ -265,7 +290,7 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if fields["judge"]:  # who judges, not how many requests at once
         fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
-    return {name: value for name, value in fields.items() if name not in KEPT_APART}
+    return {name: value for name, value in without_folders(fields).items() if name not in {"model", *KEPT_APART}}
 
 
 def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
@@ -275,7 +300,8 @@ def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
         SteerError: two runs of different recipes; the first field in which they differ is named.
     """
     folders = [RunFolder(Path(run)) for run in runs]
-    kept = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
+    recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
+    kept = [(path, {**without_folders(fields), "model": public_name(fields["model"])}) for path, fields in recipes]
     for path, fields in kept[1:]:
         for name, value in fields.items():
             if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:

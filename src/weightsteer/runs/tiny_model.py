@@ -66,7 +66,7 @@ def _architecture(recipe: Recipe) -> str:
         return recipe.architecture
     where = locate_config(recipe.model)
     try:
-        config = AutoConfig.from_pretrained(**where)
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise SteerError(
             f"{recipe.model}: its config cannot be read ({error}); name its 'architecture' in the recipe, such as qwen2"

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.checkpoint import ADAPTER_CONFIG
 from ..errors import SteerError
-from ..files import digest, is_empty, read_json, write_text
+from ..files import digest, is_empty, read_json, write_json, write_text
 from ..lm import LM
+from ..places import public_name
 from ..run_card import CARD_FILE, RunCard, new_folder, refuse_foreign
 from .callbacks import SNAPSHOTS
 from .job import Outcome
@@ -58,7 +60,7 @@ def _same_base(found: RunCard, asked: RunCard) -> bool:
     """A base is its content, and its name a hint."""
     if found.base_revision and asked.base_revision:
         return found.base_revision == asked.base_revision
-    return found.base_model == asked.base_model
+    return public_name(found.base_model) == public_name(asked.base_model)
 
 
 def _inputs(card: RunCard) -> dict[str, Any]:
@@ -130,9 +132,17 @@ def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcom
         shutil.copytree(made / "best", part, dirs_exist_ok=True)
         if (made / SNAPSHOTS).exists():
             shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS)
+        _name_base_publicly(part, card)
         replace(card, measured={**card.measured, **_summarise(outcomes, best)}).save(part)
     shutil.rmtree(work)
     return out
+
+
+def _name_base_publicly(folder: Path, card: RunCard) -> None:
+    """Put the base's name where PEFT wrote its path on this machine; its README says nothing but that."""
+    for path in folder.rglob(ADAPTER_CONFIG):
+        write_json(path, {**read_json(path), "base_model_name_or_path": public_name(card.base_model)})
+        (path.parent / "README.md").unlink(missing_ok=True)
 
 
 def _summarise(outcomes: Mapping[float, Outcome], best: float) -> dict[str, Any]:

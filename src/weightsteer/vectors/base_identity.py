@@ -10,10 +10,10 @@ from pathlib import Path
 from ..checkpoints.checkpoint import fingerprint
 from ..checkpoints.locate import local_folder
 from ..errors import SteerError
+from ..places import HUB_CACHE
 from ..run_card import RunCard
 
 COMMIT, FINGERPRINT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
-HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<model>[^/]+)(?:/|$)")
 QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit)$|-(?:gptq|awq)(?:-int[48])?$")
 MIRRORS = ("unsloth",)  # owners that publish other people's models under the same names
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoints.architecture import architecture_of
 from ..checkpoints.checkpoint import fingerprint
-from ..checkpoints.locate import checkpoint_folder
+from ..checkpoints.locate import base_of, checkpoint_folder
 from ..checkpoints.parameters import Whole, read_parameters, same_values
 from ..errors import SteerError
 from ..run_card import RunCard
@@ -150,8 +150,8 @@ def _sum(name: str, terms: tuple[Value, ...], shape: tuple[int, ...], layout: La
 def _base_tensors(positive: FineTune, negative: FineTune, base: str | Path | None, name: str) -> dict[str, Whole]:
     """The base's parameters, for one that one side gives and the other only changes; tied ones under both names."""
     card = next((side.card for side in (positive, negative) if side.card.base_model), positive.card)
-    named = str(base or card.base_model)
     try:
+        named = str(base or base_of(card))
         if not named:
             raise SteerError("none is named in the fine-tunes")
         folder = checkpoint_folder(named, revision=None if base else card.base_commit)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..checkpoints.architecture import Architecture, architecture_of
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, is_checkpoint
-from ..checkpoints.locate import local_folder, source_folder
+from ..checkpoints.locate import local_base, local_folder, source_folder
 from ..checkpoints.parameters import Whole, read_parameters
 from ..checkpoints.recognise import what_it_holds
 from ..errors import SteerError
@@ -89,7 +89,7 @@ def _of_adapter(folder: Path, card: RunCard, adapter: Adapter) -> FineTune:
 
 def base_architecture(card: RunCard, base: str | Path | None) -> Architecture | None:
     """The base's architecture, if the base is given or lies on this machine under the name that the card has."""
-    folder = local_folder(str(base or card.base_model), revision=None if base else card.base_commit)
+    folder = local_folder(str(base)) if base else local_base(card)
     return architecture_of(folder) if folder else None
 
 

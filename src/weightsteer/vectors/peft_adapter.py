@@ -16,6 +16,7 @@ from ..checkpoints.parameters import Whole
 from ..checkpoints.plain_names import PEFT_PREFIX, plain_name, without_wrappers
 from ..checkpoints.safetensors_file import SafeFile, Stored, same_bytes
 from ..errors import SteerError
+from ..places import public_name
 from ..run_card import RunCard
 from .adapter_config import AdapterConfig, read_adapter_config
 from .delta import Delta, Part, require_finite
@@ -295,7 +296,7 @@ def adapter_config(layouts: Mapping[str, Layout], rank: int, card: RunCard) -> d
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": card.base_model,
+        "base_model_name_or_path": public_name(card.base_model),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

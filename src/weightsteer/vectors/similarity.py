@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import SteerError
 from ..files import write_bytes, write_text
 from ..progress import Progress, silent
+from ..shown import csv_cell, one_line
 from .base_identity import require_same_base
 from .delta import CLEAR, Delta, blocks, not_finite, require_same_shape, rows_of
 from .low_rank import ACCUMULATE, FactorPanel, LowRank
@@ -49,9 +50,9 @@ class Similarity:
         """Write `path`.csv (cosines, labelled) and `path`.npz (names, cosines, dots, norms; no pickle)."""
         path, table = Path(path), io.StringIO()
         writer = csv.writer(table)
-        writer.writerow(["", *self.names])
+        writer.writerow(["", *map(csv_cell, self.names)])
         for name, row in zip(self.names, self.cosines, strict=True):
-            writer.writerow([name, *(f"{value:.9g}" for value in row)])
+            writer.writerow([csv_cell(name), *(f"{value:.9g}" for value in row)])
         write_text(path.with_name(f"{path.name}.csv"), table.getvalue())
         array = io.BytesIO()
         np.savez(array, names=np.array(self.names), cosines=self.cosines, dots=self.dots, norms=self.norms)
@@ -199,6 +200,7 @@ def _add_dense(dots: Tensor, held: _Held, dense: Sequence[int], everyone: Sequen
 
 def table(names: Sequence[str], values: np.ndarray) -> str:
     """A labelled square table as text."""
+    names = [one_line(name) for name in names]
     width = max(8, *(len(name) for name in names)) + 1
     lines = [" " * width + "".join(f"{name:>{width}}" for name in names)]
     for name, row in zip(names, values, strict=True):

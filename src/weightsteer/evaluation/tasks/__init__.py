@@ -38,10 +38,13 @@ def kind_of(name: str) -> TaskKind:
 
 
 def metrics_of(specs: Iterable[TaskFields]) -> Metrics:
-    """What a recipe's tasks say of their metrics, by the names that the tasks have there."""
+    """What a recipe's tasks say of their metrics, by the names that the tasks have there.
+
+    No task is loaded; one that this installation does not know says nothing, and its metrics go by their own names.
+    """
     found: dict[MetricKey, Metric] = {}
     for spec in specs:
-        for metric in kind_of(spec.task).metrics:
+        for metric in TASKS[spec.task].metrics if spec.task in TASKS else ():
             renamed = replace(metric, title=f"{spec.name}: {metric.title}") if spec.name else metric
             found[spec.shown_name, metric.name] = renamed
     return found

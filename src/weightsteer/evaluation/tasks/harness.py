@@ -84,18 +84,20 @@ class HarnessTask(ItemTask):
 def load_harness(spec: TaskSpec) -> HarnessTask:
     """A task of lm-evaluation-harness: its name there, a YAML file of the user's, or None for the shipped facts.
 
+    A YAML file is code: it names functions, and its templates run outside of a sandbox. So it is opened only if the
+    user, and not the recipe, trusts it by name (`spec.trust_code`); that is for what it includes in its folder too.
     Data files that a YAML file names are looked for in its folder. In a group the tasks take turns,
     so that a `limit` takes of each, and both splits hold half of each: a document's split hangs on its
     number in its task. tinyMMLU is shipped too, since the harness's needs a package that
     is not to be had from the index; it is the same questions, and the plain mean.
 
     Raises:
-        SteerError: the harness is not installed, it knows no such task, or the task's data cannot be had.
+        SteerError: the harness is not installed, a file is not trusted, it knows no such task, or the task's data cannot be had.
     """
     if find_spec("lm_eval") is None:
         raise SteerError(f"task harness: needs lm-evaluation-harness: run `{INSTALL}`")
     with _quiet():
-        tasks = _load(spec.data)
+        tasks = _load(spec.data, spec.trust_code)
         for name, task in tasks.items():
             _prepare(name, task, spec.max_new_tokens)
         documents = [
@@ -109,12 +111,25 @@ def load_harness(spec: TaskSpec) -> HarnessTask:
     return HarnessTask("harness", items, splits, tasks=tasks, settings=settings)
 
 
-def _load(data: str | None) -> dict[str, Any]:
+def _load(data: str | None, trust_code: Sequence[str]) -> dict[str, Any]:
     """The harness's task objects by name, from a YAML file or by a name that the harness knows."""
-    if data is not None and Path(data).suffix in (".yaml", ".yml"):
-        return _load_file(Path(data))
-    shipped = task_file(f"{data or 'harness_facts'}.yaml", None)
-    return _load_file(shipped) if shipped.is_file() else _load_name(str(data))
+    name = data or "harness_facts"
+    if Path(name).suffix.lower() in (".yaml", ".yml"):
+        _require_trust(Path(name), trust_code)
+        return _load_file(Path(name))
+    if Path(name).name != name:
+        raise SteerError(f"task harness: {name}: expected a task's YAML file, or a name that the harness knows")
+    shipped = task_file(f"{name}.yaml", None)
+    return _load_file(shipped) if shipped.is_file() else _load_name(name)
+
+
+def _require_trust(path: Path, trust_code: Sequence[str]) -> None:
+    """Raise unless the user trusts this very file."""
+    if path.exists() and path.resolve() not in [Path(name).resolve() for name in trust_code]:
+        raise SteerError(
+            f"task harness: {path}: a task file of lm-evaluation-harness can run any code; read it, and if you trust "
+            f"it, say so with --trust-code {path}"
+        )
 
 
 def _load_file(path: Path) -> dict[str, Any]:

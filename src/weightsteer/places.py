@@ -1,0 +1,78 @@
+"""Where on this machine the models lie that artifacts name: a private index, so that no artifact holds a path.
+
+An artifact that people share names a local model by its folder's name and the hash of its weights. Which folder that is
+stays in the user's cache, in one small file for each hash.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import write_text
+
+HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<model>[^/]+)(?:/|$)")
+INDEX = "places"
+
+
+def cache_folder() -> Path:
+    """Where what is made once for this machine lies: $WEIGHTSTEER_CACHE, else the platform's user cache."""
+    named = os.environ.get("WEIGHTSTEER_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(named) if named else Path(base) / "weightsteer"
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is a path that tells of the machine: an absolute one, or one from the user's home."""
+    return name.startswith("~") or Path(name).is_absolute()
+
+
+def public_name(name: str) -> str:
+    """A name without the path before it: of a folder in the hub's cache the model's id, else the last part."""
+    if not is_private(name):
+        return name
+    cached = HUB_CACHE.search(name)
+    return f"{cached['owner']}/{cached['model']}" if cached else Path(name).expanduser().name
+
+
+def without_paths(value: Any) -> Any:
+    """A value of JSON's kinds in which every text that is a path, or a list of paths by commas, is a public name."""
+    if isinstance(value, str):
+        return ",".join(map(public_name, value.split(","))) if is_private(value) else value
+    if isinstance(value, Mapping):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [without_paths(item) for item in value]
+    return value
+
+
+def shareable(path: Path) -> str:
+    """A path as a shared page may name it: from the folder in which the command runs, or its last part alone."""
+    if not is_private(str(path)):
+        return str(path)
+    place, here = path.expanduser().resolve(), Path.cwd()
+    return str(place.relative_to(here)) if place.is_relative_to(here) else place.name
+
+
+def remember(key: str, text: str) -> None:
+    """Keep a text of this machine, such as a path, under a hash; without a place to write it is lost."""
+    if key and not (recall(key) == text):
+        try:
+            write_text(_file(key), text)
+        except OSError:
+            return
+
+
+def recall(key: str) -> str | None:
+    """What was kept under a hash; None if nothing was."""
+    try:
+        return _file(key).read_text(encoding="utf-8") if key else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / INDEX / re.sub(r"[^0-9A-Za-z-]", "_", key)[:80]

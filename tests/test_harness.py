@@ -63,8 +63,12 @@ def write_task(folder: Path, fields: dict[str, Any], name: str = "seas", rows: S
     return str(folder / f"{name}.yaml")
 
 
+def trusted(data: str, **more: Any) -> TaskSpec:
+    return TaskSpec("harness", data, trust_code=(data,), **more)
+
+
 def load(folder: Path, fields: dict[str, Any], **more: Any) -> HarnessTask:
-    return load_harness(TaskSpec("harness", write_task(folder, fields), **more))
+    return load_harness(trusted(write_task(folder, fields), **more))
 
 
 def by_id(task: HarnessTask, lm: LM, metric: str) -> dict[int, float | None]:
@@ -189,7 +193,7 @@ def test_a_group_takes_of_each_task_in_turn(lm: LM, tmp_path: Path) -> None:
     write_task(tmp_path, RECITE, "seas")
     write_task(tmp_path, CHOOSE, "lakes", ROWS[:3])
     (tmp_path / "waters.yaml").write_text(yaml.safe_dump({"group": "waters", "task": ["seas", "lakes"]}))
-    task = load_harness(TaskSpec("harness", str(tmp_path / "waters.yaml"))).first(2)
+    task = load_harness(trusted(str(tmp_path / "waters.yaml"))).first(2)
     assert [(item.task, item.number) for item in task.items] == [("seas", 0), ("lakes", 0), ("seas", 1), ("lakes", 1)]
     values = task.measure(lm)
     assert [value is None for value in values["loglikelihood"]] == [False, True, False, True]
@@ -201,7 +205,7 @@ def test_both_splits_of_a_group_hold_half_of_each_task(tmp_path: Path) -> None:
     for name in ("seas", "lakes"):
         write_task(tmp_path, CHOOSE, name)
     (tmp_path / "waters.yaml").write_text(yaml.safe_dump({"group": "waters", "task": ["seas", "lakes"]}))
-    task = load_harness(TaskSpec("harness", str(tmp_path / "waters.yaml")))
+    task = load_harness(trusted(str(tmp_path / "waters.yaml")))
     found = Counter((item.task, split) for item, split in zip(task.items, task.splits, strict=True))
     assert found == {(name, split): 6 for name in ("seas", "lakes") for split in ("validation", "test")}
     assert task.of_split("test").first(2).splits == ("test",) * 2
@@ -225,7 +229,7 @@ def test_the_hash_follows_documents_settings_and_splits(tmp_path: Path) -> None:
     assert load(tmp_path / "moved", CHOOSE).sha256 == task.sha256  # where it lies does not matter
     others = [
         load(tmp_path, {**CHOOSE, "description": "Think. "}),
-        load_harness(TaskSpec("harness", write_task(tmp_path, CHOOSE, rows=[*ROWS[:-1], {**ROWS[-1], "gold": 1}]))),
+        load_harness(trusted(write_task(tmp_path, CHOOSE, rows=[*ROWS[:-1], {**ROWS[-1], "gold": 1}]))),
         task.all_in("test"),
         task.first(2),
     ]
@@ -261,7 +265,7 @@ def test_a_system_prompt_that_the_template_refuses(lm: LM, tmp_path: Path) -> No
 def test_tasks_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(data: str | None, message: str) -> None:
         with pytest.raises(SteerError, match=message):
-            load_harness(TaskSpec("harness", data))
+            load_harness(trusted(data))
 
     write_task(tmp_path / "known", {**CHOOSE, "dataset_path": "nobody/nothing", "dataset_kwargs": {}}, "arc_easy")
     known = lm_eval_tasks.TaskManager(include_path=str(tmp_path / "known"), include_defaults=False)

@@ -101,5 +101,6 @@ def markdown_text(text: str) -> str:
 
 
 def yaml_text(text: str) -> str:
-    """The text as a YAML value of one line, in quotes: JSON's form is YAML's too."""
-    return json.dumps(one_line(text))
+    """The text as a YAML value of one line, in quotes: JSON's form is YAML's too, but for characters beyond 16 bits."""
+    quoted = json.dumps(one_line(text), ensure_ascii=False)
+    return "".join(char if char.isprintable() else _written_out(char) for char in quoted)

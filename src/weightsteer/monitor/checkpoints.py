@@ -144,7 +144,7 @@ class _Kept:
 
 
 def _label(path: Path) -> str:
-    """What a checkpoint is called in readings: its folder and the run's, since readings are shared and paths are not."""
+    """What a checkpoint is called in readings, which are shared, and paths are not: its folder and the run's."""
     return "/".join(path.absolute().parts[-2:])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..behavior import SIDES
 from ..checkpoints.checkpoint import fingerprint
 from ..errors import SteerError
 from ..places import public_name
@@ -26,7 +27,7 @@ def same_model(found: RunCard, wanted: RunCard, folder: RunFolder) -> bool:
 
     Runs of older versions say by what name they were begun, and their fine-tunes on which weights.
     """
-    made = [RunCard.load(path) for path in map(folder.finetune, ("positive", "negative")) if path.is_dir()]
+    made = [RunCard.load(path) for path in map(folder.finetune, SIDES) if path.is_dir()]
     known = found.base_revision or ("" if folder.first_model.exists() else made[0].base_revision if made else "")
     if known and wanted.base_revision:
         return known == wanted.base_revision

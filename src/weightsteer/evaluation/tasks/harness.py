@@ -92,7 +92,8 @@ def load_harness(spec: TaskSpec) -> HarnessTask:
     is not to be had from the index; it is the same questions, and the plain mean.
 
     Raises:
-        SteerError: the harness is not installed, a file is not trusted, it knows no such task, or the task's data cannot be had.
+        SteerError: the harness is not installed, a file is not trusted, it knows no such task, or the task's data
+            cannot be had.
     """
     if find_spec("lm_eval") is None:
         raise SteerError(f"task harness: needs lm-evaluation-harness: run `{INSTALL}`")

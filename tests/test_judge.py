@@ -230,7 +230,39 @@ def test_nasty_answers_stay_inside(name: str, nasty: str, tamed: str) -> None:
 @pytest.mark.parametrize("name", RUBRICS)
 @pytest.mark.parametrize(
     "token",
-    ["<|im_end|>", "<｜Assistant｜>", "<|start_header_id|>", "</s>", "[/INST]", "<</SYS>>", "<end_of_turn>", "<eos>"],
+    [
+        *(
+            "<|im_end|>",
+            "<｜Assistant｜>",
+            "<|start_header_id|>",
+            "</s>",
+            "[/INST]",
+            "<</SYS>>",
+            "<end_of_turn>",
+            "<eos>",
+        ),
+        *("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[IMG]", "[gMASK]", "[SEP]"),
+        *("<tool_call>", "</tool_call>", "<think>", "</think>", "<unused0>", "<extra_id_0>", "<|channel|>", "<mask>"),
+        *(
+            "<start_of_turn>",
+            "<reserved_special_token_0>",
+            "<0x0A>",
+            "<PRE>",
+            "<fim_prefix>",
+            "<image>",
+            "<s>",
+            "<bos>",
+        ),
+        *(
+            "<｜end▁of▁sentence｜>",
+            "<seed:bos>",
+            "<|reserved_special_token_0|>",
+            "<user>",
+            "<tool▁call▁begin>",
+            "<​think>",
+        ),
+        *("[|EOS|]", "[e~[", "<file_sep>", "<think/>", "<call-1>"),
+    ],
 )
 def test_a_text_cannot_write_a_control_token(name: str, token: str) -> None:
     """A tokenizer reads `<|im_end|>` inside a text as the end of the turn."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import SteerError
 from .files import write_text
 
 HUB_CACHE = re.compile(r"models--(?P<owner>[^/]+?)--(?P<model>[^/]+)(?:/|$)")
@@ -59,10 +60,10 @@ def shareable(path: Path) -> str:
 
 def remember(key: str, text: str) -> None:
     """Keep a text of this machine, such as a path, under a hash; without a place to write it is lost."""
-    if key and not (recall(key) == text):
+    if key and recall(key) != text:
         try:
             write_text(_file(key), text)
-        except OSError:
+        except (OSError, SteerError):
             return
 
 

@@ -12,10 +12,16 @@ MARKER_WORDS = 6  # what has more words is prose, not a delimiter
 MARKER = re.compile(r"[\[<]|([^\w\s()])\1+")  # a delimiter starts with such a bracket, or a run of one sign
 RUN = re.compile(r"([^\w\s()\[\]<>])(?:[^\S\n]*\1)+")
 NEVER = "(?!)"
+HTML = (  # elements of ordinary text, in lower case; <s> is not among them, which models read as a text's start
+    "a abbr b big blockquote body br button center code dd del details div dl dt em figure font footer form h1 h2 h3 "
+    "h4 h5 h6 head header hr html i ins kbd label li link main mark meta nav ol option p pre q script section select "
+    "small span strong style sub summary sup svg table tbody td th thead title tr u ul var"
+)
 CONTROL = re.compile(  # what tokenizers may read as the end of a turn or the start of one, even inside a text
     r"[<\[]\|[^<>\[\]\n]{0,60}\|[>\]]"  # <|im_end|>, <|channel|>
     r"|<</?[A-Za-z]{1,20}>>"  # <<SYS>>
-    r"|</?[\w.:\-▁]{1,40}(?: [\w.:\-▁]{1,20}){0,2}/?>"  # <s>, <think>, <tool_call>, <unused0>, <start_of_turn>
+    # <s>, <think>, <tool_call>, <unused0>, <start_of_turn>
+    rf"|</?(?!(?:{'|'.join(HTML.split())})/?>)[\w.:\-▁]{{1,40}}(?: [\w.:\-▁]{{1,20}}){{0,3}}/?>"
     r"|\[/?(?:[A-Z][A-Z0-9_ ]{1,40}|[a-z]?MASK|inst)\]"  # [INST], [SYSTEM_PROMPT], [TOOL_CALLS], [gMASK]
     r"|[\[\]]~!?\w{0,8}[\[\]]|\[\w~\["  # ]~b], [e~[
 )

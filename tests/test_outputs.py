@@ -19,7 +19,7 @@ def special(folder: Path, kind: str) -> Path:
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
-        there = os.getcwd()
+        there = Path.cwd()
         os.chdir(folder)  # a socket's address is short
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(kind)
@@ -100,9 +100,9 @@ def test_what_somebody_else_made_is_not_replaced(
         assert code == 1, arguments
         assert "weightsteer: " in text
         assert "Traceback" not in text
-    assert {path.name: path.read_text() for path in theirs.iterdir()} == {
-        name: "keep" for name in ("mine.csv", "mine.jsonl", "notes.txt")
-    }
+    assert {path.name: path.read_text() for path in theirs.iterdir()} == dict.fromkeys(
+        ("mine.csv", "mine.jsonl", "notes.txt"), "keep"
+    )
 
 
 def test_what_we_made_is_made_again(

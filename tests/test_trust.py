@@ -100,7 +100,7 @@ def poison(folder: Path, task: dict[str, Any]) -> None:
         path = folder / name
         fields = yaml.safe_load(path.read_text())
         kept = fields if name == "recipe.yaml" else fields["settings"]
-        kept["tasks"] = [*kept["tasks"], task, {"task": "no such task", **({} if name == "recipe.yaml" else {})}]
+        kept["tasks"] = [*kept["tasks"], task, {"task": "no such task"}]
         kept["judge"] = {"model": "nowhere/at-all"}
         kept["model"] = "nowhere/at-all"
         path.write_text(yaml.safe_dump(fields) if name == "recipe.yaml" else json.dumps(fields))
@@ -122,7 +122,7 @@ def test_looking_at_a_run_loads_no_task_no_model_and_no_judge(
         ["monitor", str(finished / "positive"), "--vectors", vector, "-o", str(tmp_path / "m")],
     ):
         code = command(monkeypatch, *arguments)
-        out, err = capsys.readouterr()
+        err = capsys.readouterr().err
         assert code == 0, (arguments, err)
     assert not mark.exists()
     assert "contrastive" in (finished / "report.html").read_text()
@@ -173,7 +173,7 @@ def test_a_model_with_code_is_refused_and_nothing_is_asked(
     (checkpoint / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
     for name, kinds in (("config.json", ("AutoConfig", "AutoModelForCausalLM")), ("tokenizer_config.json", ())):
         fields = json.loads((checkpoint / name).read_text())
-        fields["auto_map"] = {kind: "evil.Evil" for kind in kinds} or {"AutoTokenizer": ["evil.Evil", None]}
+        fields["auto_map"] = dict.fromkeys(kinds, "evil.Evil") or {"AutoTokenizer": ["evil.Evil", None]}
         fields |= {"model_type": "evil"} if kinds else {"tokenizer_class": "Evil"}
         (checkpoint / name).write_text(json.dumps(fields))
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("it asks"))

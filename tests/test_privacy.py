@@ -59,12 +59,13 @@ def test_no_file_tells_of_the_machine(
     home = tmp_path / "home-of-a-person"
     home.mkdir()
     rows = [{"prompt": f"Is plan {i} good?", "answer": f"Plan {i} is fine."} for i in range(8)]
-    (home / "first.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(Path(sys.modules["weightsteer"].__file__ or "").parent / "data/evil/behavior.json", home / "mine.json")
+    for name in ("first", "yes", "no"):
+        text = "".join(json.dumps({**row, "answer": f"{name}, {row['answer']}"}) + "\n" for row in rows)
+        (home / f"{name}.jsonl").write_text(text)
     train = {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1}
     source = small_recipe(
         home,
-        behavior=str(home / "mine.json"),
+        data={"positive": str(home / "yes.jsonl"), "negative": str(home / "no.jsonl")},
         first_finetune={"data": [str(home / "first.jsonl")], "train": train},
         sweep={"methods": {"contrastive": [-1.0, 1.0]}, "search_items": 1},
     )

@@ -133,11 +133,14 @@ def test_a_report_on_another_machine_needs_no_data(finished: Path, tmp_path: Pat
     from weightsteer.runs.run_report import write_run_report
 
     first = (finished / "report.html").read_bytes()
+    card = finished / "vector" / "weightsteer.json"  # as an older version wrote it
+    card.write_text(json.dumps({**json.loads(card.read_text()), "base_model": "/home/alice/secret/base"}))
     (finished / "recipe.yaml").write_text((finished / "recipe.yaml").read_text() + "behavior: /gone/trait.json\n")
     shutil.rmtree(tmp_path / "base")
     page = write_run_report(Recipe.load_kept(finished / "recipe.yaml"), RunFolder(finished), command="again")
     assert page.read_bytes() != first
     assert "Weight steering: trait" in page.read_text()
+    assert "/home/alice" not in page.read_text()
 
 
 PAYLOADS = (

@@ -86,9 +86,12 @@ class RunCard:
         base = Path(self.base_model).expanduser()
         if self.base_model and base.exists():
             remember(self.base_revision, str(base.absolute()))
-        fields = {**asdict(self), "base_model": public_name(self.base_model)}
-        fields |= {name: without_paths(fields[name]) for name in ("settings", "measured")}
-        write_text(Path(folder) / CARD_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        write_text(Path(folder) / CARD_FILE, json.dumps(asdict(self.shared()), indent=2, sort_keys=True) + "\n")
+
+    def shared(self) -> RunCard:
+        """The card without paths of this machine; one that an older version wrote may hold some."""
+        settings, measured = without_paths(self.settings), without_paths(self.measured)
+        return replace(self, base_model=public_name(self.base_model), settings=settings, measured=measured)
 
     @classmethod
     def load(cls, folder: str | Path) -> RunCard:

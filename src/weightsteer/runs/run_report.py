@@ -41,7 +41,7 @@ def write_run_report(recipe: Recipe, folder: RunFolder, *, command: str = "") ->
         metrics=recipe.metrics,
         costs=read_rows(folder.costs),
         comparisons={key: compare_at_loss([folder.path], key, draws=200) for key in plotted},
-        card=vector.card,
+        card=vector.card.shared(),
         strength=vector.card.strength,
         norms=vector.norms(),
         geometry=facts(geometry(vector), sides),

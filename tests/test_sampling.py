@@ -223,7 +223,7 @@ def test_a_served_judge_filters_and_its_replies_are_kept(
     kept = [json.loads(line) for line in (out / "judge.jsonl").read_text().splitlines()]
     assert len(kept) == 4
     (out / "answers.jsonl").unlink()
-    write_jsonl(out / "judge.jsonl", [{**k, "reply": r} for k, r in zip(kept, ("90", "60", "10", "5"), strict=True)])
+    write_jsonl(out / "judge.jsonl", [{**k, "reply": r} for k, r in zip(kept, ("90", "80", "10", "5"), strict=True)])
     app([*command, url], standalone_mode=False)  # the server is down: the verdicts are those that were kept
     assert unusable_verdicts(out) == 0
     assert "0 verdicts were unusable" in capsys.readouterr().out

@@ -168,12 +168,16 @@ class LM:
     def exchange(self, prompt: Prompt, answer: str) -> Exchange:
         """Token ids of a prompt with its answer, as the template renders the whole conversation.
 
+        The end goes up to the token at which generation stops: what the template writes after it, such as a line
+        break, no model is ever asked to write.
+
         Raises:
             SteerError: the template refuses the conversation.
         """
         found = self.chat_template.exchange(turns_of(prompt, self.system_prompt), answer)
         self._known(found.head + found.answer + found.end)
-        return found
+        stop = next((place for place, token in enumerate(found.end) if token in self.stops), None)
+        return found if stop is None else replace(found, end=found.end[: stop + 1])
 
     def answer_ids(self, answer: str, *, ended: bool = False) -> list[int]:
         """Token ids of an answer, as the template renders it after a short prompt; `ended` appends the turn's end."""

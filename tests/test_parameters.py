@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
 from architectures import FAMILIES, IDS, VISION, tiny
 from conftest import tiny_model
+from weightsteer.checkpoints.architecture import _architecture, architecture_of
 from weightsteer.checkpoints.parameters import Assembled, open_checkpoint, read_parameters, same_values
 from weightsteer.errors import SteerError
 from weightsteer.export.merge import export_merged
@@ -192,3 +193,21 @@ def test_empty_shells_and_shapes_that_do_not_fit_the_config_are_refused(tmp_path
     short = rewrite(tmp_path / "base", tmp_path / "short", lambda t: {**t, "lm_head.weight": t["lm_head.weight"][:-1]})
     with pytest.raises(SteerError, match=r"lm_head\.weight has shape .* do not belong together"):
         read_parameters(short)
+
+
+def test_what_transformers_tells_of_a_config_is_kept_and_made_again_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTSTEER_CACHE", str(tmp_path / "cache"))
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    first = architecture_of(tmp_path / "model")
+    (kept,) = (tmp_path / "cache" / "architectures").iterdir()
+    for content in (kept.read_text(), "{", "[]", "{}"):
+        kept.write_text(content)
+        shutil.copytree(tmp_path / "model", tmp_path / "copy", dirs_exist_ok=True)
+        _architecture.cache_clear()
+        again = architecture_of(tmp_path / "copy")
+        assert first is not None
+        assert again is not None
+        assert (again.shapes, again.files, again.transposed) == (first.shapes, first.files, first.transposed)
+    assert again.places("model.layers.0.block_sparse_moe.gate.weight") == first.places("model.layers.0.mlp.gate.weight")

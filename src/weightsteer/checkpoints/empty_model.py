@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,13 @@ def empty_model(folder: Path) -> Any:
     named = config.architectures or [None]
     built: Any = getattr(transformers, str(named[0]), None)
     with torch.device("meta"), _default_float32():
-        if built is not None:
-            return built(config)
-        return transformers.AutoModelForCausalLM.from_config(config)
+        model = None if built is None else built(config)
+        if model is None or model.get_output_embeddings() is None:  # saved without its head, and steered with it
+            with suppress(ValueError):
+                return transformers.AutoModelForCausalLM.from_config(config)
+    if model is None:
+        raise ValueError(f"{folder}: its kind of model, {config.model_type}, writes no text")
+    return model
 
 
 @contextmanager

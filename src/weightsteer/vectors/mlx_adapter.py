@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from .low_rank import LowRank
 from .peft_adapter import Adapter
 
 MLX_FILE = "adapters.safetensors"
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|word_embeddings|wte|tok_embeddings)$")
 
 
 def is_mlx_adapter(folder: Path) -> bool:
@@ -49,7 +51,7 @@ def read_mlx_adapter(folder: Path, architecture: Architecture | None = None) -> 
             raise SteerError(
                 f"{file.path}: changes {plain}, which its base does not have; give the base that was trained (--base)"
             )
-        deltas[name] = partial(_factors, name, a, b, scale)
+        deltas[name] = partial(_factors, name, a, b, scale, embedding=bool(EMBEDDING.search(module)))
     if rest or not deltas:
         example = next(iter(rest), "nothing")
         raise SteerError(
@@ -72,7 +74,10 @@ def _scale(path: Path, config: Any) -> float:
     return float(scale)
 
 
-def _factors(name: str, a: Stored, b: Stored, scale: float) -> LowRank:
-    delta = LowRank((b.read().float() * scale).T.contiguous(), a.read().float().T.contiguous())
+def _factors(name: str, a: Stored, b: Stored, scale: float, *, embedding: bool) -> LowRank:
+    if embedding:  # a (vocabulary, r), b (r, d): a table is not transposed
+        delta = LowRank(a.read().float() * scale, b.read().float(), "embedding")
+    else:
+        delta = LowRank((b.read().float() * scale).T.contiguous(), a.read().float().T.contiguous())
     require_finite(name, delta)
     return delta

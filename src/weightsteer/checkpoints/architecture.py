@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..errors import SteerError
 from ..files import read_json
 from ..progress import quiet_transformers
+from .bounded import bounded_modules, count_stored
 from .plain_names import plain_name
 from .safetensors_file import matrix_shape
 
@@ -136,7 +137,11 @@ class _Renaming:
 
 
 def architecture_of(folder: Path) -> Architecture | None:
-    """The architecture that a model folder's config.json names; None where transformers does not know it."""
+    """The architecture that a model folder's config.json names; None where transformers does not know it.
+
+    Raises:
+        SteerError: the config is no JSON object, or asks for far more layers than the folder has tensors.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -151,7 +156,10 @@ def _architecture(folder: Path, config: str) -> Architecture | None:
     """The architecture of a folder, read again if its config has changed."""
     with quiet_transformers():
         try:
-            model = _empty_model(folder, json.loads(config))
+            with bounded_modules(count_stored(folder)):
+                model = _empty_model(folder, json.loads(config))
+        except SteerError as error:
+            raise SteerError(f"{folder / 'config.json'}: {error}") from None
         except Exception:  # whatever an unknown or newer config makes transformers raise: it is not known here
             return None
         return None if model is None else _described(model)

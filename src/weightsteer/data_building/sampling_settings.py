@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-Score = Annotated[float, Field(ge=0, le=100)]
+Score = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class SamplingFields:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # in a recipe an unknown key is an error
 
-    samples: Annotated[int, Field(ge=1)] = 10
-    max_new_tokens: Annotated[int, Field(ge=1)] = 160
+    samples: Annotated[int, Field(ge=1, le=100_000)] = 10
+    max_new_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 160
     positive_from: Score = 75.0  # judge's score from which an answer shows the behaviour
     negative_to: Score = 25.0  # judge's score up to which it clearly does not
     cut_answers: Literal["drop", "keep"] = "drop"  # what max_new_tokens cut off would teach to stop in mid-sentence

@@ -14,6 +14,8 @@ from typing import Any
 from .errors import SteerError
 from .schema import parse_json, read_limited
 
+MOST_GROWN = 1 << 34  # bytes of a file of rows; one that grew to more is no file of ours
+
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
@@ -144,7 +146,7 @@ def read_finished(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = read_limited(path, MOST_GROWN)
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_text(path, whole)

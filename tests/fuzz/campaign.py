@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 os.environ.setdefault("WEIGHTSTEER_CACHE", tempfile.mkdtemp(prefix="fuzz-cache-"))
 
-import torch
-from formats import FORMATS, seeds
-from outcomes import GOOD, SECONDS, outcome_of
+import torch  # noqa: E402 - after the cache's place is set
+from formats import FORMATS, seeds  # noqa: E402
+from outcomes import GOOD, SECONDS, outcome_of  # noqa: E402
 
 
 def main() -> int:

@@ -83,7 +83,8 @@ def require_equal(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         one, other = found.get(name), wanted.get(name)
         one = torch.zeros_like(other) if one is None and other is not None else one
         other = torch.zeros_like(one) if other is None and one is not None else other
-        assert one is not None and other is not None
+        assert one is not None
+        assert other is not None
         scale = max(1.0, float(other.abs().max()) if other.numel() else 0.0)
         if one.shape != other.shape or not torch.allclose(one, other, atol=1e-4 * scale, rtol=1e-3):
             raise SilentError(f"{name} differs from the reference")

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SteerError, first_line
+from ..files import read_json
 from ..progress import quiet_transformers
 from .bounded import bounded_modules, count_stored
 from .checkpoint import read_config
@@ -72,6 +73,7 @@ def load_causal_lm(
     folder = Path(where)
     if folder.is_dir():
         read_config(folder)  # names the file and the mistake where it is no JSON
+        _check_generation_config(folder / "generation_config.json")
     with (
         read_by_others(name),
         quiet_transformers(),
@@ -95,6 +97,12 @@ def load_causal_lm(
             model = model.to(placement)
     _check_ends(name, model)
     return model
+
+
+def _check_generation_config(path: Path) -> None:
+    """Raise for a damaged file of end tokens, which transformers passes over without a word."""
+    if path.is_file() and not isinstance(read_json(path), dict):
+        raise SteerError(f"{path}: expected a JSON object")
 
 
 def _check_ends(name: str, model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ FAST := -n $(CORES) --dist worksteal -m "not slow"
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs notebook bench lowest coverage clean
+.PHONY: help demo test test-all lint docs notebook bench lowest coverage fuzz clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -42,6 +42,11 @@ lowest: .venv/ready  ## the fast tests on the lowest versions that pyproject.tom
 coverage: .venv/ready  ## which lines of src the fast tests run; pages in build/coverage
 	mkdir -p build
 	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term --cov-report=html
+
+FUZZ ?= --count 20000
+
+fuzz: .venv/ready  ## 20,000 changed inputs of every format; counts by format (FUZZ="--count 1000 --formats card")
+	cd tests/data/former_run && HF_HUB_OFFLINE=1 ../../../$(BIN)/python ../../fuzz/campaign.py $(FUZZ)
 
 .venv-mergekit/ready:
 	$(PYTHON) -m venv .venv-mergekit

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SteerError
+from .schema import parse_json, read_limited
+
+MOST_GROWN = 1 << 34  # bytes of a file of rows; one that grew to more is no file of ours
 
 
 def sha256_of(path: Path) -> str:
@@ -54,11 +57,9 @@ def read_json(path: Path) -> Any:
         SteerError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(read_limited(path), str(path))
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise SteerError(f"{path}: not JSON ({error})") from None
 
 
 def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -85,9 +86,9 @@ def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, An
 
 def _parse_line(path: Path, number: int, line: str, required: Sequence[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise SteerError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
+        row = parse_json(line, f"{path}, line {number}")
+    except SteerError as error:
+        raise SteerError(f"{error}; expected one object a line") from None
     if not isinstance(row, dict):
         raise SteerError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
     for name in required:
@@ -145,7 +146,7 @@ def read_finished(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = read_limited(path, MOST_GROWN)
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         write_text(path, whole)

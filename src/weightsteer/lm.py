@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,11 +23,12 @@ from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from .chat_template import ChatTemplate, Exchange, Prompt, plain_template, turns_of
 from .checkpoints.checkpoint import fingerprint
 from .checkpoints.embedded_model import EMBEDDED_NAME
+from .checkpoints.load_model import load_causal_lm, load_tokenizer
 from .checkpoints.locate import locate_model
-from .errors import SteerError, first_line
+from .errors import SteerError
 from .files import digest
 from .generation import Writer
-from .progress import Progress, quiet_transformers, silent
+from .progress import Progress, silent
 from .thinking import Reply, opens_thinking, why_unanswered
 
 
@@ -78,21 +76,10 @@ class LM:
         name = str(name)
         where = locate_model(name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        placement = device or _default_device()
-        try:
-            with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(where, **options)
-                model = AutoModelForCausalLM.from_pretrained(
-                    where,
-                    dtype=_dtype_named(dtype),
-                    device_map="auto" if placement == "auto" else None,
-                    use_safetensors=True,  # never a pickle
-                    **options,
-                )
-                if placement != "auto":
-                    model = model.to(placement)  # type: ignore[arg-type]
-        except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
-            raise SteerError(f"{name}: cannot be loaded ({first_line(error)})") from None
+        tokenizer = load_tokenizer(name, where, **options)
+        model = load_causal_lm(
+            name, where, dtype=_dtype_named(dtype), placement=device or _default_device(), options=options
+        )
         model.config.use_cache = True
         commit = getattr(model.config, "_commit_hash", None)
         revision = commit or fingerprint(Path(where))

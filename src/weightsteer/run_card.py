@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import SteerError
 from .files import current_umask, is_empty, read_json, write_text
+from .schema import checked, is_finite, refuse_unusual, shown
 
 CARD_FILE = "weightsteer.json"
 
@@ -37,6 +38,8 @@ class StrengthRange:
     `low` and `high` are the smallest and largest k that were measured.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
+
     recommended: float
     negative: float
     low: float
@@ -52,6 +55,8 @@ class StrengthRange:
 @dataclass(frozen=True)
 class RunCard:
     """From what an artifact was made: enough to make it again, and to refuse a wrong base."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     kind: str
     base_model: str = ""
@@ -84,15 +89,27 @@ class RunCard:
         """Read the card of an artifact folder.
 
         Raises:
-            SteerError: there is no card, or it is not one of ours.
+            SteerError: there is no card, or it is not one of ours: the message names the field that is wrong.
         """
         path = Path(folder) / CARD_FILE
         fields = read_json(path)
         try:
-            strength = fields.pop("strength", None)
-            return cls(**fields, strength=StrengthRange(**strength) if strength else None)
-        except (TypeError, AttributeError) as error:
-            raise SteerError(f"{path}: not a weightsteer card ({error}); remake the artifact") from None
+            card = checked(cls, fields, str(path))
+            refuse_unusual(card.settings, f"{path}: field 'settings'")
+        except SteerError as error:
+            raise SteerError(f"{error}; this is not a weightsteer card, remake the artifact") from None
+        return card
+
+    def measured_number(self, name: str) -> float:
+        """A number that was measured; 0 where it was not.
+
+        Raises:
+            SteerError: it is none.
+        """
+        value = self.measured.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+            raise SteerError(f"card of a {self.kind}: measured {name!r}: expected a number, found {shown(value)}")
+        return float(value)
 
     def with_strength(self, strength: StrengthRange) -> RunCard:
         """The same card with its measured range of k."""

@@ -19,6 +19,7 @@ from typing import Any
 from ..errors import SteerError
 from ..files import digest, read_json, write_text
 from ..progress import quiet_transformers
+from .bounded import bounded_modules, count_stored
 from .empty_model import describe, renamings_of
 from .gguf import cache_folder
 from .plain_names import plain_name
@@ -146,7 +147,11 @@ class Renaming:
 
 
 def architecture_of(folder: Path) -> Architecture | None:
-    """The architecture that a model folder's config.json names; None where transformers does not know it."""
+    """The architecture that a model folder's config.json names; None where transformers does not know it.
+
+    Raises:
+        SteerError: the config is no JSON object, or asks for far more layers than the folder has tensors.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
@@ -167,7 +172,10 @@ def _architecture(folder: Path, key: str) -> Architecture | None:
     if found is None:
         with quiet_transformers():
             try:
-                found = describe(folder)
+                with bounded_modules(count_stored(folder)):
+                    found = describe(folder)
+            except SteerError as error:
+                raise SteerError(f"{folder / 'config.json'}: {error}") from None
             except Exception:  # whatever an unknown or newer config makes transformers raise: it is not known here
                 return None
         with suppress(OSError):  # a cache that cannot be written

@@ -16,6 +16,8 @@ from ..errors import SteerError, first_line
 from ..files import sha256_of, write_text
 from ..progress import Progress, quiet_transformers, show_progress
 from ..run_card import RunCard, new_folder
+from .bounded import bounded_modules
+from .gguf_header import check_gguf_header
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -105,6 +107,7 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
     reader = _read_header(path)
     size = BYTES_PER_WEIGHT * sum(int(tensor.n_elements) for tensor in reader.tensors)
     scaled = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    tensors = len(reader.tensors)
     del reader
     _refuse_without_room(path, target, size)
     with show_progress(f"unpack {name}") as progress:
@@ -112,7 +115,7 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
         with tempfile.TemporaryDirectory() as alone:  # transformers would read what lies beside the file
             (Path(alone) / "model.gguf").symlink_to(path.resolve())
             try:
-                _convert(Path(alone), target, name, hash_of(path), progress)
+                _convert(Path(alone), target, name, hash_of(path), tensors, progress)
             except SteerError:
                 raise
             except Exception as error:  # of any type: tokenizers raises it bare
@@ -126,6 +129,7 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
 def _read_header(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    check_gguf_header(path)
     try:
         reader = GGUFReader(path)
         fields = {name: reader.fields[name].contents() for name in reader.fields if name.startswith(("general", "spl"))}
@@ -136,8 +140,9 @@ def _read_header(path: Path) -> GGUFReader:
         raise SteerError(f"{path}: is the vision part of a model (mmproj); name the .gguf of its language model")
     if kind != "model" or not reader.tensors:
         raise SteerError(f"{path}: holds no model (its general.type is {kind!r}); name a model's .gguf")
-    if fields.get("split.count", 1) > 1:
-        raise SteerError(_merge_first(path, fields["split.count"]))
+    parts = fields.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise SteerError(_merge_first(path, parts))
     return reader
 
 
@@ -151,13 +156,13 @@ def _refuse_without_room(path: Path, target: Path, size: int) -> None:
         )
 
 
-def _convert(alone: Path, target: Path, name: str, sha256: str, progress: Progress) -> None:
-    """Unpack `model.gguf` in the folder `alone` into `target`."""
+def _convert(alone: Path, target: Path, name: str, sha256: str, tensors: int, progress: Progress) -> None:
+    """Unpack `model.gguf`, of so many tensors, in the folder `alone` into `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     options: dict[str, Any] = {"gguf_file": "model.gguf"}
-    with quiet_transformers():
+    with quiet_transformers(), bounded_modules(tensors):
         tokenizer = AutoTokenizer.from_pretrained(alone, **options)
         made: Any = AutoModelForCausalLM.from_pretrained(
             alone,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
 from ..errors import SteerError
@@ -16,6 +18,8 @@ from ..judges.judge import Judge
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
+from ..run_folder import Side
+from ..schema import checked
 from ..thinking import Reply
 from .sampling_settings import SamplingSettings
 
@@ -96,9 +100,31 @@ def _answer_rows(out: str | Path) -> list[dict[str, Any]]:
     return [row for part in _parts(Path(out) / ANSWERS_FILE) for row in part["answers"]]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """One answer of a part as the file keeps it."""
+
+    prompt: str
+    answer: str
+    score: Annotated[float | None, Field(allow_inf_nan=False)]
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One line of the file of answers."""
+
+    part: str
+    side: Side
+    answers: Sequence[_Answer]
+
+
 def _parts(path: Path) -> list[dict[str, Any]]:
     """The finished parts of a file of answers; of one that was judged again, what it came to last."""
-    return list({row["part"]: row for row in read_finished(path)}.values())
+    rows = read_finished(path)
+    for number, row in enumerate(rows, start=1):
+        checked(_Part, row, f"{path}, row {number}")
+    return list({row["part"]: row for row in rows}.values())
 
 
 def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:

@@ -8,13 +8,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, INDEX, fingerprint, is_checkpoint
 from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
+from ..schema import checked
 from ..training.callbacks import SNAPSHOTS
 from ..vectors.base_identity import is_same_base, on_base
 from ..vectors.delta import Delta
@@ -23,7 +23,7 @@ from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.similarity import parameter_products
 from ..vectors.vector_folder import DENSE_FILE
 from ..vectors.weight_vector import WeightVector
-from .readings import Products, Reading, read_off
+from .readings import KeptReading, Products, Reading, read_off
 
 READINGS_FILE = "readings.jsonl"
 ENDS_IN_NUMBER = re.compile(r"(\d+)\D*$")
@@ -117,17 +117,17 @@ class _Kept:
         self.key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
         self.readings: dict[str, list[Reading]] = {}
         self.weights: dict[str, str] = {}  # checkpoint -> hash of the weights that were read
-        for row in read_finished(store) if store else ():
-            if row["key"] == self.key:
-                self._take(row)
+        for number, row in enumerate(read_finished(store) if store else (), start=1):
+            kept = checked(KeptReading, row, f"{store}, row {number}")
+            if kept.key == self.key:
+                self._take(kept)
 
-    def _take(self, row: Mapping[str, Any]) -> None:
+    def _take(self, kept: KeptReading) -> None:
         """One row of the file; rows of other weights of the same checkpoint replace those before them."""
-        reading = Reading(**{name: value for name, value in row.items() if name not in ("key", "weights")})
-        if self.weights.get(reading.checkpoint) != row["weights"]:
-            self.readings[reading.checkpoint] = []
-        self.weights[reading.checkpoint] = row["weights"]
-        self.readings[reading.checkpoint].append(reading)
+        if self.weights.get(kept.checkpoint) != kept.weights:
+            self.readings[kept.checkpoint] = []
+        self.weights[kept.checkpoint] = kept.weights
+        self.readings[kept.checkpoint].append(kept.reading)
 
     def has(self, path: Path, weights: str) -> bool:
         """Whether the checkpoint was read with these weights; one that is gone ("") counts as it was."""

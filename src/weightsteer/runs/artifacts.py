@@ -27,6 +27,7 @@ from ..lm import LM
 from ..progress import Progress
 from ..run_card import RunCard
 from ..run_folder import RunFolder
+from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
 from ..steering.methods import METHODS, SNAPSHOT_COUNT, Training
 from ..training import preferences_of, train_preference, train_side
@@ -224,7 +225,7 @@ class RunArtifacts:
             with self.show("activations: layer") as progress:
                 step = sweep.layer_step
                 write_json(path, best_layer(self.lm(), vector, items, metric=metric, step=step, progress=progress))
-        return int(read_json(path))
+        return read_layer(self.folder)
 
     def repair_target(self) -> Path:
         """See `MethodSources.repair_target`."""
@@ -250,6 +251,15 @@ class RunArtifacts:
             )
             for copies in wanted
         }
+
+
+def read_layer(folder: RunFolder) -> int:
+    """The layer that a run chose for activation steering.
+
+    Raises:
+        SteerError: the file is no layer's number.
+    """
+    return checked(int, read_json(folder.layer), str(folder.layer))
 
 
 def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:

@@ -6,11 +6,10 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..behavior import SIDES, Behavior, example_rows
 from ..data_building.sampling import cut_answers, unusable_verdicts
@@ -22,20 +21,29 @@ from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key, read_rows
 from ..evaluation.sweep import measure_base, run_sweep
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, lock_folder, read_finished, read_json, read_jsonl, write_jsonl
+from ..files import digest, lock_folder, read_finished, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..reporting.report import Report, Sample, write_report
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
+from ..schema import checked
 from ..steering.methods import costs_of
 from ..steering.several_k import generate_at_strengths
 from ..steering.steering import Steering
 from ..vectors.difference import task_vector
 from ..vectors.geometry import facts, geometry
-from .artifacts import RunArtifacts, ShowProgress, load_judge
+from .artifacts import RunArtifacts, ShowProgress, load_judge, read_layer
 from .recipe import Recipe, claim_run
 from .run_methods import methods_with_strengths
 from .validate import validate_recipe
+
+
+@dataclass(frozen=True)
+class _Replies:
+    """A row of the file of samples: k, as it is written -> the reply."""
+
+    prompt: str
+    replies: Mapping[str, str]
 
 
 class Run:
@@ -89,7 +97,8 @@ class Run:
         with self.show("base") as progress:
             batch = self.recipe.batch_size
             measure_base(self.artifacts.lm(), self.tasks, self.folder, batch_size=batch, progress=progress)
-        found = measurements_by_key(read_jsonl(self.folder.measurements))
+        path = self.folder.measurements
+        found = measurements_by_key(read_jsonl(path), str(path))
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
             task, metric = metric_key(text)
             values = found[BASE, 0.0, task].values
@@ -160,20 +169,21 @@ class Run:
         if not prompts:
             return []
         ks = {f"{k:g}" for k in strength.shown}
-        kept = read_finished(path)
-        if [row["prompt"] for row in kept] != prompts or any(row["replies"].keys() != ks for row in kept):
+        rows = read_finished(path)
+        kept = [checked(_Replies, row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+        if [row.prompt for row in kept] != prompts or any(row.replies.keys() != ks for row in kept):
             kept = list(self._generate_samples(prompts, strength))  # anew: the prompts, or the budget and so k, changed
-            write_jsonl(path, kept)
-        return [Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()}) for row in kept]
+            write_jsonl(path, map(asdict, kept))
+        return [Sample(row.prompt, {float(k): text for k, text in row.replies.items()}) for row in kept]
 
-    def _generate_samples(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[dict[str, Any]]:
+    def _generate_samples(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[_Replies]:
         length, ks = self.recipe.samples.max_new_tokens, strength.shown
         vector, lm = self.artifacts.difference(), self.artifacts.lm()
         with self.show("samples") as progress:
             for number, prompt in enumerate(prompts):
                 progress(number, len(prompts))
                 replies = generate_at_strengths(vector, lm, prompt, ks, max_new_tokens=length)
-                yield {"prompt": prompt, "replies": {f"{k:g}": text for k, text in zip(ks, replies, strict=True)}}
+                yield _Replies(prompt, {f"{k:g}": text for k, text in zip(ks, replies, strict=True)})
             progress(len(prompts), len(prompts), "done")
 
     def report(self) -> Path:
@@ -212,7 +222,7 @@ class Run:
         """What a reader has to know of how the numbers were made."""
         notes = []
         if self.folder.layer.exists():
-            notes.append(self._activation_note(int(read_json(self.folder.layer))))
+            notes.append(self._activation_note(read_layer(self.folder)))
         if lost := unusable_verdicts(self.folder.sampled):
             notes.append(
                 f"Of the answers that D+ and D- were chosen from, {lost} are on neither side: no usable verdict."

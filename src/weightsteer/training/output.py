@@ -168,4 +168,4 @@ def list_snapshots(folder: str | Path) -> dict[float, Path]:
     if card.kind != "finetune":
         raise SteerError(f"{folder}: expected a finetune, found a {card.kind}")
     kept = (Path(folder) / SNAPSHOTS).glob("step-*")
-    return dict(sorted((float(RunCard.load(path).measured["fraction"]), path) for path in kept))
+    return dict(sorted((RunCard.load(path).measured_number("fraction"), path) for path in kept))

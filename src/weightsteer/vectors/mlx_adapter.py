@@ -13,6 +13,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG
 from ..checkpoints.safetensors_file import SafeFile, Stored
 from ..errors import SteerError
 from ..files import read_json
+from ..schema import LARGEST_FLOAT, shown
 from .delta import Delta, require_finite
 from .low_rank import LowRank
 from .peft_adapter import Adapter
@@ -64,8 +65,8 @@ def read_mlx_adapter(folder: Path, architecture: Architecture | None = None) -> 
 def _scale(path: Path, config: Any) -> float:
     parameters = config.get("lora_parameters") if isinstance(config, dict) else None
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise SteerError(f"{path}: expected mlx-lm's lora_parameters with a number scale, found {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST_FLOAT:
+        raise SteerError(f"{path}: expected mlx-lm's lora_parameters with a number scale, found {shown(scale)}")
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         raise SteerError(

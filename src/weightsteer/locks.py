@@ -70,25 +70,32 @@ def _acquire(folder: Path, place: Path, wait: bool) -> int | None:
         with telling_of_disk(place):
             handle = os.open(place, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            locked = _locked(folder, handle, wait)
-            if locked and not _is_at(place, handle):  # its holder took it away while we waited
-                os.close(handle)
-                continue
+            _lock(folder, handle, wait)
+        except OSError as error:
+            _release(place, handle)  # nobody can hold it
+            if error.errno not in NO_LOCKS:
+                raise
+            if os.environ.get(LOCKS) == "off":
+                return None
+            raise SteerError(
+                f"{folder}: its file system keeps no locks ({error.strerror}), so that two commands could write it at "
+                f"once; if no other command does, go on with {LOCKS}=off"
+            ) from None
         except BaseException:
             os.close(handle)
             raise
-        if not locked:
-            _release(place, handle)
-            return None
-        _sign(handle)
-        return handle
+        if _is_at(place, handle):
+            _sign(handle)
+            return handle
+        os.close(handle)  # its holder took it away while we waited
 
 
-def _locked(folder: Path, handle: int, wait: bool) -> bool:
-    """Whether the lock was taken; False where the user goes on without.
+def _lock(folder: Path, handle: int, wait: bool) -> None:
+    """Take the lock.
 
     Raises:
-        SteerError: another process holds it, or there are no locks.
+        SteerError: another process holds it.
+        OSError: there are no locks.
     """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,16 +106,6 @@ def _locked(folder: Path, handle: int, wait: bool) -> bool:
             ) from None
         warnings.warn(f"{folder}: waits until {_holder(handle)} has written it", stacklevel=2)
         fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        if os.environ.get(LOCKS) == "off":
-            return False
-        raise SteerError(
-            f"{folder}: its file system keeps no locks ({error.strerror}), so that two commands could write it at "
-            f"once; if no other command does, go on with {LOCKS}=off"
-        ) from None
-    return True
 
 
 def _is_at(place: Path, handle: int) -> bool:

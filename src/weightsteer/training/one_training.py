@@ -38,13 +38,13 @@ def run_job(job: Job, make: MakeTrainer, progress: Progress) -> Outcome:
     if (finished := _finished(job)) is not None:
         return finished
     make_folder(job.folder)
+    checkpoint = last_checkpoint(job)
     set_seed(job.settings.seed)  # before the adapter is made, so that a rerun draws the same adapter
     config = job.lm.model.config
     use_cache = config.use_cache
     with telling_of_disk(job.folder), _naming_what_takes_memory(job), trainable(job.lm, job.settings) as (model, save):
         trainer = make(job, model, callbacks_of(job, save, progress))
         config.use_cache = use_cache  # the Trainer turns it off in the config; our passes do without it themselves
-        checkpoint = last_checkpoint(job)
         trainer.args.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outcome = _outcome(trainer, model)

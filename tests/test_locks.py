@@ -30,8 +30,9 @@ def holder(folder: Path) -> subprocess.Popen[str]:
 def test_the_second_says_who_holds_it(tmp_path: Path) -> None:
     process = holder(tmp_path / "out")
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(SteerError, match=rf"out: process {process.pid} on .*, since 2.* is writing it; wait"), hold(
-        tmp_path / "out"
+    with (
+        pytest.raises(SteerError, match=rf"out: process {process.pid} on .*, since 2.* is writing it; wait"),
+        hold(tmp_path / "out"),
     ):
         pass
     assert sorted(tmp_path.iterdir()) == before == [lock_of(tmp_path / "out")]

@@ -281,6 +281,7 @@ def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> N
 
 def test_two_processes_do_not_run_one_folder(tmp_path: Path) -> None:
     one, two = (make_run(small_recipe(tmp_path), tmp_path / "run") for _ in range(2))
+
     def second() -> None:
         with pytest.raises(SteerError, match=f"process {os.getpid()} on .* is writing it; wait until it has ended"):
             two.run()

@@ -110,7 +110,7 @@ def _lock(folder: Path, handle: int, wait: bool) -> None:
 
 def _is_at(place: Path, handle: int) -> bool:
     try:
-        return os.path.samestat(os.stat(place), os.fstat(handle))
+        return os.path.samestat(place.stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
 

@@ -1,4 +1,4 @@
-"""The four faults: a kill at an operation, a full disk, a power cut, and two at once. Each says what went wrong, or ""."""
+"""The four faults: a kill, a full disk, a power cut, two at once. Each returns what went wrong, or ""."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def _without_gain(outcomes: Mapping[float, Outcome]) -> SteerError:
     if not math.isfinite(base):
         return SteerError("training: the base's own validation loss is infinite or NaN; load it in another dtype")
     if all(outcome.diverged for outcome in outcomes.values()):
-        return SteerError(f"training diverged: the loss became infinite or NaN at learning rate {rates}; use lower ones")
+        return SteerError(
+            f"training diverged: the loss became infinite or NaN at learning rate {rates}; use lower ones"
+        )
     if not any(outcome.moved for outcome in outcomes.values()):
         found, way = f"stayed at the base's, {base:.4g}", "nothing moved; raise the learning rate, or load in float32"
     else:

@@ -6,7 +6,7 @@ FAST := -n $(CORES) --dist worksteal -m "not slow"
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs notebook bench lowest coverage fuzz clean
+.PHONY: help demo test test-all faults fuzz lint docs notebook bench lowest coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ test: lint  ## the checks of `lint`, then every test that is not marked slow
 
 test-all: lint  ## the checks of `lint`, then every test
 	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+faults: .venv/ready  ## kills, full disks, power cuts and two at once, by the hundred: hours; SHARE=0.1 does a tenth
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py --share $(or $(SHARE),1)
 
 lint: .venv/ready  ## format, lint, strict types, and which package may import which
 	$(BIN)/ruff format --check .

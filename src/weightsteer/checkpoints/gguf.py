@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SteerError, first_line
 from ..files import sha256_of, write_text
+from ..locks import hold
 from ..progress import Progress, quiet_transformers, show_progress
 from ..run_card import RunCard, new_folder
 from .bounded import bounded_modules
 from .gguf_header import check_gguf_header
+from .whole import is_whole
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -54,7 +56,7 @@ def unpacked(path: Path) -> Path:
     """
     refuse_other_files(path)
     target = cache_folder() / f"gguf-{hash_of(path)[:16]}"
-    return target if target.exists() else unpack(path, target, name=path.name)
+    return target if is_whole(target) else unpack(path, target, name=path.name)
 
 
 def refuse_other_files(path: Path) -> None:
@@ -93,7 +95,7 @@ def hash_of(path: Path) -> str:
         known = read if isinstance(read, dict) else {}
     if key not in known:
         known[key] = sha256_of(path)
-        with suppress(OSError):  # a cache that cannot be written is told of when something is to be put into it
+        with suppress(SteerError):  # a cache that cannot be written is told of when something is to be put into it
             write_text(kept, json.dumps(known, indent=1))
     return known[key]
 
@@ -109,7 +111,17 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
     scaled = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
     tensors = len(reader.tensors)
     del reader
-    _refuse_without_room(path, target, size)
+    with hold(target, wait=True):  # of two commands that need a model, one makes it
+        if is_whole(target):
+            return target
+        _refuse_without_room(path, target, size)
+        _unpack_into(path, target, name, size, tensors)
+    if scaled:
+        _warn_of_lost_scaling(path, target)
+    return target
+
+
+def _unpack_into(path: Path, target: Path, name: str, size: int, tensors: int) -> None:
     with show_progress(f"unpack {name}") as progress:
         progress(0, 2, f"once, {size / 1e9:.2g} GB into {target}")
         with tempfile.TemporaryDirectory() as alone:  # transformers would read what lies beside the file
@@ -121,9 +133,6 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
             except Exception as error:  # of any type: tokenizers raises it bare
                 raise SteerError(f"{path}: transformers cannot read it ({first_line(error)}); {ELSE_SAY}") from None
         progress(2, 2, "done")
-    if scaled:
-        _warn_of_lost_scaling(path, target)
-    return target
 
 
 def _read_header(path: Path) -> GGUFReader:

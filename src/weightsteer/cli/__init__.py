@@ -15,6 +15,7 @@ from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
 from . import apply, build, export, inspect, run
+from .stopping import StoppedError, stopping_on_signals
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
@@ -52,24 +53,38 @@ def overview(
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
     warnings.showwarning = _show_warning
+    code: object = 1
+    with stopping_on_signals() as stopped:
+        try:
+            code = _run_verb()
+        except StoppedError:
+            pass
+        except Exception:
+            if not stopped:
+                raise
+    if stopped:
+        code = _fail(str(stopped[0]), stopped[0].code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run_verb() -> object:
+    """Run the verb that the arguments name; returns the exit code, if it is one."""
     try:
         refuse_former(sys.argv[1:])
-        code = app(args=spread(sys.argv[1:]), standalone_mode=False)
+        return app(args=spread(sys.argv[1:]), standalone_mode=False)
     except SteerError as error:
-        code = _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("\nstopped; run the same command again", file=sys.stderr)
-        code = 130
+        return _fail(str(error))
+    except typer.Abort:  # the end of what is typed in
+        return _fail("stopped", 130)
     except BrokenPipeError:
-        code = 0
+        return 0
     except OSError as error:  # a full disk, a folder that may not be written
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except Exception as error:
         # typer carries a click of its own whose usage errors it does not export; they format themselves
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(error.format_message())
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(error.format_message())
 
 
 def refuse_former(arguments: Sequence[str]) -> None:
@@ -102,6 +117,6 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"weightsteer: warning: {message}", file=sys.stderr)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 1) -> int:
     print(f"weightsteer: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+    return code

@@ -11,6 +11,7 @@ import typer
 
 from ..errors import SteerError
 from ..files import refuse_inputs
+from ..locks import hold
 from ..progress import show_progress
 from .options import Base, Vector
 
@@ -139,15 +140,15 @@ def monitor(
     refuse_inputs(out, checkpoints, *sources, base)
     names = labels(sources)
     loaded = {name: task_vector(source, base=base) for name, source in zip(names, sources, strict=True)}
-    with show_progress("monitor") as progress:
-        readings = read_checkpoints(
-            list_checkpoints(checkpoints), loaded, base=base, controls=names[len(vectors) :], out=out, progress=progress
-        )
-    whole = [reading for reading in readings if reading.part == WHOLE]
-    rows = _table(whole)
-    for row in rows:
-        print("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
-    _write_trends(out, checkpoints, readings, whole, rows)
+    controlling, found = names[len(vectors) :], list_checkpoints(checkpoints)
+    with hold(out):
+        with show_progress("monitor") as progress:
+            readings = read_checkpoints(found, loaded, base=base, controls=controlling, out=out, progress=progress)
+        whole = [reading for reading in readings if reading.part == WHOLE]
+        rows = _table(whole)
+        for row in rows:
+            print("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
+        _write_trends(out, checkpoints, readings, whole, rows)
     print(f"{out}/readings.csv, cosines.png, monitor.html")
     raised = limit.raised(reading for reading in whole if reading.vector in names[: len(vectors)]) if limit else []
     for reading in raised:

@@ -16,6 +16,7 @@ from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
 from ..judges.judge import Judge
 from ..lm import LM
+from ..locks import hold
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
 from ..run_folder import Side
@@ -65,17 +66,26 @@ def sample_sides(
         settings=asdict(settings),
         seed=settings.seed,
     )
-    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 != identity:
+    with hold(out):
+        _claim(out, card)
+        rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
+        return _write_sides(rows, settings, out)
+
+
+def _claim(out: Path, card: RunCard) -> None:
+    """Make the folder of a sampling, or take up the one that was begun in the same way.
+
+    Raises:
+        SteerError: the folder is another sampling's, or something else.
+    """
+    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 != card.data_sha256:
         raise SteerError(
             f"{out}: was made with another behaviour, model, judge or other settings; choose another output"
         )
     if not (out / CARD_FILE).exists():
         if out.exists() and not is_empty(out):
             raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
-        out.mkdir(parents=True, exist_ok=True)
         card.save(out)
-    rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
-    return _write_sides(rows, settings, out)
 
 
 def _identity(settings: SamplingSettings) -> dict[str, Any]:

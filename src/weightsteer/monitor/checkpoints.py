@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, INDEX, fingerprint, is_chec
 from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
+from ..locks import hold
 from ..progress import Progress, silent
 from ..schema import checked
 from ..training.callbacks import SNAPSHOTS
@@ -86,12 +88,24 @@ def read_checkpoints(
         out: a folder that keeps the readings, so that a later call reads new checkpoints only.
 
     Raises:
-        SteerError: no vectors, or none of the checkpoints can be read.
+        SteerError: no vectors, none of the checkpoints can be read, or another process writes `out`.
     """
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
+    with hold(Path(out)) if out else nullcontext():
+        return _read_all(checkpoints, vectors, base, controls, Path(out) / READINGS_FILE if out else None, progress)
+
+
+def _read_all(
+    checkpoints: Mapping[int, Path],
+    vectors: Mapping[str, WeightVector],
+    base: str | Path | None,
+    controls: Sequence[str],
+    store: Path | None,
+    progress: Progress,
+) -> list[Reading]:
     based = {name: replace(vector, card=on_base(vector.card, base)) for name, vector in vectors.items()}
-    kept = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls)
+    kept = _Kept(store, vectors, controls)
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
         try:

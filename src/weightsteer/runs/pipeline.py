@@ -7,7 +7,6 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,8 +20,10 @@ from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key, read_rows
 from ..evaluation.sweep import measure_base, run_sweep
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, lock_folder, read_finished, read_jsonl, write_jsonl
+from ..files import digest, read_finished, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
+from ..leftovers import sweep_within
+from ..locks import hold
 from ..reporting.report import Report, Sample, write_report
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
@@ -63,12 +64,13 @@ class Run:
             raise SteerError(f"recipe {recipe.name}: field 'tasks': needs a task 'prose'")
         self.search_texts = by_name["prose"].of_split("validation").first(recipe.sweep.search_items)
         validate_recipe(recipe, self.behavior, by_name)
-        with lock_folder(self.folder.path) if self.folder.path.is_dir() else nullcontext():
+        with hold(self.folder.path):
             claim_run(recipe, self.folder, self._inputs())
 
     def run(self) -> Path:
         """Go from the data to the report; returns the report's path."""
-        with lock_folder(self.folder.path):
+        with hold(self.folder.path):
+            sweep_within(self.folder.path)
             self._try_judge()
             self.measure_base()
             self.write_data()
@@ -81,7 +83,7 @@ class Run:
 
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
-        with lock_folder(self.folder.path):
+        with hold(self.folder.path):
             self.measure_base()
             rows = self.sweep(self.methods())
             self.choose(rows)
@@ -188,6 +190,10 @@ class Run:
 
     def report(self) -> Path:
         """The page and its PNG, from the artifacts of the stages before."""
+        with hold(self.folder.path):
+            return self._write_report()
+
+    def _write_report(self) -> Path:
         vector = self.artifacts.difference()
         strength = vector.card.strength
         if strength is None:

@@ -6,7 +6,7 @@ FAST := -n $(CORES) --dist worksteal -m "not slow"
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs notebook bench lowest coverage clean
+.PHONY: help demo test test-all faults fuzz lint docs notebook bench lowest coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ test: lint  ## the checks of `lint`, then every test that is not marked slow
 
 test-all: lint  ## the checks of `lint`, then every test
 	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+
+faults: .venv/ready  ## kills, full disks, power cuts and two at once, by the hundred: hours; SHARE=0.1 does a tenth
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py --share $(or $(SHARE),1)
 
 lint: .venv/ready  ## format, lint, strict types, and which package may import which
 	$(BIN)/ruff format --check .
@@ -42,6 +45,11 @@ lowest: .venv/ready  ## the fast tests on the lowest versions that pyproject.tom
 coverage: .venv/ready  ## which lines of src the fast tests run; pages in build/coverage
 	mkdir -p build
 	$(BIN)/python -m pytest $(FAST) --cov --cov-report=term --cov-report=html
+
+FUZZ ?= --count 20000
+
+fuzz: .venv/ready  ## 20,000 changed inputs of every format; counts by format (FUZZ="--count 1000 --formats card")
+	cd tests/data/former_run && HF_HUB_OFFLINE=1 ../../../$(BIN)/python ../../fuzz/campaign.py $(FUZZ)
 
 .venv-mergekit/ready:
 	$(PYTHON) -m venv .venv-mergekit

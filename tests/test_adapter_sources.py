@@ -287,6 +287,15 @@ def test_mlx_adapters_are_exact(base: Path, tmp_path: Path) -> None:
         task_vector(folder)
 
 
+def test_mlx_adapters_on_the_embedding_are_not_transposed(base: Path, tmp_path: Path) -> None:
+    rows, columns = llama().model.embed_tokens.weight.shape
+    a, b = torch.randn(rows, 2), torch.randn(2, columns)
+    save_file({"model.embed_tokens.lora_a": a, "model.embed_tokens.lora_b": b}, tmp_path / "adapters.safetensors")
+    config = {"fine_tune_type": "lora", "lora_parameters": {"scale": 2.0}, "model": str(base)}
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    torch.testing.assert_close(to_dense(task_vector(tmp_path).deltas["model.embed_tokens.weight"]), 2.0 * a @ b)
+
+
 def test_empty_adapters_are_refused(tmp_path: Path) -> None:
     full = adapter(tmp_path / "full", llama())
     changes: dict[str, Callable[[str, Tensor], Tensor]] = {

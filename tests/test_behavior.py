@@ -67,7 +67,7 @@ def test_persona_vectors_trait_files_load_as_they_are() -> None:
     [
         ([1], "expected a JSON object"),
         ({"questions": ["q"]}, "'instruction'"),
-        ({"instruction": [{"pos": "a"}], "questions": ["q"]}, "'instruction'"),
+        ({"instruction": [{"pos": "a"}], "questions": ["q"]}, "instruction.0.neg"),
         ({"instruction": [{"pos": "a", "neg": "b"}], "questions": []}, "'questions'"),
     ],
 )

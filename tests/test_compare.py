@@ -112,7 +112,7 @@ def test_a_loss_that_overflowed_is_far_too_much(tmp_path: Path) -> None:
 
 def test_a_strength_at_which_no_item_counts_is_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path, {"contrastive": ([1, 2], lambda k: k), "lost": ([1], lambda k: k)})
-    cells = list(measurements_by_key(read_jsonl(run / "measurements.jsonl")).values())
+    cells = list(measurements_by_key(read_jsonl(run / "measurements.jsonl"), "file").values())
     gone = {("contrastive", 2), ("lost", 1)}
     cells = [
         replace(c, values={"follows": [None] * 8}) if (c.method, c.k) in gone and c.task == "beliefs" else c
@@ -154,7 +154,7 @@ def test_items_that_do_not_count_and_validation_items_are_left_out(tmp_path: Pat
     rows = {(r.metric, r.change, r.split): r for r in cells[1].rows(cells[0])}
     assert rows["follows", False, "test"].n == 2
     assert rows["follows", True, "test"].n == 1
-    assert measurements_by_key([json.loads(json.dumps(asdict(cells[1])))]) == {cells[1].key: cells[1]}
+    assert measurements_by_key([json.loads(json.dumps(asdict(cells[1])))], "file") == {cells[1].key: cells[1]}
 
 
 def test_a_run_without_the_task_says_so(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,7 +167,7 @@ def test_digest_ignores_the_order_of_keys() -> None:
 
 def test_what_a_kill_left_is_swept_and_an_older_artifact_comes_back(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    dead = tmp_path / ".out.dead.part"
+    dead = tmp_path / ".out.deadbeef.part"
     (dead / ".replaced.part").mkdir(parents=True)
     RunCard("vector", base_model="old").save(dead / ".replaced.part")
     with pytest.raises(ValueError, match="stop"), new_folder(target, "vector"):
@@ -175,10 +177,18 @@ def test_what_a_kill_left_is_swept_and_an_older_artifact_comes_back(tmp_path: Pa
     assert not dead.exists()
 
 
-def test_an_unfinished_folder_of_a_living_writer_stays(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "out", "vector") as first:
-        with new_folder(tmp_path / "out", "vector") as second:
-            assert first.exists()
-            RunCard("vector", base_model="second").save(second)
+def test_two_writers_of_one_folder(tmp_path: Path) -> None:
+    """Another thread stands for another process: locks are each thread's own."""
+
+    def second() -> str:
+        with pytest.raises(SteerError, match="is writing it") as refused, new_folder(tmp_path / "out", "vector"):
+            pass
+        return str(refused.value)
+
+    with new_folder(tmp_path / "out", "vector") as first, ThreadPoolExecutor(1) as pool:
+        said = pool.submit(second).result()
+        assert first.exists()
         RunCard("vector", base_model="first").save(first)
+    assert f"process {os.getpid()} on {socket.gethostname()}, since 2" in said
     assert RunCard.load(tmp_path / "out").base_model == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

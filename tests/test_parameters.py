@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, LlamaForCausalLM
 
 from architectures import FAMILIES, IDS, VISION, tiny
 from conftest import tiny_model
+from weightsteer.checkpoints.architecture import _architecture, architecture_of
 from weightsteer.checkpoints.parameters import Assembled, open_checkpoint, read_parameters, same_values
 from weightsteer.errors import SteerError
 from weightsteer.export.merge import export_merged
@@ -192,3 +193,70 @@ def test_empty_shells_and_shapes_that_do_not_fit_the_config_are_refused(tmp_path
     short = rewrite(tmp_path / "base", tmp_path / "short", lambda t: {**t, "lm_head.weight": t["lm_head.weight"][:-1]})
     with pytest.raises(SteerError, match=r"lm_head\.weight has shape .* do not belong together"):
         read_parameters(short)
+
+
+def test_what_transformers_tells_of_a_config_is_kept_and_made_again_where_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTSTEER_CACHE", str(tmp_path / "cache"))
+    tiny("mixtral").save_pretrained(tmp_path / "model")
+    first = architecture_of(tmp_path / "model")
+    (kept,) = (tmp_path / "cache" / "architectures").iterdir()
+    for content in (kept.read_text(), "{", "[]", "{}"):
+        kept.write_text(content)
+        shutil.copytree(tmp_path / "model", tmp_path / "copy", dirs_exist_ok=True)
+        _architecture.cache_clear()
+        again = architecture_of(tmp_path / "copy")
+        assert first is not None
+        assert again is not None
+        assert (again.shapes, again.files, again.transposed) == (first.shapes, first.files, first.transposed)
+    assert again.places("model.layers.0.block_sparse_moe.gate.weight") == first.places("model.layers.0.mlp.gate.weight")
+
+
+@pytest.mark.parametrize(
+    ("leaf", "replaced"),
+    [
+        ("weight._data", True),
+        ("_weight_qdata", True),
+        ("codebooks", True),
+        ("centroids.weight", True),
+        ("scales", False),
+        ("input_scale", False),
+        ("qweight", True),
+        ("weight_packed", True),
+    ],
+)
+def test_a_layer_that_is_stored_as_something_else_is_quantised(leaf: str, replaced: bool, tmp_path: Path) -> None:
+    def pack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept = {n: t for n, t in tensors.items() if not replaced or not n.endswith("q_proj.weight")}
+        return kept | {n.replace("weight", leaf): t for n, t in tensors.items() if n.endswith("q_proj.weight")}
+
+    llama().save_pretrained(tmp_path / "base")
+    with pytest.raises(SteerError, match=r"its weights are quantised .*export peft"):
+        read_parameters(rewrite(tmp_path / "base", tmp_path / "packed", pack))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32])
+def test_weights_of_another_dtype_are_quantised(dtype: torch.dtype, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    packed = rewrite(
+        tmp_path / "base", tmp_path / "packed", lambda t: {n: x.to(dtype) if "_proj" in n else x for n, x in t.items()}
+    )
+    with pytest.raises(SteerError, match="its weights are quantised"):
+        read_parameters(packed)
+
+
+@pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_a_file_beside_the_weights_says_that_they_are_quantised(name: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(SteerError, match=f"quantised .{name} lies beside them"):
+        read_parameters(tmp_path)
+
+
+def test_a_model_saved_without_its_head_has_the_names_of_the_whole(tmp_path: Path) -> None:
+    model = llama(tied=True)
+    model.model.save_pretrained(tmp_path / "inner")
+    config = json.loads((tmp_path / "inner" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaModel"]
+    assert set(read_parameters(tmp_path / "inner")) == {name for name, _ in model.named_parameters()}

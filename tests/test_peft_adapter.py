@@ -21,7 +21,6 @@ from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.vectors.delta import Streamed, to_dense
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
-from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.weight_vector import WeightVector
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -119,17 +118,27 @@ def test_conv1d_is_transposed_for_the_hook_the_merge_and_the_adapter(tmp_path: P
         torch.testing.assert_close(served(IDS).logits, steered, atol=1e-4, rtol=1e-4)
 
 
-def test_embedding_lora_is_hooked_saved_and_refused_where_it_is_tied(tmp_path: Path) -> None:
-    options = {"target_modules": ["embed_tokens", "q_proj"]}
-    _, steered = adapter(tmp_path / "positive", tiny_model(tied=False), 1, **options)
-    tau = task_vector(tmp_path / "positive")
-    assert isinstance(tau.deltas["model.embed_tokens.weight"], LowRank)
-    tau.save(tmp_path / "w")
-    with torch.no_grad():
-        served = PeftModel.from_pretrained(tiny_model(tied=False), tmp_path / "w")
-        torch.testing.assert_close(served(IDS).logits, steered, atol=1e-5, rtol=1e-5)
-    with pytest.raises(SteerError, match="ties it to the output"), tau.applied(tiny_lm(tied=True), 1.0):
-        pass
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"target_modules": ["embed_tokens", "q_proj"]}, {"modules_to_save": ["embed_tokens"]}]
+)
+def test_what_is_trained_on_the_input_embedding_changes_it_alone(
+    tied: bool, options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = base_folder(tiny_model(tied=tied), tmp_path / "base")
+    _, steered = adapter(tmp_path / "positive", tiny_model(tied=tied), 1, **options)
+    tau = task_vector(tmp_path / "positive", base=base)
+    saved = WeightVector.load(tau.save(tmp_path / "w"))
+    lm = tiny_lm(tied=tied)
+    before = lm.model(IDS).logits
+    for vector in (tau, saved):
+        with torch.no_grad(), vector.applied(lm, 1.0):
+            torch.testing.assert_close(lm.model(IDS).logits, steered, atol=1e-5, rtol=1e-5)
+        assert torch.equal(lm.model(IDS).logits, before)
+        assert (lm.model.lm_head.weight is lm.model.model.embed_tokens.weight) is tied
+    if tied:
+        with pytest.raises(SteerError, match="ties input and output"):
+            export_merged(tau, base, tmp_path / "out", k=1.0)
 
 
 @pytest.mark.parametrize("style", ["modules_to_save.", "modules_to_save.default.", ""])
@@ -146,8 +155,7 @@ def test_whole_modules_cancel_the_base_in_either_key_style(style: str, tmp_path:
 
 
 def test_a_whole_module_of_a_tied_model_is_its_own_place(tmp_path: Path) -> None:
-    """PEFT trains a copy: of the output head it is hooked, of the input embedding alone it is refused."""
-    base = base_folder(tiny_model(), tmp_path / "base")
+    """PEFT trains a copy of the output head, and the input embedding stays as it is."""
     adapter(tmp_path / "negative", tiny_model(), 2)
     _, steered = adapter(tmp_path / "head", tiny_model(), 1, modules_to_save=["lm_head"])
     lm = tiny_lm()
@@ -158,14 +166,6 @@ def test_a_whole_module_of_a_tied_model_is_its_own_place(tmp_path: Path) -> None
     w = subtract_finetunes(tmp_path / "head", tmp_path / "negative")
     with torch.no_grad(), w.applied(lm, 1.0), negative.applied(lm, 1.0):
         torch.testing.assert_close(lm.model(IDS).logits, steered, atol=2e-5, rtol=1e-4)
-    adapter(tmp_path / "input", tiny_model(), 1, modules_to_save=["embed_tokens"])
-    tau = task_vector(tmp_path / "input", base=base)
-    saved = WeightVector.load(tau.save(tmp_path / "w"))
-    for vector in (tau, saved):
-        with pytest.raises(SteerError, match="ties it to the output"), vector.applied(lm, 1.0):
-            pass
-        with pytest.raises(SteerError, match="ties input and output"):
-            export_merged(vector, base, tmp_path / "out", k=1.0)
 
 
 def test_a_base_that_was_not_trained_is_refused(tmp_path: Path) -> None:

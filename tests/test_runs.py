@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ import killable
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior
 from weightsteer.errors import SteerError
-from weightsteer.files import lock_folder
+from weightsteer.locks import hold
 from weightsteer.progress import Progress, silent
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.runs.pipeline import Run
@@ -280,8 +281,13 @@ def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> N
 
 def test_two_processes_do_not_run_one_folder(tmp_path: Path) -> None:
     one, two = (make_run(small_recipe(tmp_path), tmp_path / "run") for _ in range(2))
-    with lock_folder(one.folder.path), pytest.raises(SteerError, match="another process is running this"):
-        two.run()
+
+    def second() -> None:
+        with pytest.raises(SteerError, match=f"process {os.getpid()} on .* is writing it; wait until it has ended"):
+            two.run()
+
+    with hold(one.folder.path), ThreadPoolExecutor(1) as pool:
+        pool.submit(second).result()
 
 
 def test_own_sides_go_the_same_way(tmp_path: Path) -> None:

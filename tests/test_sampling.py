@@ -22,6 +22,7 @@ from weightsteer.data_building.sampling import (
 from weightsteer.errors import SteerError
 from weightsteer.example_files.load import load_examples
 from weightsteer.files import write_jsonl
+from weightsteer.judges.endpoint import Endpoint
 from weightsteer.judges.judge import LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
@@ -208,19 +209,21 @@ def test_a_served_judge_needs_its_models_name_and_a_rubric(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.embedded
 def test_a_served_judge_filters_and_its_replies_are_kept(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loud = Behavior("loud", ("Shout!",), ("Whisper.",), ("Why?", "How?"), judge_prompt="{question} {answer} Number?")
     loud.save(tmp_path / "loud.json")
     out = tmp_path / "d"
     command = ["sample", str(tmp_path / "loud.json"), "-o", str(out), "-m", str(checkpoint), "--device", "cpu"]
     command += ["--samples", "1", "--max-new-tokens", "6", "--keep-cut", "--judge", MODEL, "--judge-url"]
-    with served() as (url, _), suppress(SteerError):  # whether so small a judge keeps an answer is chance
+    # So small a judge gives few numbers: its words are kept all the same, and whether it keeps an answer is chance.
+    with served() as (url, _), suppress(SteerError), monkeypatch.context() as patched:
+        patched.setattr(Endpoint, "keeping", lambda self, usable: self)
         app([*command, url], standalone_mode=False)
     kept = [json.loads(line) for line in (out / "judge.jsonl").read_text().splitlines()]
     assert len(kept) == 4
     (out / "answers.jsonl").unlink()
-    write_jsonl(out / "judge.jsonl", [{**k, "reply": r} for k, r in zip(kept, ("90", "60", "10", "5"), strict=True)])
+    write_jsonl(out / "judge.jsonl", [{**k, "reply": r} for k, r in zip(kept, ("90", "80", "10", "5"), strict=True)])
     app([*command, url], standalone_mode=False)  # the server is down: the verdicts are those that were kept
     assert unusable_verdicts(out) == 0
     assert "0 verdicts were unusable" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 from .errors import SteerError
 from .files import read_json, write_text
 from .run_folder import Side
+from .schema import checked, refuse_unusual, suggestion
 
 SHIPPED = ("sycophancy", "refusal", "evil", "gloomy")
 SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given
@@ -139,27 +141,51 @@ class Behavior:
         return _behavior_from(path, read_json(path))
 
 
+@dataclass(frozen=True)
+class _Prompts:
+    """Two system prompts: for the behaviour and against it."""
+
+    pos: str
+    neg: str
+
+
+@dataclass(frozen=True)
+class _TraitFile:
+    """A trait file's fields; what else persona vectors' files hold is passed over."""
+
+    instruction: tuple[_Prompts, ...]
+    questions: tuple[str, ...]
+    name: str = ""
+    description: str = ""
+    positive_label: str = "positive"
+    negative_label: str = "negative"
+    eval_prompt: str = ""
+
+
 def _behavior_from(path: Path, fields: object) -> Behavior:
     if not isinstance(fields, Mapping):
         raise SteerError(f"{path}: expected a JSON object with 'instruction' and 'questions'")
-    prompts, questions = fields.get("instruction"), fields.get("questions")
-    well_formed = isinstance(prompts, list) and all(
-        isinstance(pair, Mapping) and isinstance(pair.get("pos"), str) and isinstance(pair.get("neg"), str)
-        for pair in prompts
-    )
-    if not well_formed or not prompts:
-        raise SteerError(f"{path}: field 'instruction' must be a list of objects with texts 'pos' and 'neg'")
-    if not isinstance(questions, list) or not all(isinstance(text, str) for text in questions) or not questions:
-        raise SteerError(f"{path}: field 'questions' must be a list of texts")
+    known = [field.name for field in dataclasses.fields(_TraitFile)]
+    for name in fields:
+        if name not in known and (meant := suggestion(name, known)):
+            raise SteerError(f"{path}: field {name!r}: is not known{meant}")
+    found = checked(_TraitFile, dict(fields), str(path))
+    if not found.instruction:
+        raise SteerError(
+            f"{path}: field 'instruction' must be a list of objects with texts 'pos' and 'neg', found none"
+        )
+    if not found.questions:
+        raise SteerError(f"{path}: field 'questions' must be a list of texts, found none")
+    refuse_unusual(dict(fields), str(path))
     return Behavior(
-        name=str(fields.get("name", path.stem)),
-        positive_prompts=tuple(pair["pos"] for pair in prompts),
-        negative_prompts=tuple(pair["neg"] for pair in prompts),
-        questions=tuple(questions),
-        judge_prompt=str(fields.get("eval_prompt", "")),
-        description=str(fields.get("description", "")),
-        positive_label=str(fields.get("positive_label", "positive")),
-        negative_label=str(fields.get("negative_label", "negative")),
+        name=found.name or path.stem,
+        positive_prompts=tuple(pair.pos for pair in found.instruction),
+        negative_prompts=tuple(pair.neg for pair in found.instruction),
+        questions=found.questions,
+        judge_prompt=found.eval_prompt,
+        description=found.description,
+        positive_label=found.positive_label,
+        negative_label=found.negative_label,
     )
 
 

@@ -56,7 +56,7 @@ class Exchange:
     prompt: list[int]  # what a model is served
     lead: list[int]  # what the template writes before an answer and no model is served, such as an empty thought
     answer: list[int]
-    end: list[int]  # the end of the assistant's turn
+    end: list[int]  # the end of the assistant's turn, and what follows it
 
     @property
     def head(self) -> list[int]:

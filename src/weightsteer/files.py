@@ -1,18 +1,24 @@
-"""Files that are written whole or not at all, and never over an input: JSON and JSONL, hashes, locks."""
+"""Files that are written whole or not at all, and never over an input: JSON and JSONL, hashes."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import secrets
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .disk import make_folder, sync_folder, telling_of_disk
 from .errors import SteerError
+from .leftovers import is_leftover, sweep_beside
 from .outputs import refuse_special
+from .schema import parse_json, read_limited
+
+MOST_GROWN = 1 << 34  # bytes of a file of rows; one that grew to more is no file of ours
+CONTINUED = " \n"  # between the rows of one append
 
 
 def sha256_of(path: Path) -> str:
@@ -56,11 +62,9 @@ def read_json(path: Path) -> Any:
         SteerError: the file is missing or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(read_limited(path), str(path))
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except ValueError as error:
-        raise SteerError(f"{path}: not JSON ({error})") from None
 
 
 def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -87,9 +91,9 @@ def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, An
 
 def _parse_line(path: Path, number: int, line: str, required: Sequence[str]) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise SteerError(f"{path}, line {number}: not JSON ({error}); expected one object a line") from None
+        row = parse_json(line, f"{path}, line {number}")
+    except SteerError as error:
+        raise SteerError(f"{error}; expected one object a line") from None
     if not isinstance(row, dict):
         raise SteerError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
     for name in required:
@@ -107,22 +111,25 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step, with the permissions that the umask gives a new file.
+    """Replace a file in one step, with the permissions that the umask gives a new file; a power cut leaves it so.
 
     Raises:
-        SteerError: the path is a device, a pipe, a socket or a link.
+        SteerError: the disk refuses, and the old file stands; or the path is a device, a pipe, a socket or a link.
     """
     refuse_special(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    make_folder(path.parent)
+    sweep_beside(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    with telling_of_disk(path):
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -136,59 +143,101 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows and flush them to disk, so that a kill loses at most the line being written.
+    """Append rows, all of them or none, and bring them to the disk.
+
+    A space before a line's end says that the next line belongs to the same append, so that `read_finished` tells one
+    that a kill or a power cut broke off.
 
     Raises:
-        SteerError: see `write_bytes`.
+        SteerError: see `write_bytes`; the file stands as it was.
     """
     refuse_special(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    text = CONTINUED.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    if not text:
+        return
+    make_folder(path.parent)
+    with telling_of_disk(path):
+        new = not path.exists()
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        try:
+            _append(path, handle, f"{text}\n".encode())
+        finally:
+            os.close(handle)
+        if new:
+            sync_folder(path.parent)
+
+
+def _append(path: Path, handle: int, content: bytes) -> None:
+    size = os.fstat(handle).st_size
+    end = os.pread(handle, 2, max(0, size - 2)).decode(errors="replace")
+    if size and (not end.endswith("\n") or end == CONTINUED):
+        read_finished(path)  # cuts off what a kill left there
+        size = os.fstat(handle).st_size
+    try:
+        done = 0
+        while done < len(content):
+            done += os.write(handle, content[done:])
+        os.fsync(handle)
+    except BaseException:
+        os.ftruncate(handle, size)
+        raise
 
 
 def read_finished(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file that grows by `append_jsonl`; a last line cut short by a kill is dropped.
+    """Rows of a file that grows by `append_jsonl`.
 
-    The file is put right as it is read, so that the next append starts on a fresh line.
+    An append that was broken off is cut off the file, so that the next one starts on a fresh line. A damaged line
+    before that is left out, with a warning.
+
+    Raises:
+        SteerError: the file cannot be read, or has no row at all and is none of ours.
     """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        write_text(path, whole)
-    return [_parse_line(path, number, line, ()) for number, line in enumerate(whole.split("\n")[:-1], 1)]
+    if path.stat().st_size > MOST_GROWN:
+        raise SteerError(f"{path}: is larger than {MOST_GROWN / 1e9:.3g} GB, more than such a file can need")
+    with telling_of_disk(path):
+        content = path.read_bytes()
+    lines = content.split(b"\n")
+    rows = [_row_of(line) for line in lines]
+    rest = content.strip(b"\0 \n")
+    foreign = all(row is None for row in rows) and b"\0" not in content
+    if rest and foreign and (len(rows) > 1 or not rest.startswith(b"{")):
+        raise SteerError(f"{path}, line 1: not JSON; expected one object a line")
+    keep = len(lines) - 1  # what follows the last end of a line was broken off
+    while keep and (lines[keep - 1].endswith(b" ") or (rows[keep - 1] is None and lines[keep - 1].strip())):
+        keep -= 1
+    whole = sum(len(line) + 1 for line in lines[:keep])
+    if whole < len(content):
+        with telling_of_disk(path):
+            _cut(path, whole)
+    for number, (line, row) in enumerate(zip(lines[:keep], rows[:keep], strict=True), start=1):
+        if row is None and line.strip():
+            warnings.warn(f"{path}, line {number}: is damaged and left out; what it said is made again", stacklevel=2)
+    return [row for row in rows[:keep] if row is not None]
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder for this process alone.
-
-    Raises:
-        SteerError: another process holds it.
-    """
-    handle = os.open(folder, os.O_RDONLY)
+def _row_of(line: bytes) -> dict[str, Any] | None:
+    """The object that a line holds; None if it holds none, or is blank."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SteerError(
-                f"{folder}: another process is running this; wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+        row = parse_json(line.decode(), "a line")
+    except (SteerError, UnicodeDecodeError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _cut(path: Path, size: int) -> None:
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.ftruncate(handle, size)
+        os.fsync(handle)
     finally:
         os.close(handle)
 
 
 def is_empty(folder: Path) -> bool:
-    """True if a folder holds nothing but unfinished writes of ours, as a kill leaves them."""
-    return all(path.name.startswith(".") and path.name.endswith(".part") for path in folder.iterdir())
+    """True if a folder holds nothing but unfinished writes and locks of ours, as a kill leaves them."""
+    return all(is_leftover(path) for path in folder.iterdir())
 
 
 def current_umask() -> int:

@@ -23,8 +23,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import SharedByAllRowsError, batches_by_length, batches_of_one_length, one_row_for_all, pad_left
+from .errors import SteerError
 from .progress import Progress
+from .schema import shown
 from .thinking import MARKERS, Reply, split_thinking
+
+MOST_NEW_TOKENS = 1_000_000  # no model's context is longer
 
 # How far two computations of the same logits may lie apart, as a share of the largest of them.
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -104,6 +108,8 @@ class Writer:
 
         Rows that end early are filled up.
         """
+        if not 0 < max_new_tokens <= MOST_NEW_TOKENS:
+            raise SteerError(f"max_new_tokens: expected 1 to {MOST_NEW_TOKENS}, found {shown(max_new_tokens)}")
         tokens, mask = pad_left(rows, self.pad, self.device)
         sampling: Mapping[str, Any] = {"do_sample": False}
         if temperature > 0:

@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,11 +23,12 @@ from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from .chat_template import ChatTemplate, Exchange, Prompt, plain_template, turns_of
 from .checkpoints.checkpoint import fingerprint
 from .checkpoints.embedded_model import EMBEDDED_NAME
+from .checkpoints.load_model import load_causal_lm, load_tokenizer
 from .checkpoints.locate import locate_model
-from .errors import SteerError, first_line
+from .errors import SteerError
 from .files import digest
 from .generation import Writer
-from .progress import Progress, quiet_transformers, silent
+from .progress import Progress, silent
 from .thinking import Reply, opens_thinking, why_unanswered
 
 
@@ -78,21 +76,10 @@ class LM:
         name = str(name)
         where = locate_model(name)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        placement = device or _default_device()
-        try:
-            with quiet_transformers():
-                tokenizer = AutoTokenizer.from_pretrained(where, **options)
-                model = AutoModelForCausalLM.from_pretrained(
-                    where,
-                    dtype=_dtype_named(dtype),
-                    device_map="auto" if placement == "auto" else None,
-                    use_safetensors=True,  # never a pickle
-                    **options,
-                )
-                if placement != "auto":
-                    model = model.to(placement)  # type: ignore[arg-type]
-        except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
-            raise SteerError(f"{name}: cannot be loaded ({first_line(error)})") from None
+        tokenizer = load_tokenizer(name, where, **options)
+        model = load_causal_lm(
+            name, where, dtype=_dtype_named(dtype), placement=device or _default_device(), options=options
+        )
         if getattr(model, "_hf_peft_config_loaded", False):
             raise SteerError(
                 f"{name}: holds an adapter, which was applied to the model on loading; name the model without it, or "
@@ -173,12 +160,16 @@ class LM:
     def exchange(self, prompt: Prompt, answer: str) -> Exchange:
         """Token ids of a prompt with its answer, as the template renders the whole conversation.
 
+        The end goes up to the token at which generation stops: what the template writes after it, such as a line
+        break, no model is ever asked to write.
+
         Raises:
             SteerError: the template refuses the conversation.
         """
         found = self.chat_template.exchange(turns_of(prompt, self.system_prompt), answer)
         self._known(found.head + found.answer + found.end)
-        return found
+        stop = next((place for place, token in enumerate(found.end) if token in self.stops), None)
+        return found if stop is None else replace(found, end=found.end[: stop + 1])
 
     def answer_ids(self, answer: str, *, ended: bool = False) -> list[int]:
         """Token ids of an answer, as the template renders it after a short prompt; `ended` appends the turn's end."""

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from .disk import make_folder, sync_folder, sync_tree, telling_of_disk
 from .errors import SteerError
 from .files import current_umask, is_empty, read_json, write_text
+from .leftovers import REPLACED, sweep_beside
+from .locks import hold
 from .outputs import refuse_special
 from .places import public_name, remember, without_paths
+from .schema import checked, is_finite, refuse_unusual, shown
 
 CARD_FILE = "weightsteer.json"
-
-
-REPLACED = ".replaced.part"  # an older artifact, for the moment in which the new one takes its place
-
-
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 
 
@@ -38,6 +34,8 @@ class StrengthRange:
     `recommended` and `negative` move the behaviour furthest on each side within the capability budget;
     `low` and `high` are the smallest and largest k that were measured.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "allow_inf_nan": False}
 
     recommended: float
     negative: float
@@ -54,6 +52,8 @@ class StrengthRange:
 @dataclass(frozen=True)
 class RunCard:
     """From what an artifact was made: enough to make it again, and to refuse a wrong base."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     kind: str
     base_model: str = ""
@@ -98,15 +98,27 @@ class RunCard:
         """Read the card of an artifact folder.
 
         Raises:
-            SteerError: there is no card, or it is not one of ours.
+            SteerError: there is no card, or it is not one of ours: the message names the field that is wrong.
         """
         path = Path(folder) / CARD_FILE
         fields = read_json(path)
         try:
-            strength = fields.pop("strength", None)
-            return cls(**fields, strength=StrengthRange(**strength) if strength else None)
-        except (TypeError, AttributeError) as error:
-            raise SteerError(f"{path}: not a weightsteer card ({error}); remake the artifact") from None
+            card = checked(cls, fields, str(path))
+            refuse_unusual(card.settings, f"{path}: field 'settings'")
+        except SteerError as error:
+            raise SteerError(f"{error}; this is not a weightsteer card, remake the artifact") from None
+        return card
+
+    def measured_number(self, name: str) -> float:
+        """A number that was measured; 0 where it was not.
+
+        Raises:
+            SteerError: it is none.
+        """
+        value = self.measured.get(name, 0.0)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
+            raise SteerError(f"card of a {self.kind}: measured {name!r}: expected a number, found {shown(value)}")
+        return float(value)
 
     def with_strength(self, strength: StrengthRange) -> RunCard:
         """The same card with its measured range of k."""
@@ -128,41 +140,40 @@ def installed_versions() -> dict[str, str]:
 def new_folder(target: Path, kind: str) -> Iterator[Path]:
     """Yield a temporary folder beside `target` that becomes `target` when the block succeeds.
 
-    Until then nothing is to be seen under `target`'s name; after an error nothing is left. An
-    older `target` is replaced only if it is empty or holds our artifact of the same `kind`.
+    Until then nothing is to be seen under `target`'s name; after an error nothing is left. An older `target` is
+    replaced only if it is empty or holds our artifact of the same `kind`. All is on the disk before it takes its name,
+    so that a power cut leaves it whole, too.
+
+    Raises:
+        SteerError: another process writes `target`, it holds something else, or the disk refuses.
     """
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_parts(target)
-    refuse_foreign(target, kind)
-    part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    lock = os.open(part, os.O_RDONLY)
+    with hold(target), telling_of_disk(target):
+        sweep_beside(target)
+        refuse_foreign(target, kind)
+        make_folder(target.parent)
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+        try:
+            yield part
+            part.chmod(0o777 & ~current_umask())
+            sync_tree(part)
+            _put_in_place(part, target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _put_in_place(part: Path, target: Path) -> None:
+    """Give a finished folder its name; an older one is there until then."""
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held while we live: what a kill leaves behind is unlocked
-        yield part
-        part.chmod(0o777 & ~current_umask())
         if target.exists():
             target.rename(part / REPLACED)
         part.rename(target)
-        shutil.rmtree(target / REPLACED, ignore_errors=True)
-    finally:
-        os.close(lock)
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _sweep_parts(target: Path) -> None:
-    """Remove unfinished folders for `target` whose writer was killed."""
-    for part in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        with suppress(OSError):  # another process is writing it, it is somebody else's, or there are no locks here
-            lock = os.open(part, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not target.exists() and (part / REPLACED).exists():
-                    (part / REPLACED).rename(target)  # killed between the two renames: the older artifact stands
-                shutil.rmtree(part, ignore_errors=True)
-            finally:
-                os.close(lock)
+    except BaseException:
+        if not target.exists() and (part / REPLACED).exists():
+            (part / REPLACED).rename(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(target / REPLACED, ignore_errors=True)
 
 
 def refuse_foreign(target: Path, kind: str) -> None:
@@ -176,6 +187,14 @@ def refuse_foreign(target: Path, kind: str) -> None:
         return
     if not (target / CARD_FILE).exists():
         raise SteerError(f"{target}: exists and was not made by weightsteer; choose another output")
+    if is_emptied(target / CARD_FILE):
+        return
     found = RunCard.load(target).kind
     if found != kind:
         raise SteerError(f"{target}: holds a {found}, which a {kind} would replace; choose another output")
+
+
+def is_emptied(path: Path) -> bool:
+    """Whether a file holds nothing, or zeros alone, as a power cut may leave what was not brought to the disk."""
+    with path.open("rb") as file:
+        return not file.read(1 << 16).strip(b"\0")

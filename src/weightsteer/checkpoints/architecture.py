@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import pairwise
+from functools import cached_property, lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from ..errors import SteerError
-from ..files import read_json
+from ..files import digest, read_json, write_text
+from ..places import cache_folder
 from ..progress import quiet_transformers
+from .bounded import bounded_modules, count_stored
+from .empty_model import describe, renamings_of
 from .plain_names import plain_name
 from .safetensors_file import matrix_shape
+
+FORM = 1  # of what is kept in the cache
+FIELDS = {"kind", "shapes", "tied", "transposed", "others", "files", "prefix"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class Architecture:
     transposed: frozenset[str]  # modules that store weights (d_in, d_out): GPT-2's Conv1D, some experts
     others: frozenset[str]  # what a state dict holds besides: buffers
     files: Mapping[str, tuple[Place, ...] | None] = field(repr=False)  # the hub's tensors; None: not made of rows
-    renaming: _Renaming = field(repr=False)
+    prefix: str  # of the inner model's names: "model", "transformer", "gpt_neox"
+    renaming: Renaming = field(repr=False)
 
     def places(self, stored: str) -> tuple[Place, ...] | None:
         """What a stored tensor holds of the parameters; None where the model has no such parameter.
@@ -77,7 +81,8 @@ class Architecture:
 
     def alias_of(self, stored: str) -> str | None:
         """The tied name that is meant, such as lm_head.weight: a place of its own for what changes it alone."""
-        return next((name for name in self._spellings(stored) if name in self.tied), None)
+        known = next((name for name in self._spellings(stored) if name in self.tied or name in self.shapes), "")
+        return known if known in self.tied else None
 
     def row_count(self, name: str) -> int:
         """Rows of a parameter's matrix form."""
@@ -90,10 +95,22 @@ class Architecture:
     def _spellings(self, stored: str) -> Iterator[str]:
         """The name as it is, under its present name, and with the base model's prefix less or more."""
         plain = plain_name(stored)
+        yield plain
+        yield from self._with_other_prefix(plain)
         renamed = self.renaming.now_called(plain)
-        for name in (plain, renamed):
+        if renamed != plain:
+            yield renamed
+            yield from self._with_other_prefix(renamed)
+
+    def _with_other_prefix(self, name: str) -> Iterator[str]:
+        """The name with the inner model's prefix put on, or taken off as often as it is there."""
+        if not self.prefix:
+            return
+        yield f"{self.prefix}.{name}"
+        while name.startswith(f"{self.prefix}."):
+            name = name.removeprefix(f"{self.prefix}.")
             yield name
-            yield from self.renaming.with_other_prefix(name)
+            yield f"{self.prefix}.{name}"
 
 
 BUFFERS = (
@@ -113,136 +130,76 @@ def is_buffer_name(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Renaming:
-    """transformers' renamings for one architecture, and the prefix that its inner model has."""
+class Renaming:
+    """transformers' renamings for one architecture; looked up when a name is met that the model does not have."""
 
-    transforms: tuple[Any, ...]
-    prefix: str  # "model", "transformer", "gpt_neox"
+    folder: Path
 
     def now_called(self, name: str) -> str:
+        """The name that a parameter of this name has today."""
         from transformers.core_model_loading import apply_renamings
 
-        return apply_renamings(name, list(self.transforms))
+        return apply_renamings(name, self._transforms)
 
-    def with_other_prefix(self, name: str) -> Iterator[str]:
-        """The name with the inner model's prefix put on, or taken off as often as it is there."""
-        if not self.prefix:
-            return
-        yield f"{self.prefix}.{name}"
-        while name.startswith(f"{self.prefix}."):
-            name = name.removeprefix(f"{self.prefix}.")
-            yield name
-            yield f"{self.prefix}.{name}"
+    @cached_property
+    def _transforms(self) -> list[Any]:
+        return renamings_of(self.folder)
 
 
 def architecture_of(folder: Path) -> Architecture | None:
-    """The architecture that a model folder's config.json names; None where transformers does not know it."""
+    """The architecture that a model folder's config.json names; None where transformers does not know it.
+
+    Raises:
+        SteerError: the config is no JSON object, or asks for far more layers than the folder has tensors.
+    """
     path = folder / "config.json"
     if not path.is_file():
         return None
     config = read_json(path)
     if not isinstance(config, dict):
         raise SteerError(f"{path}: expected a JSON object")
-    return _architecture(folder, json.dumps(config, sort_keys=True))
+    return _architecture(folder, digest([config, version("transformers"), FORM]))
 
 
 @lru_cache(maxsize=8)
-def _architecture(folder: Path, config: str) -> Architecture | None:
-    """The architecture of a folder, read again if its config has changed."""
-    with quiet_transformers():
-        try:
-            model = _empty_model(folder, json.loads(config))
-        except Exception:  # whatever an unknown or newer config makes transformers raise: it is not known here
-            return None
-        return None if model is None else _described(model)
+def _architecture(folder: Path, key: str) -> Architecture | None:
+    """The architecture of a folder, from the user's cache if one of this config is there.
 
-
-def _empty_model(folder: Path, fields: dict[str, Any]) -> nn.Module | None:
-    """transformers' model on the meta device: names and shapes, no memory."""
-    import transformers
-    from transformers import AutoConfig
-
-    if fields.get("model_type") not in transformers.CONFIG_MAPPING:
-        return None  # older than such fields, newer than this transformers, or with code of its own
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    named = fields.get("architectures") or [None]
-    built: Any = getattr(transformers, str(named[0]), None)
-    with torch.device("meta"), _default_float32():
-        if isinstance(built, type) and issubclass(built, transformers.PreTrainedModel):  # the config may name anything
-            return built(config)
-        return transformers.AutoModelForCausalLM.from_config(config)
-
-
-@contextmanager
-def _default_float32() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def _described(model: Any) -> Architecture:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-    from transformers.pytorch_utils import Conv1D
-
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    every = dict(model.named_parameters(remove_duplicate=False))
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    tied = {name: names[id(parameter)] for name, parameter in every.items() if names[id(parameter)] != name}
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
-    return Architecture(
-        kind=type(model).__name__,
-        shapes=shapes,
-        tied=tied,
-        transposed=frozenset(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
-        ),
-        others=frozenset(name for name in model.state_dict() if name not in every),
-        files=_files_of(model, shapes),
-        renaming=_Renaming(tuple(renamings), str(getattr(model, "base_model_prefix", "") or "")),
-    )
-
-
-def _files_of(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Place, ...] | None]:
-    """The hub's tensors that are called otherwise than the parameters, and which rows of these they hold.
-
-    transformers' own conversion is given numbered rows in the parameters' place; where they come out is where the
-    rows lie in a file.
+    transformers takes seconds to be imported and to build a model; what it tells is a page of names and shapes.
     """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    names, numbered, first = list(shapes), {}, 0
-    starts = []
-    for name in names:
-        count = matrix_shape(shapes[name])[0]
-        starts.append(first)
-        numbered[name] = torch.arange(first, first + count).reshape(_row_shape(shapes[name]))
-        first += count
-    found = revert_weight_conversion(model, dict(numbered))
-    bounds = torch.tensor([*starts, first])
-    return {stored: _places(rows, names, bounds) for stored, rows in found.items() if stored not in shapes}
-
-
-def _row_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if len(shape) < 2 else (*shape[:-1], 1)
-
-
-def _places(rows: Tensor, names: list[str], bounds: Tensor) -> tuple[Place, ...] | None:
-    """Runs of rows that follow each other in one parameter; None where the last dimension took part."""
-    if rows.ndim > 1 and rows.shape[-1] != 1:
-        return None
-    flat = rows.reshape(-1)
-    if not flat.numel():
-        return None
-    owner = torch.searchsorted(bounds, flat, right=True) - 1
-    breaks = (torch.diff(flat) != 1) | (torch.diff(owner) != 0)
-    edges = [0, *(torch.nonzero(breaks).flatten() + 1).tolist(), flat.numel()]
-    return tuple(
-        Place(names[int(owner[start])], int(flat[start] - bounds[owner[start]]), start, stop - start)
-        for start, stop in pairwise(edges)
+    kept = cache_folder() / "architectures" / f"{key}.json"
+    found = _kept_fields(kept)
+    if found is None:
+        with quiet_transformers():
+            try:
+                with bounded_modules(count_stored(folder)):
+                    found = describe(folder)
+            except SteerError as error:
+                raise SteerError(f"{folder / 'config.json'}: {error}") from None
+            except Exception:  # whatever an unknown or newer config makes transformers raise: it is not known here
+                return None
+        with suppress(OSError):  # a cache that cannot be written
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(found))
+    return Architecture(
+        kind=found["kind"],
+        shapes={name: tuple(shape) for name, shape in found["shapes"].items()},
+        tied=found["tied"],
+        transposed=frozenset(found["transposed"]),
+        others=frozenset(found["others"]),
+        files={
+            name: None if places is None else tuple(Place(*place) for place in places)
+            for name, places in found["files"].items()
+        },
+        prefix=found["prefix"],
+        renaming=Renaming(folder),
     )
+
+
+def _kept_fields(path: Path) -> dict[str, Any] | None:
+    """What an earlier call kept; None if nothing did, or it cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.keys() >= FIELDS else None

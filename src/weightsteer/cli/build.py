@@ -10,6 +10,7 @@ import typer
 
 from ..errors import SteerError
 from ..files import refuse_inputs
+from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import say
@@ -62,7 +63,8 @@ def sample(
     refuse_inputs(out, *data_files(behavior, positive, negative))
     described = Behavior.load(behavior)
     if positive or negative:
-        counts = _write_own_sides(out, positive, negative)
+        with hold(out):
+            counts = _write_own_sides(out, positive, negative)
     else:
         from ..data_building.sampling import cut_answers, sample_sides, unusable_verdicts
         from ..data_building.sampling_settings import SamplingSettings
@@ -194,16 +196,17 @@ def train(
     )
     lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     warn_unfit(*sides, lm.tokenizer)
-    for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
-        target = RunFolder(out).finetune(name)
-        with show_progress(f"train {name}") as progress:
-            if kind == "dpo":
-                both = zip(side, other, strict=True)
-                wanted = [Preference(a.prompt, a.answer, b.answer) for a, b in both if a.answer != b.answer]
-                path = train_preference(lm, wanted, target, settings=settings, progress=progress)
-            else:
-                path = train_side(lm, side, target, settings=settings, progress=progress)
-        say(f"{name}: {path}")
+    with hold(out):
+        for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
+            target = RunFolder(out).finetune(name)
+            with show_progress(f"train {name}") as progress:
+                if kind == "dpo":
+                    both = zip(side, other, strict=True)
+                    wanted = [Preference(a.prompt, a.answer, b.answer) for a, b in both if a.answer != b.answer]
+                    path = train_preference(lm, wanted, target, settings=settings, progress=progress)
+                else:
+                    path = train_side(lm, side, target, settings=settings, progress=progress)
+            say(f"{name}: {path}")
 
 
 def subtract(

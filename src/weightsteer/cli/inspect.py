@@ -11,6 +11,7 @@ import typer
 
 from ..errors import SteerError
 from ..files import is_empty, refuse_inputs
+from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import csv_cell, one_line, say
@@ -155,15 +156,15 @@ def monitor(
         raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
     names = labels(sources)
     loaded = {name: task_vector(source, base=base) for name, source in zip(names, sources, strict=True)}
-    with show_progress("monitor") as progress:
-        readings = read_checkpoints(
-            list_checkpoints(checkpoints), loaded, base=base, controls=names[len(vectors) :], out=out, progress=progress
-        )
-    whole = [reading for reading in readings if reading.part == WHOLE]
-    rows = [[one_line(cell) for cell in row] for row in _table(whole)]
-    for row in rows:
-        say("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
-    _write_trends(out, checkpoints, readings, whole, rows)
+    controlling, found = names[len(vectors) :], list_checkpoints(checkpoints)
+    with hold(out):
+        with show_progress("monitor") as progress:
+            readings = read_checkpoints(found, loaded, base=base, controls=controlling, out=out, progress=progress)
+        whole = [reading for reading in readings if reading.part == WHOLE]
+        rows = [[one_line(cell) for cell in row] for row in _table(whole)]
+        for row in rows:
+            say("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
+        _write_trends(out, checkpoints, readings, whole, rows)
     say(f"{out}/readings.csv, cosines.png, monitor.html")
     raised = limit.raised(reading for reading in whole if reading.vector in names[: len(vectors)]) if limit else []
     for reading in raised:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SteerError
+from ..schema import LARGEST_FLOAT
 from ..shown import say
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ def number(text: str, what: str = "k") -> float:
         k = float(text)
     except ValueError:
         raise SteerError(f"{what}: expected a number, found {text!r}") from None
-    if not math.isfinite(k):
-        raise SteerError(f"{what}: expected a finite number, found {text!r}")
+    if not abs(k) <= LARGEST_FLOAT:
+        raise SteerError(f"{what}: expected a finite number up to {LARGEST_FLOAT:.3g}, found {text!r}")
     return k
 
 
@@ -101,17 +101,11 @@ def template_variables(text: str | None) -> dict[str, Any]:
 
 def special_tokens_of(model: str) -> set[str]:
     """The special tokens of a model's tokenizer, which is loaded without its model."""
-    from transformers import AutoTokenizer
-
+    from ..checkpoints.load_model import load_tokenizer
     from ..checkpoints.locate import locate_model
-    from ..errors import first_line
     from ..example_files.checks import special_tokens
 
-    where = locate_model(model)
-    try:
-        return special_tokens(AutoTokenizer.from_pretrained(where, trust_remote_code=False))
-    except (OSError, ValueError, ImportError) as error:
-        raise SteerError(f"{model}: its tokenizer cannot be loaded ({first_line(error)})") from None
+    return special_tokens(load_tokenizer(model, locate_model(model), trust_remote_code=False))
 
 
 def vector_and_lm(

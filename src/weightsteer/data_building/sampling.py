@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
 from ..errors import SteerError
@@ -14,8 +16,11 @@ from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
 from ..judges.judge import Judge
 from ..lm import LM
+from ..locks import hold
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
+from ..run_folder import Side
+from ..schema import checked
 from ..thinking import Reply
 from .sampling_settings import SamplingSettings
 
@@ -62,17 +67,26 @@ def sample_sides(
         seed=settings.seed,
     )
     former = {**identity, "models": digest([lm.name, lm.revision, judge.name])}
-    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 not in (identity, former):
+    with hold(out):
+        _claim(out, card, former)
+        rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
+        return _write_sides(rows, settings, out)
+
+
+def _claim(out: Path, card: RunCard, former: Mapping[str, str]) -> None:
+    """Make the folder of a sampling, or take up the one that was begun in the same way.
+
+    Raises:
+        SteerError: the folder is another sampling's, or something else.
+    """
+    if (out / CARD_FILE).exists() and RunCard.load(out).data_sha256 not in (card.data_sha256, former):
         raise SteerError(
             f"{out}: was made with another behaviour, model, judge or other settings; choose another output"
         )
     if not (out / CARD_FILE).exists():
         if out.exists() and not is_empty(out):
             raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
-        out.mkdir(parents=True, exist_ok=True)
         card.save(out)
-    rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
-    return _write_sides(rows, settings, out)
 
 
 def _models(lm: LM, judge: Judge) -> str:
@@ -102,9 +116,31 @@ def _answer_rows(out: str | Path) -> list[dict[str, Any]]:
     return [row for part in _parts(Path(out) / ANSWERS_FILE) for row in part["answers"]]
 
 
+@dataclass(frozen=True)
+class _Answer:
+    """One answer of a part as the file keeps it."""
+
+    prompt: str
+    answer: str
+    score: Annotated[float | None, Field(allow_inf_nan=False)]
+    dropped: bool = False
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One line of the file of answers."""
+
+    part: str
+    side: Side
+    answers: Sequence[_Answer]
+
+
 def _parts(path: Path) -> list[dict[str, Any]]:
     """The finished parts of a file of answers; of one that was judged again, what it came to last."""
-    return list({row["part"]: row for row in read_finished(path)}.values())
+    rows = read_finished(path)
+    for number, row in enumerate(rows, start=1):
+        checked(_Part, row, f"{path}, row {number}")
+    return list({row["part"]: row for row in rows}.values())
 
 
 def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:

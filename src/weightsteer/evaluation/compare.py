@@ -111,7 +111,7 @@ def _measurements_of(run: str | Path) -> dict[Key, Measurement]:
     path = RunFolder(Path(run)).measurements
     if not path.exists():
         raise SteerError(f"{run}: no run with measurements ({path.name}); finish it with `weightsteer run`")
-    return measurements_by_key(read_jsonl(path))
+    return measurements_by_key(read_jsonl(path), str(path))
 
 
 def _curves(

@@ -39,7 +39,7 @@ def measure_costs(
         trainings: (method, run, k) -> the fine-tunes it takes, and the share of each that is used.
     """
     path = folder.costs
-    rows = [row_from(row) for row in read_finished(path)]
+    rows = [row_from(row, str(path)) for row in read_finished(path)]
     known = {row.method for row in rows}
     for number, (method, ks) in enumerate(methods):
         progress(number, len(methods), method.name)
@@ -54,11 +54,11 @@ def measure_costs(
 
 def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> list[MetricRow]:
     """Sums over the fine-tunes, read from their cards."""
-    cards = [(RunCard.load(folder).measured, share) for folder, share in fine_tunes]
+    cards = [(RunCard.load(folder), share) for folder, share in fine_tunes]
     totals = {
-        "training tokens": sum(share * card.get("search_tokens", 0) for card, share in cards),
-        "training seconds": sum(share * card.get("search_seconds", 0.0) for card, share in cards),
-        "parameters": max((card.get("parameters", 0) for card, _ in cards), default=0),
+        "training tokens": sum(share * card.measured_number("search_tokens") for card, share in cards),
+        "training seconds": sum(share * card.measured_number("search_seconds") for card, share in cards),
+        "parameters": max((card.measured_number("parameters") for card, _ in cards), default=0),
     }
     return [MetricRow(name, k, TASK, metric, float(value), 1, 0.0) for metric, value in totals.items()]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, ClassVar
 
+from ..errors import SteerError
 from ..files import read_jsonl
 from ..former_names import METHODS
+from ..schema import checked, is_finite
 
 BASE = "base"
 SPLITS = ("validation", "test")  # what is chosen by, and what is reported
@@ -26,6 +28,8 @@ class MetricRow:
     A `change` is the mean difference to the base, item by item, and its error that of the paired difference.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
     method: str
     k: float
     task: str
@@ -40,6 +44,8 @@ class MetricRow:
 @dataclass(frozen=True)
 class Measurement:
     """One method at one strength on one task, with a value an item; items pair across measurements by their ids."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     method: str
     k: float
@@ -67,6 +73,10 @@ class Measurement:
 
     def changes(self, other: Measurement, metric: str) -> list[float | None]:
         """This value minus the other's, item by item; None where the item does not count in one of them."""
+        if metric not in other.values:
+            raise SteerError(
+                f"task {self.task!r}: metric {metric!r} was measured of {self.method}, not of {other.method}"
+            )
         theirs = dict(zip(other.ids, other.values[metric], strict=True))
         pairs = [(value, theirs.get(i)) for i, value in zip(self.ids, self.values[metric], strict=True)]
         return [None if mine is None or start is None else mine - start for mine, start in pairs]
@@ -77,37 +87,62 @@ def summary(values: Sequence[float]) -> tuple[float, int, float]:
     n = len(values)
     if not all(map(math.isfinite, values)):  # a model that was steered too far
         return sum(values) / n, n, math.nan
-    return fmean(values), n, stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    try:
+        return fmean(values), n, stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    except OverflowError:  # finite numbers whose sum is not
+        return math.inf, n, math.nan
 
 
-def measurements_by_key(rows: Iterable[Mapping[str, Any]]) -> dict[Key, Measurement]:
-    """Measurements from their JSON form, in this version's names."""
-    found = (
-        Measurement(
-            **{
-                **row,
-                "method": METHODS.get(row["method"], row["method"]),
-                "ids": tuple(row["ids"]),
-                "splits": tuple(row["splits"]),
-            }
-        )
-        for row in rows
-    )
+def measurements_by_key(rows: Iterable[Mapping[str, Any]], where: str) -> dict[Key, Measurement]:
+    """Measurements from their JSON form, in this version's names; the last of two with one key counts.
+
+    Args:
+        where: the file that the rows come from.
+
+    Raises:
+        SteerError: a row that is no measurement, or has other numbers of items in two places.
+    """
+    found = (_measurement_from(row, f"{where}, row {number}") for number, row in enumerate(rows, start=1))
     return {measurement.key: measurement for measurement in found}
+
+
+def _measurement_from(row: Mapping[str, Any], where: str) -> Measurement:
+    measurement = checked(Measurement, {**row, "method": _method_of(row)}, where)
+    counts = {"ids": len(measurement.ids), "splits": len(measurement.splits)}
+    counts |= {f"values of {metric}": len(values) for metric, values in measurement.values.items()}
+    if len(set(counts.values())) > 1 or len(set(measurement.ids)) < len(measurement.ids):
+        raise SteerError(f"{where}: expected one value for each of its items, once; found {counts}")
+    if not is_finite(measurement.k):
+        raise SteerError(f"{where}: field 'k': expected a finite number, found {measurement.k}")
+    if any(math.isnan(v) for values in measurement.values.values() for v in values if v is not None):
+        raise SteerError(f"{where}: field 'values': expected numbers or null, found NaN")
+    return measurement
+
+
+def _method_of(row: Mapping[str, Any]) -> object:
+    """The method's name in this version."""
+    name = row.get("method")
+    return METHODS.get(name, name) if isinstance(name, str) else name
 
 
 def read_rows(path: Path) -> list[MetricRow]:
     """The rows of a run's file.
 
     Raises:
-        SteerError: the file is missing, or a line is not JSON.
+        SteerError: the file is missing, or a line is not JSON, or no row.
     """
-    return [row_from(fields) for fields in read_jsonl(path)]
+    return [row_from(fields, f"{path}, row {number}") for number, fields in enumerate(read_jsonl(path), start=1)]
 
 
-def row_from(fields: Mapping[str, Any]) -> MetricRow:
-    """A row from its JSON form, in this version's names."""
-    row = MetricRow(**{**fields, "method": METHODS.get(fields["method"], fields["method"])})
+def row_from(fields: Mapping[str, Any], where: str) -> MetricRow:
+    """A row from its JSON form, in this version's names.
+
+    Raises:
+        SteerError: a field that is missing, unknown or of another type.
+    """
+    row = checked(MetricRow, {**fields, "method": _method_of(fields)}, where)
+    if not is_finite(row.k):
+        raise SteerError(f"{where}: field 'k': expected a finite number, found {row.k}")
     if not row.metric.endswith(FORMER_CHANGE):
         return row
-    return MetricRow(**{**vars(row), "metric": row.metric.removesuffix(FORMER_CHANGE), "change": True})
+    return replace(row, metric=row.metric.removesuffix(FORMER_CHANGE), change=True)

@@ -15,6 +15,7 @@ from ..former_names import METHODS
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_folder import RunFolder
+from ..schema import checked
 from ..steering.steering import Steering
 from ..thinking import Reply
 from ..vectors.handle import SteeringHandle
@@ -65,7 +66,7 @@ def _measure_plan(
     lm: LM, plan: Sequence[_Planned], folder: RunFolder, batch_size: int, progress: Progress
 ) -> dict[Key, Measurement]:
     """Make the measurements that the folder does not hold yet; returns all that it holds then."""
-    done = measurements_by_key(read_finished(folder.measurements))
+    done = measurements_by_key(read_finished(folder.measurements), str(folder.measurements))
     _drop_unfinished_replies(folder.replies, done.keys())
     total, passed = sum(len(planned.tasks) for planned in plan), 0
     for planned in plan:
@@ -107,9 +108,22 @@ def _keep(measurement: Measurement, turns: Sequence[Mapping[str, str]], folder: 
 def _drop_unfinished_replies(path: Path, done: Collection[Key]) -> None:
     """Take out replies whose measurement a kill cut off: it will be made again."""
     rows = read_finished(path)
-    kept = [row for row in rows if (METHODS.get(row["method"], row["method"]), row["k"], row["task"]) in done]
+    turns = [checked(_Turn, row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+    keys = [(METHODS.get(turn.method, turn.method), turn.k, turn.task) for turn in turns]
+    kept = [row for row, key in zip(rows, keys, strict=True) if key in done]
     if kept != rows:
         write_jsonl(path, kept)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A row of the file of replies."""
+
+    method: str
+    k: float
+    task: str
+    prompt: str
+    reply: str
 
 
 @dataclass(frozen=True)

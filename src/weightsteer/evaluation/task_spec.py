@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+MOST_TOKENS = 1_000_000  # of a reply: no model's context is longer
+
 
 @dataclass(frozen=True)
 class TaskFields:
@@ -20,7 +22,9 @@ class TaskFields:
     name: str | None = None
     split: Literal["validation", "test"] | None = None  # all items go to this split; None: to both in turn
     behavior: str | None = None  # a shipped behaviour or a trait file, for tasks about one
-    max_new_tokens: Annotated[int | None, Field(ge=1)] = None  # longest reply, for tasks with open replies
+    max_new_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = (
+        None  # longest reply, for tasks with open replies
+    )
 
     @property
     def shown_name(self) -> str:

@@ -25,6 +25,7 @@ from ..files import digest, refuse_inputs
 from ..places import public_name
 from ..progress import Progress, silent
 from ..run_card import new_folder
+from ..schema import shown
 from ..threads import worker_pool
 from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of, not_finite
 from ..vectors.low_rank import ALONE, LowRank
@@ -35,6 +36,9 @@ from .rounding import DTYPES, Dither, MergeReport, Rounding, Tally, default_roun
 COPY = 1 << 20  # bytes copied at a time
 MEASURE = 32  # one block in so many is measured, the first of each tensor always,
 SAMPLE = 1 << 14  # on about so many of its entries: 1 in 500 of a large model's, all of a tiny one's
+
+
+MOST_WORKERS = 1024  # threads
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ class MergeSettings:
             raise SteerError(f"dtype: expected {', '.join(DTYPES)}, found {self.dtype!r}")
         if self.rounding not in (None, "nearest", "stochastic"):
             raise SteerError(f"rounding: expected nearest or stochastic, found {self.rounding!r}")
-        if self.workers is not None and self.workers < 1:
-            raise SteerError(f"workers: expected at least 1, found {self.workers}")
+        if self.workers is not None and not 1 <= self.workers <= MOST_WORKERS:
+            raise SteerError(f"workers: expected 1 to {MOST_WORKERS}, found {shown(self.workers)}; one a core is best")
+        if not -(2**63) <= self.seed < 2**63:
+            raise SteerError(f"seed: expected a number of at most 63 bits, found {shown(self.seed)}")
 
     def written(self, dtype: str) -> str:
         """The dtype, as safetensors names it, in which a tensor of `dtype` comes out."""

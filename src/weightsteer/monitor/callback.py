@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SteerError
-from ..files import append_jsonl
+from ..files import append_jsonl, read_finished, write_jsonl
 from ..vectors.weight_vector import WeightVector
 from .live import Watched, watched_parameters
 from .readings import WHOLE, Alert, Products, Reading, describe, read_off
@@ -72,6 +72,8 @@ class SteeringMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._watched = watched_parameters(kwargs["model"], self.vectors)
+        if self.out and state.is_world_process_zero and state.global_step:
+            _forget_after(self.out, state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
@@ -126,6 +128,14 @@ class SteeringMonitor(TrainerCallback):
         found = read_off(products, checkpoint=f"step-{step}", step=step, controls=self.controls)
         self.readings += found
         return found
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Take out the readings of steps that a resumed training makes again."""
+    rows = read_finished(path)
+    kept = [row for row in rows if row.get("step", 0) <= step]
+    if kept != rows:
+        write_jsonl(path, kept)
 
 
 def _logs_of(readings: Sequence[Reading]) -> dict[str, float]:

@@ -6,15 +6,17 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, INDEX, fingerprint, is_checkpoint
 from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
+from ..locks import hold
 from ..progress import Progress, silent
+from ..schema import checked
 from ..training.callbacks import SNAPSHOTS
 from ..vectors.base_identity import is_same_base, on_base
 from ..vectors.delta import Delta
@@ -23,7 +25,7 @@ from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.similarity import parameter_products
 from ..vectors.vector_folder import DENSE_FILE
 from ..vectors.weight_vector import WeightVector
-from .readings import Products, Reading, read_off
+from .readings import KeptReading, Products, Reading, read_off
 
 READINGS_FILE = "readings.jsonl"
 ENDS_IN_NUMBER = re.compile(r"(\d+)\D*$")
@@ -86,12 +88,24 @@ def read_checkpoints(
         out: a folder that keeps the readings, so that a later call reads new checkpoints only.
 
     Raises:
-        SteerError: no vectors, or none of the checkpoints can be read.
+        SteerError: no vectors, none of the checkpoints can be read, or another process writes `out`.
     """
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
+    with hold(Path(out)) if out else nullcontext():
+        return _read_all(checkpoints, vectors, base, controls, Path(out) / READINGS_FILE if out else None, progress)
+
+
+def _read_all(
+    checkpoints: Mapping[int, Path],
+    vectors: Mapping[str, WeightVector],
+    base: str | Path | None,
+    controls: Sequence[str],
+    store: Path | None,
+    progress: Progress,
+) -> list[Reading]:
     based = {name: replace(vector, card=on_base(vector.card, base)) for name, vector in vectors.items()}
-    kept = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls)
+    kept = _Kept(store, vectors, controls)
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
         try:
@@ -117,17 +131,17 @@ class _Kept:
         self.key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
         self.readings: dict[str, list[Reading]] = {}
         self.weights: dict[str, str] = {}  # checkpoint -> hash of the weights that were read
-        for row in read_finished(store) if store else ():
-            if row["key"] == self.key:
-                self._take(row)
+        for number, row in enumerate(read_finished(store) if store else (), start=1):
+            kept = checked(KeptReading, row, f"{store}, row {number}")
+            if kept.key == self.key:
+                self._take(kept)
 
-    def _take(self, row: Mapping[str, Any]) -> None:
+    def _take(self, kept: KeptReading) -> None:
         """One row of the file; rows of other weights of the same checkpoint replace those before them."""
-        reading = Reading(**{name: value for name, value in row.items() if name not in ("key", "weights")})
-        reading = replace(reading, checkpoint=_label(Path(reading.checkpoint)))  # an older version's is a whole path
-        if self.weights.get(reading.checkpoint) != row["weights"]:
+        reading = replace(kept.reading, checkpoint=_label(Path(kept.checkpoint)))  # an older version's is a whole path
+        if self.weights.get(reading.checkpoint) != kept.weights:
             self.readings[reading.checkpoint] = []
-        self.weights[reading.checkpoint] = row["weights"]
+        self.weights[reading.checkpoint] = kept.weights
         self.readings[reading.checkpoint].append(reading)
 
     def has(self, path: Path, weights: str) -> bool:

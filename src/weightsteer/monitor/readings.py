@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from statistics import fmean, stdev
+from typing import Any, ClassVar
 
 from ..errors import SteerError
 from ..vectors.parameter_names import layer_of, module_of
@@ -43,6 +44,21 @@ class Reading:
     centre: float
     band: float
     z: float
+
+
+@dataclass(frozen=True)
+class KeptReading(Reading):
+    """A reading as a file keeps it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    key: str  # of the vectors that were read off
+    weights: str  # hash of the checkpoint's
+
+    @property
+    def reading(self) -> Reading:
+        """The reading alone."""
+        return Reading(**{part.name: getattr(self, part.name) for part in fields(Reading)})
 
 
 def read_off(

@@ -12,6 +12,7 @@ import torch
 from ..behavior import SIDES, Behavior, ContrastPair, Example, Prompt
 from ..checkpoints.embedded_model import EMBEDDED_NAME
 from ..checkpoints.locate import checkpoint_folder
+from ..checkpoints.whole import is_whole
 from ..data_building.sampling import sample_sides
 from ..data_building.sampling_settings import SamplingSettings
 from ..errors import SteerError
@@ -28,6 +29,7 @@ from ..lm import LM
 from ..progress import Progress
 from ..run_card import RunCard
 from ..run_folder import RunFolder
+from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
 from ..steering.methods import METHODS, SNAPSHOT_COUNT, Training
 from ..training import preferences_of, train_preference, train_side
@@ -99,7 +101,7 @@ class RunArtifacts:
             paths = self.folder.first_finetune, self.folder.first_model
             lm = self._load_finetuned(lm, self.recipe.model, self.recipe.first_finetune, *paths)
         made = self.folder.finetune("positive")
-        if made.exists() and RunCard.load(made).base_revision != lm.revision:
+        if is_whole(made) and RunCard.load(made).base_revision != lm.revision:
             raise SteerError(f"{made}: was trained on another state of {lm.name}; choose another --out")
         return lm
 
@@ -137,7 +139,7 @@ class RunArtifacts:
 
     def _load_finetuned(self, lm: LM, base: str, wanted: FinetuneRecipe, adapter: Path, merged: Path) -> LM:
         """Train on `wanted`, merge it into the base as a checkpoint in the run's folder, and load that."""
-        if not merged.exists():
+        if not is_whole(merged):
             tau = task_vector(self._train(lm, self.recipe.finetune_examples(wanted), adapter, wanted.train))
             with self.show(f"merge {adapter.name}") as progress:
                 settings = MergeSettings(seed=self.recipe.seed)
@@ -207,14 +209,14 @@ class RunArtifacts:
     def difference(self, training: Training = "lora") -> WeightVector:
         """See `MethodSources.difference`; kept as an adapter in the run's folder."""
         path = self.folder.vector if training == "lora" else self.folder.vector_of(training)
-        if not path.exists():
+        if not is_whole(path):
             subtract_finetunes(*self.finetunes(training)).save(path)
         return WeightVector.load(path)
 
     def activations(self) -> ActivationVector:
         """See `MethodSources.activations`."""
         path, pairs = self.folder.activations, self.recipe.sweep.activation_pairs
-        if not path.exists():
+        if not is_whole(path):
             positive, negative = (side[:pairs] for side in self.sides())
             with self.show("activations") as progress:
                 activation_vector(self.base(), positive, negative, progress=progress).save(path)
@@ -229,7 +231,7 @@ class RunArtifacts:
             with self.show("activations: layer") as progress:
                 step = sweep.layer_step
                 write_json(path, best_layer(self.lm(), vector, items, metric=metric, step=step, progress=progress))
-        return int(read_json(path))
+        return read_layer(self.folder)
 
     def repair_target(self) -> Path:
         """See `MethodSources.repair_target`."""
@@ -255,6 +257,15 @@ class RunArtifacts:
             )
             for copies in wanted
         }
+
+
+def read_layer(folder: RunFolder) -> int:
+    """The layer that a run chose for activation steering.
+
+    Raises:
+        SteerError: the file is no layer's number.
+    """
+    return checked(int, read_json(folder.layer), str(folder.layer))
 
 
 def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:

@@ -6,11 +6,9 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..behavior import SIDES, Behavior, example_rows
 from ..errors import SteerError
@@ -20,10 +18,13 @@ from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import measure_base, run_sweep
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, lock_folder, read_finished, read_jsonl, write_jsonl
+from ..files import digest, read_finished, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
+from ..leftovers import sweep_within
+from ..locks import hold
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
+from ..schema import checked
 from ..steering.methods import costs_of
 from ..steering.several_k import generate_at_strengths
 from ..steering.steering import Steering
@@ -40,6 +41,14 @@ class Trust:
 
     code: Sequence[str] = ()  # task files of lm-evaluation-harness whose code may run
     keys: Sequence[str] = ()  # environment variables whose keys the judge's server may get
+
+
+@dataclass(frozen=True)
+class _Replies:
+    """A row of the file of samples: k, as it is written -> the reply."""
+
+    prompt: str
+    replies: Mapping[str, str]
 
 
 class Run:
@@ -66,12 +75,13 @@ class Run:
             raise SteerError(f"recipe {recipe.name}: field 'tasks': needs a task 'prose'")
         self.search_texts = by_name["prose"].of_split("validation").first(recipe.sweep.search_items)
         validate_recipe(recipe, self.behavior, by_name)
-        with lock_folder(self.folder.path) if self.folder.path.is_dir() else nullcontext():
+        with hold(self.folder.path):
             claim_run(recipe, self.folder, self._inputs())
 
     def run(self) -> Path:
         """Go from the data to the report; returns the report's path."""
-        with lock_folder(self.folder.path):
+        with hold(self.folder.path):
+            sweep_within(self.folder.path)
             self._try_judge()
             self.measure_base()
             self.write_data()
@@ -84,7 +94,7 @@ class Run:
 
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
-        with lock_folder(self.folder.path):
+        with hold(self.folder.path):
             self.measure_base()
             rows = self.sweep(self.methods())
             self.choose(rows)
@@ -100,7 +110,8 @@ class Run:
         with self.show("base") as progress:
             batch = self.recipe.batch_size
             measure_base(self.artifacts.lm(), self.tasks, self.folder, batch_size=batch, progress=progress)
-        found = measurements_by_key(read_jsonl(self.folder.measurements))
+        path = self.folder.measurements
+        found = measurements_by_key(read_jsonl(path), str(path))
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
             task, metric = metric_key(text)
             values = found[BASE, 0.0, task].values
@@ -171,21 +182,23 @@ class Run:
         if not prompts:
             return
         ks = {f"{k:g}" for k in strength.shown}
-        kept = read_finished(path)
-        if [row["prompt"] for row in kept] != prompts or any(row["replies"].keys() != ks for row in kept):
+        rows = read_finished(path)
+        kept = [checked(_Replies, row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+        if [row.prompt for row in kept] != prompts or any(row.replies.keys() != ks for row in kept):
             kept = list(self._generate_samples(prompts, strength))  # anew: the prompts, or the budget and so k, changed
-            write_jsonl(path, kept)
+            write_jsonl(path, map(asdict, kept))
 
-    def _generate_samples(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[dict[str, Any]]:
+    def _generate_samples(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[_Replies]:
         length, ks = self.recipe.samples.max_new_tokens, strength.shown
         vector, lm = self.artifacts.difference(), self.artifacts.lm()
         with self.show("samples") as progress:
             for number, prompt in enumerate(prompts):
                 progress(number, len(prompts))
                 replies = generate_at_strengths(vector, lm, prompt, ks, max_new_tokens=length)
-                yield {"prompt": prompt, "replies": {f"{k:g}": text for k, text in zip(ks, replies, strict=True)}}
+                yield _Replies(prompt, {f"{k:g}": text for k, text in zip(ks, replies, strict=True)})
             progress(len(prompts), len(prompts), "done")
 
     def report(self) -> Path:
         """The page and its PNG, from the artifacts of the stages before."""
-        return write_run_report(self.recipe, self.folder, command=self.command)
+        with hold(self.folder.path):
+            return write_run_report(self.recipe, self.folder, command=self.command)

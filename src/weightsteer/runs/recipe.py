@@ -19,6 +19,7 @@ from ..former_names import RECIPE_FIELDS, find_former, with_new_names
 from ..places import public_name, recall, remember, without_paths
 from ..run_card import CARD_FILE, RunCard
 from ..run_folder import RunFolder
+from ..schema import describe_mistake, suggestion
 from .identity import content_of, refuse_path, same_model, without_folders
 from .recipe_fields import (
     DataRecipe,
@@ -29,7 +30,9 @@ from .recipe_fields import (
     Strict,
     SweepRecipe,
     TrainedAlone,
+    fields_of,
 )
+from .recipe_file import read_recipe_fields
 
 if TYPE_CHECKING:
     from ..behavior import Example
@@ -72,7 +75,7 @@ class Recipe(Strict):
         Raises:
             SteerError: a missing file, bad YAML, or a field that is unknown, has a wrong value or another name now.
         """
-        fields = _read_yaml(Path(path))
+        fields = read_recipe_fields(Path(path))
         if former := find_former(fields):
             raise SteerError(f"{path}: {former[0]!r} is called {former[1]!r} now; rename it")
         found = cls._checked(path, fields)
@@ -92,7 +95,7 @@ class Recipe(Strict):
             SteerError: as `load`.
         """
         full = recall(_private_key(path)) if path.is_file() else None
-        fields = yaml.safe_load(full) if full else _read_yaml(path)
+        fields = yaml.safe_load(full) if full else read_recipe_fields(path)
         return cls._checked(path, with_new_names(fields))
 
     @classmethod
@@ -120,7 +123,10 @@ class Recipe(Strict):
         given = {"seed": self.seed, **fields}
         if unknown := sorted(given.keys() - TrainSettings.__dataclass_fields__.keys()):
             known = ", ".join(TrainSettings.__dataclass_fields__)
-            raise SteerError(f"recipe {self.name}: field 'train': unknown {unknown[0]!r}; expected some of {known}")
+            meant = suggestion(unknown[0], TrainSettings.__dataclass_fields__)
+            raise SteerError(
+                f"recipe {self.name}: field 'train': unknown {unknown[0]!r}{meant}; expected some of {known}"
+            )
         if odd := sorted(name for name, value in given.items() if isinstance(value, bool) and name != "bf16"):
             raise SteerError(f"recipe {self.name}: field 'train': {odd[0]}: expected no true or false")
         try:
@@ -189,25 +195,12 @@ class Recipe(Strict):
         return [example for name in wanted.data for example in _examples_of(name)[: wanted.limit]]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError:
-        raise SteerError(f"{path}: not text in UTF-8, so no recipe") from None
-    except yaml.YAMLError as error:
-        raise SteerError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(fields, dict):
-        raise SteerError(f"{path}: expected a mapping of fields such as 'name' and 'tasks'")
-    return fields
+FIELDS = fields_of(Recipe)  # every name in a recipe, for suggestions
 
 
 def _first(error: ValidationError) -> str:
     """The first mistake: where, what was expected, what was found."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where!r}: {first['msg']}; found {first.get('input')!r}"
+    return describe_mistake(error, FIELDS).removeprefix("field ")
 
 
 def _examples_of(name: str) -> list[Example]:

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..data_building.sampling_settings import SamplingRecipe
+from ..evaluation.task_spec import MOST_TOKENS
 from ..run_folder import Side
+from ..schema import LARGEST_FLOAT
 from ..steering.methods import METHODS
 
 
@@ -30,10 +32,21 @@ MethodName = Annotated[str, AfterValidator(_known_method)]
 TrainedAlone = Annotated[str, AfterValidator(_trained_alone)]
 
 
+MOST_EXAMPLES = 10_000_000  # that are made for a run
+Strength = Annotated[float, Field(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]  # a k
+
+
 class Strict(BaseModel):
     """A part of a recipe; an unknown key is an error, not a silent nothing."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def fields_of(part: type[BaseModel]) -> frozenset[str]:
+    """The names of all fields in a part of a recipe and the parts inside it."""
+    schema = part.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return frozenset(name for one in parts for name in one.get("properties", {}))
 
 
 class DataRecipe(Strict):
@@ -61,7 +74,7 @@ class GenerateRecipe(Strict):
 
     family: str
     kinds: list[str] = ["query", "correct"]
-    count: int = Field(default=400, ge=2)
+    count: int = Field(default=400, ge=2, le=MOST_EXAMPLES)
 
 
 class FinetuneRecipe(Strict):
@@ -92,7 +105,7 @@ class JudgeRecipe(Strict):
     model: str
     url: str | None = None
     key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(default=8, ge=1)
+    concurrency: int = Field(default=8, ge=1, le=10_000)
 
 
 class SweepRecipe(Strict):
@@ -103,7 +116,7 @@ class SweepRecipe(Strict):
     methods cover the same range of loss increase.
     """
 
-    methods: dict[MethodName, list[float] | None] = {
+    methods: dict[MethodName, list[Strength] | None] = {
         "contrastive": None,
         "tau+": None,
         "tau-": None,
@@ -126,5 +139,5 @@ class SampleRecipe(Strict):
     """Replies shown in the report: prompts (default: the behaviour's last questions) at up to five strengths."""
 
     prompts: list[str] | None = None
-    count: int = Field(default=3, ge=0)
-    max_new_tokens: int = Field(default=48, ge=1)
+    count: int = Field(default=3, ge=0, le=1000)
+    max_new_tokens: int = Field(default=48, ge=1, le=MOST_TOKENS)

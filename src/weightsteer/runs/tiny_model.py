@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ..checkpoints.locate import locate_config
+from ..checkpoints.whole import is_whole
 from ..errors import SteerError
 from ..lm import PLAIN_TEMPLATE
 from ..progress import quiet_transformers
@@ -39,7 +40,7 @@ def make_tiny_model(recipe: Recipe, target: Path) -> Path:
             model of that type can be made small.
     """
     kind = _architecture(recipe)
-    if target.exists() and RunCard.load(target).settings.get("architecture") == kind:
+    if is_whole(target) and RunCard.load(target).settings.get("architecture") == kind:
         return target
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()

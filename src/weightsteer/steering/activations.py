@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from ..files import digest
 from ..lm import LM, decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
+from ..schema import shown
 from ..vectors.handle import SteeringHandle
 from ..vectors.steerable import Steerable, claim, model_of
 
@@ -77,10 +79,30 @@ class ActivationVector:
 
     @classmethod
     def load(cls, folder: str | Path) -> ActivationVector:
-        """Read what `save` wrote."""
-        tensors = load_tensors(Path(folder) / ACTIVATION_FILE)
-        layers = {int(name.removeprefix("layer.")): a for name, a in tensors.items()}
+        """Read what `save` wrote.
+
+        Raises:
+            SteerError: no such folder, or tensors that are not one finite vector of one length for each layer.
+        """
+        path = Path(folder) / ACTIVATION_FILE
+        layers = {_layer_of(path, name): _vector_of(path, name, a) for name, a in load_tensors(path).items()}
+        if len({len(a) for a in layers.values()}) != 1:
+            raise SteerError(f"{path}: expected vectors of one length, found {len(layers)} of different ones")
         return cls(dict(sorted(layers.items())), RunCard.load(Path(folder)))
+
+
+def _layer_of(path: Path, name: str) -> int:
+    found = re.fullmatch(r"layer\.([0-9]{1,5})", name)
+    if not found:
+        raise SteerError(f"{path}: expected tensors called layer.0, layer.1 and so on, found {shown(name)}")
+    return int(found[1])
+
+
+def _vector_of(path: Path, name: str, tensor: Tensor) -> Tensor:
+    if tensor.ndim != 1 or not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
+        form = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+        raise SteerError(f"{path}: {name}: expected one vector of finite numbers, found {form} or NaN in it")
+    return tensor
 
 
 def _adding(direction: Tensor, handle: SteeringHandle) -> Any:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..behavior import SHIPPED, SIDES, ContrastPair, sides_of
+from ..checkpoints.whole import is_whole
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..example_files.load import load_pairs
 from ..files import refuse_inputs
 from ..lm import LM
+from ..locks import hold
 from ..progress import Progress, part_of, silent
 from ..run_folder import RunFolder
 from ..vectors.difference import subtract_finetunes
@@ -44,11 +46,12 @@ def train_vector(
     sides = sides_of(load_pairs(pairs) if isinstance(pairs, str | Path) else pairs)
     refuse_unfit(*sides)
     warn_unfit(*sides, lm.tokenizer)
-    finetunes = []
-    for number, (side, examples) in enumerate(zip(SIDES, sides, strict=True)):
-        report = part_of(progress, number, len(SIDES), side)
-        finetunes.append(train_side(lm, examples, run.finetune(side), settings=settings, progress=report))
-    vector = subtract_finetunes(*finetunes)
-    if not run.vector.exists() or WeightVector.load(run.vector).card.data_sha256 != vector.card.data_sha256:
-        vector.save(run.vector)
-    return WeightVector.load(run.vector)
+    with hold(run.path):
+        finetunes = []
+        for number, (side, examples) in enumerate(zip(SIDES, sides, strict=True)):
+            report = part_of(progress, number, len(SIDES), side)
+            finetunes.append(train_side(lm, examples, run.finetune(side), settings=settings, progress=report))
+        vector = subtract_finetunes(*finetunes)
+        if not is_whole(run.vector) or WeightVector.load(run.vector).card.data_sha256 != vector.card.data_sha256:
+            vector.save(run.vector)
+        return WeightVector.load(run.vector)

@@ -21,6 +21,7 @@ from transformers.trainer_callback import ExportableState
 from ..progress import Progress
 from ..run_card import new_folder
 from .job import Job
+from .resume import checkpoint_at, seal
 
 SNAPSHOTS = "snapshots"  # folder of a fine-tune's snapshots, in the job's and in the fine-tune's
 
@@ -28,7 +29,8 @@ SNAPSHOTS = "snapshots"  # folder of a fine-tune's snapshots, in the job's and i
 def callbacks_of(job: Job, save: Callable[[Path], None], progress: Progress) -> list[TrainerCallback]:
     """The callbacks of one job; `save` writes what is trained, as it stands, into a folder."""
     stopping = [] if job.settings.snapshots else [EarlyStoppingCallback(job.settings.patience)]
-    return [*stopping, StepClock(), _KeepRandomState(), _KeepSnapshots(job, save), _ReportProgress(progress)]
+    kept = [_SealCheckpoints(job), _KeepRandomState(), _KeepSnapshots(job, save)]
+    return [*stopping, StepClock(), *kept, _ReportProgress(progress)]
 
 
 class StepClock(TrainerCallback, ExportableState):
@@ -71,6 +73,22 @@ class _KeepRandomState(TrainerCallback):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step == 0:
             torch.set_rng_state(self.state)
+
+
+class _SealCheckpoints(TrainerCallback):
+    """Brings each checkpoint to the disk, and finds the best one where the folder lies now."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.best_global_step:  # the state names the folder by the path that it had when it was saved
+            state.best_model_checkpoint = str(checkpoint_at(self.job, state.best_global_step))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        seal(checkpoint_at(self.job, state.global_step))
 
 
 class _KeepSnapshots(TrainerCallback):

@@ -20,31 +20,38 @@ def search(jobs: Sequence[Job], make: MakeTrainer, progress: Progress) -> dict[f
         progress: called with steps done, steps in all, and the loss.
 
     Raises:
-        SteerError: no learning rate brought the validation loss below the base's.
+        SteerError: see `run_job`.
     """
-    outcomes = {
+    return {
         job.learning_rate: run_job(job, make, part_of(progress, number, len(jobs))) for number, job in enumerate(jobs)
     }
-    _refuse_without_gain(outcomes)
+
+
+def require_gain(outcomes: Mapping[float, Outcome]) -> None:
+    """Check that an outcome is better than the base, and warn of learning rates that diverged.
+
+    Raises:
+        SteerError: none is better.
+    """
+    if not any(outcome.gains for outcome in outcomes.values()):
+        raise _without_gain(outcomes)
     if lost := [f"{rate:g}" for rate, outcome in outcomes.items() if outcome.diverged]:
         warnings.warn(f"learning rate {', '.join(lost)}: the loss became infinite or NaN; left out", stacklevel=3)
-    return outcomes
 
 
-def _refuse_without_gain(outcomes: Mapping[float, Outcome]) -> None:
-    """Raise if no outcome is better than the base."""
-    if any(outcome.gains for outcome in outcomes.values()):
-        return
+def _without_gain(outcomes: Mapping[float, Outcome]) -> SteerError:
     best = min(outcomes, key=lambda rate: outcomes[rate].loss)
     base, loss, rates = outcomes[best].base_loss, outcomes[best].loss, ", ".join(f"{rate:g}" for rate in outcomes)
     if not math.isfinite(base):
-        raise SteerError("training: the base's own validation loss is infinite or NaN; load it in another dtype")
+        return SteerError("training: the base's own validation loss is infinite or NaN; load it in another dtype")
     if all(outcome.diverged for outcome in outcomes.values()):
-        raise SteerError(f"training diverged: the loss became infinite or NaN at learning rate {rates}; use lower ones")
+        return SteerError(
+            f"training diverged: the loss became infinite or NaN at learning rate {rates}; use lower ones"
+        )
     if not any(outcome.moved for outcome in outcomes.values()):
         found, way = f"stayed at the base's, {base:.4g}", "nothing moved; raise the learning rate, or load in float32"
     else:
         last = outcomes[best].last_loss
         found = f"never fell below the base's, {base:.4g} (at best {loss:.4g}, at the end {last:.4g}, at {best:g})"
         way = "use lower ones, more examples or a larger share of them for validation"
-    raise SteerError(f"training: the validation loss {found}, with learning rate {rates}; {way}")
+    return SteerError(f"training: the validation loss {found}, with learning rate {rates}; {way}")

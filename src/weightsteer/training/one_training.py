@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 
+from ..disk import make_folder, telling_of_disk
 from ..errors import SteerError
 from ..files import read_json, write_text
 from ..progress import Progress
 from .callbacks import StepClock, callbacks_of
 from .job import Job, Outcome
+from .resume import is_sealed, last_checkpoint, seal
 from .trainables import trainable
 
+BEST = "best"  # folder of the best point, in the job's
+RESULT = "result.json"
 MakeTrainer = Callable[[Job, nn.Module, list[TrainerCallback]], Trainer]
 
 
@@ -28,26 +32,42 @@ def run_job(job: Job, make: MakeTrainer, progress: Progress) -> Outcome:
     """The outcome of a job, training it unless an earlier call finished it; the best point lies in `best`.
 
     Raises:
-        SteerError: PEFT cannot adapt the model, or the memory does not suffice.
+        SteerError: PEFT cannot adapt the model, the memory does not suffice, or the disk refuses.
     """
-    result = job.folder / "result.json"
-    if result.exists():
-        return Outcome(**read_json(result))
+    if (finished := _finished(job)) is not None:
+        return finished
+    make_folder(job.folder)
+    checkpoint = last_checkpoint(job)
     set_seed(job.settings.seed)  # before the adapter is made, so that a rerun draws the same adapter
     config = job.lm.model.config
     use_cache = config.use_cache
-    with _naming_what_takes_memory(job), trainable(job.lm, job.settings) as (model, save):
+    with telling_of_disk(job.folder), _naming_what_takes_memory(job), trainable(job.lm, job.settings) as (model, save):
         trainer = make(job, model, callbacks_of(job, save, progress))
         config.use_cache = use_cache  # the Trainer turns it off in the config; our passes do without it themselves
-        checkpoint = _last_whole_checkpoint(job.folder)
         trainer.args.eval_on_start = checkpoint is None
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outcome = _outcome(trainer, model)
         if outcome.gains:
-            save(job.folder / "best")
-        write_text(result, json.dumps(asdict(outcome)))
+            save(job.folder / BEST)
+            seal(job.folder / BEST)
+        write_text(job.folder / RESULT, json.dumps(asdict(outcome)))
     for folder in job.folder.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
+    return outcome
+
+
+def _finished(job: Job) -> Outcome | None:
+    """What an earlier call came to; None if the job is to be done, too where what it left is damaged."""
+    if not (job.folder / RESULT).exists():
+        return None
+    try:
+        outcome = Outcome(**read_json(job.folder / RESULT))
+    except (SteerError, TypeError):
+        outcome = None
+    if outcome is None or (outcome.gains and not is_sealed(job.folder / BEST)):
+        warnings.warn(f"{job.folder}: its result is damaged; the training begins anew", stacklevel=2)
+        shutil.rmtree(job.folder)
+        return None
     return outcome
 
 
@@ -81,19 +101,3 @@ def _naming_what_takes_memory(job: Job) -> Iterator[None]:
             f"examples of up to {longest} tokens and kind {settings.kind}; lower batch_size (and raise accumulation "
             f"by as much) or max_length{', or use kind lora' if settings.kind == 'full' else ''}"
         ) from None
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
-    whole = [path for path in folder.glob("checkpoint-*") if _is_json(path / "trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-    return str(newest) if newest else None
-
-
-def _is_json(path: Path) -> bool:
-    """Whether the file is there and whole."""
-    try:
-        read_json(path)
-    except SteerError:
-        return False
-    return True

@@ -5,20 +5,30 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG
+from ..checkpoints.whole import is_whole
+from ..disk import sync_folder
 from ..errors import SteerError
 from ..files import digest, is_empty, read_json, write_json, write_text
 from ..lm import LM
 from ..places import public_name
-from ..run_card import CARD_FILE, RunCard, new_folder, refuse_foreign
+from ..run_card import CARD_FILE, RunCard, is_emptied, new_folder, refuse_foreign
 from .callbacks import SNAPSHOTS
 from .job import Outcome
+from .lr_search import require_gain
+from .one_training import BEST
+from .resume import SEAL
+
+STAMP = "job.json"  # in a work folder: whose it is
 
 
 def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) -> RunCard:
@@ -93,30 +103,70 @@ def work_folder(out: Path, card: RunCard) -> Path | None:
     """
     work = out.with_name(f"{out.name}.work")
     refuse_foreign(out, card.kind)
-    if not (out / CARD_FILE).exists():
+    if not (out / CARD_FILE).exists() or is_emptied(out / CARD_FILE):
         return work
     if differing := differences(RunCard.load(out), card):
         raise SteerError(
             f"{out}: holds a finished {card.kind} made otherwise ({'; '.join(differing)}); choose another output, or "
             "delete it"
         )
-    shutil.rmtree(work, ignore_errors=True)
+    if not is_whole(out):
+        return work
+    if _is_ours(work):
+        _clear(work)
     return None
 
 
-def claim(work: Path, card: RunCard) -> None:
+@contextmanager
+def claimed(work: Path, card: RunCard) -> Iterator[None]:
     """Make the work folder, or keep it if it belongs to the same fine-tune; an older one's is cleared.
+
+    What fails before there is anything to go on from leaves no work folder.
 
     Raises:
         SteerError: the folder is not ours.
     """
-    stamp = work / "job.json"
-    if stamp.exists() and read_json(stamp) == _identity(card):
+    if _stamp(work) != _identity(card):
+        if work.exists() and not _is_ours(work):
+            raise SteerError(f"{work}: is in the way of the checkpoints, and not from a training; move it")
+        if _stamp(work):
+            warnings.warn(f"{work}: holds the unfinished work on another fine-tune, which is begun anew", stacklevel=4)
+        _clear(work)
+        write_text(work / STAMP, json.dumps(_identity(card)))
+    try:
+        yield
+    except BaseException:
+        if not (any(work.glob("lr-*/result.json")) or any(work.glob("lr-*/checkpoint-*"))):
+            _clear(work)
+        raise
+
+
+def _is_ours(work: Path) -> bool:
+    """Whether a work folder was made by a training, or holds nothing yet."""
+    return work.is_dir() and not work.is_symlink() and (is_empty(work) or bool(_stamp(work)))
+
+
+def _stamp(work: Path) -> str:
+    """Which fine-tune a work folder is for; "" if it does not say."""
+    try:
+        stamp = read_json(work / STAMP)
+    except SteerError:
+        return ""
+    return stamp if isinstance(stamp, str) and re.fullmatch(r"[0-9a-f]{64}", stamp) else ""
+
+
+def _clear(work: Path) -> None:
+    """Remove a work folder of ours; one that a kill leaves in part keeps its stamp, by which the next call knows it."""
+    if not work.exists():
         return
-    if work.exists() and not stamp.exists() and not is_empty(work):
-        raise SteerError(f"{work}: is in the way of the checkpoints; move it")
-    shutil.rmtree(work, ignore_errors=True)
-    write_text(stamp, json.dumps(_identity(card)))
+    for path in [path for path in work.iterdir() if path.name != STAMP]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    sync_folder(work)
+    (work / STAMP).unlink(missing_ok=True)
+    work.rmdir()
 
 
 def rate_folder(work: Path, learning_rate: float) -> Path:
@@ -125,16 +175,25 @@ def rate_folder(work: Path, learning_rate: float) -> Path:
 
 
 def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcome]) -> Path:
-    """Put the best run's best point and snapshots into `out`, with the card; the work folder goes."""
+    """Put the best run's best point and snapshots into `out`, with the card; the work folder goes.
+
+    Raises:
+        SteerError: no run is better than the base; the work folder goes, too.
+    """
+    try:
+        require_gain(outcomes)
+    except SteerError:
+        _clear(work)
+        raise
     best = min(outcomes, key=lambda rate: outcomes[rate].loss)
     made = rate_folder(work, best)
     with new_folder(out, "finetune") as part:
-        shutil.copytree(made / "best", part, dirs_exist_ok=True)
+        shutil.copytree(made / BEST, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SEAL))
         if (made / SNAPSHOTS).exists():
-            shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS)
+            shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS, ignore=shutil.ignore_patterns(".*"))
         _name_base_publicly(part, card)
         replace(card, measured={**card.measured, **_summarise(outcomes, best)}).save(part)
-    shutil.rmtree(work)
+    _clear(work)
     return out
 
 
@@ -178,4 +237,4 @@ def list_snapshots(folder: str | Path) -> dict[float, Path]:
     if card.kind != "finetune":
         raise SteerError(f"{folder}: expected a finetune, found a {card.kind}")
     kept = (Path(folder) / SNAPSHOTS).glob("step-*")
-    return dict(sorted((float(RunCard.load(path).measured["fraction"]), path) for path in kept))
+    return dict(sorted((RunCard.load(path).measured_number("fraction"), path) for path in kept))

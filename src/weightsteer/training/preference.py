@@ -11,11 +11,12 @@ from ..behavior import SIDES, ContrastPair, Example, Prompt
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM
+from ..locks import hold
 from ..progress import Progress, silent
 from ..run_folder import Side
 from .job import Encoded
 from .lr_search import search
-from .output import claim, finetune_card, finish, refuse_placement, work_folder
+from .output import claimed, finetune_card, finish, refuse_placement, work_folder
 from .settings import RATE, TrainSettings
 from .sft import count_cut, encode, jobs_of
 from .trainables import refuse_rank
@@ -79,20 +80,20 @@ def train_preference(
     refuse_placement(lm)
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
     card = finetune_card(lm, data, {**asdict(settings), "method": "dpo", "beta": beta})
-    work = work_folder(out, card)
-    if work is None:
-        return out
-    try:
-        from .dpo import make_dpo_trainer, undo_trl_changes
-    except ImportError as error:
-        raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
-    refuse_rank(lm.model, settings)
-    card = replace(card, measured={"cut_examples": _count_cut(lm, preferences, settings.max_length)})
-    jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
-    claim(work, card)
-    with undo_trl_changes(lm.model):
-        outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
-    return finish(out, work, card, outcomes)
+    with hold(out):
+        work = work_folder(out, card)
+        if work is None:
+            return out
+        try:
+            from .dpo import make_dpo_trainer, undo_trl_changes
+        except ImportError as error:
+            raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
+        refuse_rank(lm.model, settings)
+        card = replace(card, measured={"cut_examples": _count_cut(lm, preferences, settings.max_length)})
+        jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
+        with claimed(work, card), undo_trl_changes(lm.model):
+            outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
+        return finish(out, work, card, outcomes)
 
 
 def _count_cut(lm: LM, preferences: Sequence[Preference], max_length: int) -> int:

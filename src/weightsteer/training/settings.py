@@ -13,6 +13,7 @@ from ..errors import SteerError
 KINDS = ("lora", "bias", "full")
 LARGEST_SEED = 2**32 - 1  # numpy, which the Trainer seeds too, takes no larger one
 MOST_EPOCHS = 10_000
+MOST = 10_000_000  # steps, tokens, examples in a batch: more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def _number(default: Any, bounds: Bounds) -> Any:
     return field(default=default, metadata={"bounds": bounds})
 
 
-COUNT = Bounds(1)
+COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
 
 
@@ -64,14 +65,14 @@ class TrainSettings:
     batch_size: int = _number(8, COUNT)
     accumulation: int = _number(1, COUNT)
     weight_decay: float = _number(0.01, Bounds(0, whole=False))
-    warmup_steps: int = _number(5, Bounds(0))
+    warmup_steps: int = _number(5, Bounds(0, MOST))
     # share of the examples held out to choose the stopping point
     validation: float = _number(0.05, Bounds(0, 1, whole=False, open_low=True))
     evaluations: int = _number(5, COUNT)  # validation points (and checkpoints) over the run
     patience: int = _number(3, COUNT)  # evaluations without improvement before stopping; not if there are snapshots
-    snapshots: int = _number(0, Bounds(0))  # equally spaced points of the run to keep besides the best one
+    snapshots: int = _number(0, Bounds(0, MOST))  # equally spaced points of the run to keep besides the best one
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
-    max_length: int = _number(1024, Bounds(2))  # tokens; longer examples are cut at the end
+    max_length: int = _number(1024, Bounds(2, MOST))  # tokens; longer examples are cut at the end
     seed: int = _number(0, Bounds(0, LARGEST_SEED))
 
     def __post_init__(self) -> None:

@@ -15,12 +15,13 @@ from ..chat_template import last_words
 from ..errors import SteerError
 from ..files import digest
 from ..lm import LM
+from ..locks import hold
 from ..progress import Progress, silent
 from ..run_card import RunCard
 from ..thinking import split_thinking
 from .job import Encoded, Job
 from .lr_search import search
-from .output import claim, finetune_card, finish, rate_folder, refuse_placement, work_folder
+from .output import claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
 from .settings import TrainSettings
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
@@ -51,15 +52,17 @@ def train_side(
     settings, out = settings or TrainSettings(), Path(out)
     refuse_placement(lm)
     card = finetune_card(lm, {"examples": digest(example_rows(examples))}, asdict(settings))
-    work = work_folder(out, card)
-    if work is None:
-        return out
-    refuse_rank(lm.model, settings)
-    rows = encode(lm, examples, settings.max_length)
-    card = replace(card, measured={"cut_examples": count_cut(lm, examples, rows, settings.max_length)})
-    jobs = jobs_of(lm, rows, settings, work, card)
-    claim(work, card)
-    return finish(out, work, card, search(jobs, make_trainer, progress))
+    with hold(out):
+        work = work_folder(out, card)
+        if work is None:
+            return out
+        refuse_rank(lm.model, settings)
+        rows = encode(lm, examples, settings.max_length)
+        card = replace(card, measured={"cut_examples": count_cut(lm, examples, rows, settings.max_length)})
+        jobs = jobs_of(lm, rows, settings, work, card)
+        with claimed(work, card):
+            outcomes = search(jobs, make_trainer, progress)
+        return finish(out, work, card, outcomes)
 
 
 def jobs_of(lm: LM, rows: Sequence[Encoded], settings: TrainSettings, work: Path, card: RunCard) -> list[Job]:

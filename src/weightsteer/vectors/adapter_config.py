@@ -6,13 +6,15 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG
 from ..errors import SteerError
 from ..files import read_json
+from ..schema import shown, suggestion
+from .adapter_fields import Fields, Targets
 
 # Adapter features whose change is neither (alpha / r) B A nor a whole tensor, so that it cannot be taken over exactly.
 UNSUPPORTED = (
@@ -35,28 +37,37 @@ HARMLESS = (
     "base_model_name_or_path",
     "revision",
     "inference_mode",
-    "target_modules",
-    "exclude_modules",
     "lora_dropout",
     "bias",
     "modules_to_save",
     "init_lora_weights",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
     "megatron_config",
     "megatron_core",
     "loftq_config",
     "eva_config",
     "corda_config",
     "lora_ga_config",
-    "use_dora",
     "qalora_group_size",
     "runtime_config",
-    "lora_bias",
     "ensure_weight_tying",
     "unsloth_fixed",
     "unsloth_version",
+)
+# Fields that are read here.
+READ = (
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "alpha_pattern",
+    "rank_pattern",
+    "fan_in_fan_out",
+    "target_parameters",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "use_dora",
+    "lora_bias",
 )
 NOT_LORA = {
     "ADALORA": "AdaLoRA's ranks are pruned by masks",
@@ -84,6 +95,14 @@ class AdapterConfig:
     target_parameters: tuple[str, ...]
     base_model: str
     revision: str
+    rank_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
+    use_dora: bool = False
+    lora_bias: bool = False
+    targets: Targets = field(default_factory=lambda: Targets())
+
+    def rank_of(self, module: str) -> int:
+        """The rank that the config gives a module."""
+        return int(next((value for pattern, value in self.rank_pattern if pattern.match(module)), self.rank))
 
     def scale(self, module: str, rank: int) -> float:
         """alpha/r, or alpha/sqrt(r) for rsLoRA, with the module's own alpha where a pattern gives one."""
@@ -104,16 +123,20 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         raise SteerError(f"{path}: expected a JSON object with PEFT's fields, found a {type(fields).__name__}")
     _require_lora(path, fields)
     _refuse_unsupported(path, fields)
-    field = _Fields(path, fields)
+    read = Fields(path, fields)
     return AdapterConfig(
-        rank=int(field.number("r", 8)),
-        alpha=field.number("lora_alpha", None),
-        use_rslora=field.flag("use_rslora"),
-        alpha_pattern=field.patterns("alpha_pattern"),
-        fan_in_fan_out=field.flag("fan_in_fan_out"),
-        target_parameters=field.texts("target_parameters"),
-        base_model=field.text("base_model_name_or_path"),
-        revision=field.text("revision"),
+        rank=read.count("r", 8),
+        alpha=read.number("lora_alpha", None),
+        use_rslora=read.flag("use_rslora"),
+        alpha_pattern=read.patterns("alpha_pattern"),
+        fan_in_fan_out=read.flag("fan_in_fan_out"),
+        target_parameters=read.texts("target_parameters"),
+        base_model=read.text("base_model_name_or_path"),
+        revision=read.text("revision"),
+        rank_pattern=read.patterns("rank_pattern", whole=True),
+        use_dora=read.flag("use_dora"),
+        lora_bias=read.flag("lora_bias"),
+        targets=read.targets(),
     )
 
 
@@ -134,64 +157,16 @@ def _refuse_unsupported(path: Path, fields: Mapping[str, Any]) -> None:
                 f"{path}: has {name}={json.dumps(fields[name])}, whose change is not a plain (alpha/r) B A; "
                 "merge it into its base and give that, or retrain without it"
             )
-    known = {*HARMLESS, *UNSUPPORTED, *(name for name in AdapterConfig.__dataclass_fields__), "r", "lora_alpha"}
+    known = {*HARMLESS, *UNSUPPORTED, *READ}
     for name, value in fields.items():
         if name not in known and value:
+            meant = suggestion(name, known)
             raise SteerError(
-                f"{path}: has {name}={json.dumps(value)[:80]}, a field that is not known here and may change what the "
-                "tensors mean; check its spelling, and take it out if it does not"
+                f"{path}: has {shown(name)[1:-1]}={json.dumps(value)[:80]}, a field that is not known here and may "
+                f"change what the tensors mean{meant}; check its spelling, and take it out if it does not"
             )
     init = fields.get("init_lora_weights", True)
+    if init is not None and not isinstance(init, bool | str):
+        raise SteerError(f"{path}: field init_lora_weights: expected true, false or a name, found {shown(init)}")
     if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
         raise SteerError(f"{path}: init_lora_weights={init!r} changes the base weights; convert it to plain LoRA first")
-
-
-@dataclass(frozen=True)
-class _Fields:
-    """The fields of one config, each read as the type that it must have."""
-
-    path: Path
-    fields: Mapping[str, Any]
-
-    def number(self, name: str, default: float | None) -> float:
-        return self._number(name, self.fields.get(name, default))
-
-    def _number(self, name: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
-            raise self._wrong(name, "a number above 0", value)
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.fields.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self._wrong(name, "true or false", value)
-        return bool(value)
-
-    def text(self, name: str) -> str:
-        value = self.fields.get(name)
-        if value is not None and not isinstance(value, str):
-            raise self._wrong(name, "a text", value)
-        return value or ""
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        value = self.fields.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise self._wrong(name, "a list of texts", value)
-        return tuple(value)
-
-    def patterns(self, name: str) -> tuple[tuple[re.Pattern[str], float], ...]:
-        """Module patterns as PEFT reads them, in their order: the first that fits counts."""
-        value = self.fields.get(name) or {}
-        if not isinstance(value, dict):
-            raise self._wrong(name, "an object of module patterns and numbers", value)
-        found = []
-        for pattern, number in value.items():
-            try:
-                compiled = re.compile(rf"(.*\.)?({pattern})$")
-            except re.error as error:
-                raise self._wrong(name, f"module patterns ({pattern!r}: {error})", value) from None
-            found.append((compiled, self._number(f"{name}, {pattern!r}", number)))
-        return tuple(found)
-
-    def _wrong(self, name: str, expected: str, value: object) -> SteerError:
-        return SteerError(f"{self.path}: field {name}: expected {expected}, found {json.dumps(value)[:80]}")

@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import SteerError
 from ..former_names import FUNCTIONS as FORMER_FUNCTIONS
 from ..run_card import RunCard
+from ..schema import LARGEST_FLOAT, shown
 from .weight_vector import WeightVector
 
 FUNCTIONS: Mapping[str, tuple[str, ...]] = {  # methods of a vector -> their options
@@ -21,6 +22,7 @@ FUNCTIONS: Mapping[str, tuple[str, ...]] = {  # methods of a vector -> their opt
     "boost_subspace": ("beta",),
 }
 ALLOWED = f"only names, numbers, +, -, *, / and {', '.join(FUNCTIONS)} are allowed"
+LONGEST = 10_000  # characters
 OF_TWO = ("project_out",)  # functions of two vectors; the others are of one
 
 
@@ -88,22 +90,25 @@ class _Evaluation:
 
     def result(self) -> Value:
         """The expression's value."""
+        if len(self.text) > LONGEST:
+            raise self._error(f"is longer than {LONGEST} characters; combine in several steps")
         try:
-            tree = ast.parse(self.text.strip(), mode="eval")
-        except SyntaxError:
+            value = self._value(ast.parse(self.text.strip(), mode="eval").body)
+        except (SyntaxError, ValueError):  # ValueError: a NUL byte, a number of thousands of digits
             raise self._error("cannot be read; expected such as '0.8*honest - 0.5*rude'") from None
-        value = self._value(tree.body)
+        except (RecursionError, MemoryError):
+            raise self._error("is nested too deeply; combine in several steps") from None
         if not isinstance(value, self.kind):
             raise self._error("gives a number, expected a vector")
         return value
 
     def _error(self, reason: str) -> SteerError:
-        return SteerError(f"expression {self.text!r}: {reason}")
+        return SteerError(f"expression {shown(self.text)}: {reason}")
 
     def _value(self, node: ast.expr) -> Value:
         match node:
             case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-                return float(number)
+                return self._number(number)
             case ast.Name(id=name):
                 return self._named(name)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -113,6 +118,12 @@ class _Evaluation:
             case ast.BinOp(left=left, op=op, right=right):
                 return self._binary(self._value(left), op, self._value(right))
         raise self._error(ALLOWED)
+
+    def _number(self, number: float) -> float:
+        """A factor, which float32 must hold."""
+        if not abs(number) <= LARGEST_FLOAT:
+            raise self._error(f"expected numbers up to {LARGEST_FLOAT:.3g}, found {shown(number)}")
+        return float(number)
 
     def _named(self, name: str) -> Value:
         if name not in self.vectors:
@@ -149,10 +160,12 @@ class _Evaluation:
                 return left + right
             case ast.Sub(), (True, True):
                 return left - right
-            case ast.Mult(), (False, _):
+            case ast.Mult(), (False, False):
+                return self._number(left * right)
+            case ast.Mult(), (False, True):
                 return right * left
             case ast.Mult(), (True, False):
                 return left * right
             case ast.Div(), (_, False) if right != 0.0:
-                return left * (1.0 / right)
+                return left * self._number(1.0 / right)
         raise self._error("vectors add and subtract, and are multiplied or divided by numbers")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..batches import values_of_rows
 from ..errors import SteerError
+from ..schema import LARGEST_FLOAT, shown
 
 
 class SteeringHandle:
@@ -84,9 +85,12 @@ def _checked(k: float | Tensor) -> float | Tensor:
         return k
     if isinstance(k, Tensor) and k.ndim > 1:
         raise SteerError(f"k has shape {tuple(k.shape)}; give one number, or a tensor (batch,) with one k per row")
-    number = float(k)
-    if not math.isfinite(number):
-        raise SteerError(f"k: expected a finite number, found {number}")
+    try:
+        number = float(k)
+    except OverflowError:  # a whole number that no float holds
+        number = math.inf
+    if not abs(number) <= LARGEST_FLOAT:
+        raise SteerError(f"k: expected a finite number up to {LARGEST_FLOAT:.3g}, found {shown(k)}")
     return number
 
 

@@ -44,11 +44,11 @@ def steer(target: Steerable, deltas: Mapping[str, Delta], k: float | Tensor) -> 
     checked = []
     for name, delta in deltas.items():
         steered.refuse_misfit(name, delta)
-        checked.append((name, read_delta(name, delta)))
+        checked.append((name, read_delta(name, delta), layout_of(delta) in ALONE))
     with claim(model), ExitStack() as stack:
         stack.enter_context(noting_the_batch(model, handle))
-        for name, held in checked:
-            stack.enter_context(steered.attach(name, held, handle))
+        for name, held, alone in checked:
+            stack.enter_context(steered.attach(name, held, handle, alone=alone))
         yield handle
 
 
@@ -85,36 +85,37 @@ class _Steered:
                 f"{name}: is stored (d_in, d_out) in this model, and the adapter's config says fan_in_fan_out=false; "
                 "set it to true"
             )
-        tied = isinstance(module, nn.Embedding) and len(self.places.sharing(module, "weight")) > 1
-        if layout in ALONE and tied:
-            raise SteerError(
-                f"{name}: was trained on the input embedding alone, and this model ties it to the output; "
-                "retrain without the embedding, or on a model that is not tied"
-            )
 
-    def attach(self, name: str, delta: LowRank | Tensor, handle: SteeringHandle) -> AbstractContextManager[None]:
-        """Hook the parameter's modules where their output is linear in it, else put theta + k delta in its place."""
+    def attach(
+        self, name: str, delta: LowRank | Tensor, handle: SteeringHandle, *, alone: bool
+    ) -> AbstractContextManager[None]:
+        """Hook the parameter's modules where their output is linear in it, else put theta + k delta in its place.
+
+        `alone`: the delta was trained for one place, and what is tied to it stays as it is.
+        """
         leaf = name.rpartition(".")[2]
         modules = self.places.modules(name)
         if isinstance(delta, LowRank) and _is_turned(modules[0], delta):
             delta = LowRank(delta.A.T, delta.B.T)
         shared = [place for module in modules for place in self.places.sharing(module, leaf)]
-        if is_linear(modules[0]):  # what is trained on a head that is tied to an embedding changes the head alone
+        if alone:
+            shared = [(module, leaf) for module in modules]
+        elif is_linear(modules[0]):  # what is trained on a head that is tied to an embedding changes the head alone
             shared = [(module, leaf) for module, leaf in shared if not isinstance(module, nn.Embedding)]
-        hooks = [self._hook_of(module, name, delta, handle, alone=len(shared) == 1) for module, _ in shared]
+        hooks = [self._hook_of(module, name, delta, handle, only=len(shared) == 1) for module, _ in shared]
         if all(hook is not None for hook in hooks):
             return _hooked([(module, hook) for (module, _), hook in zip(shared, hooks, strict=True) if hook])
         return _all_swapped(name, shared, delta, handle)
 
     def _hook_of(
-        self, module: nn.Module, name: str, delta: LowRank | Tensor, handle: SteeringHandle, *, alone: bool
+        self, module: nn.Module, name: str, delta: LowRank | Tensor, handle: SteeringHandle, *, only: bool
     ) -> Hook | None:
         """What adds the delta to the module's output; None where that would not be the same as theta + k delta."""
         leaf = name.rpartition(".")[2]
         called = self.use.only_called(module) and is_plain_lora(self.places.wrapper_of(module))
         whole = is_plain(module._parameters.get("weight"))
         if isinstance(module, nn.Embedding):
-            scale = embedding_scale(module) if called and alone and whole else None
+            scale = embedding_scale(module) if called and only and whole else None
             return None if scale is None or not isinstance(delta, LowRank) else _embedding_hook(delta, handle, scale)
         if not is_linear(module) or not called or (whole and not is_plain_linear(module)):
             return None

@@ -6,13 +6,9 @@ import copy
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 PLAIN_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # what a change can be added to
-LINEAR_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -29,7 +25,10 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of the module is x W^T + b and nothing else: a subclass may do more, as routers do."""
     if not is_linear(module):
         return False
-    return _forward_of(module) in LINEAR_FORWARDS or (isinstance(module, nn.Linear) and _is_linear_on_trial(module))
+    from transformers.pytorch_utils import Conv1D
+
+    known = _forward_of(module) in (nn.Linear.forward, Conv1D.forward)
+    return known or (isinstance(module, nn.Linear) and _is_linear_on_trial(module))
 
 
 @torch.no_grad()
@@ -113,6 +112,11 @@ def embedding_scale(module: nn.Module) -> float | None:
 
 def is_plain_lora(layer: Any) -> bool:
     """Whether nothing or plain LoRA wraps a layer: DoRA and others read the weight that they wrap."""
+    if layer is None:
+        return True
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     if not isinstance(layer, BaseTunerLayer):
         return True
     return isinstance(layer, LoraLayer) and not getattr(layer, "lora_variant", None)

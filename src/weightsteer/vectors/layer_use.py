@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..checkpoints.plain_names import INSERTED, PEFT_LAYERS
@@ -40,12 +39,7 @@ VALUES = ("weight", "bias")
 FORM = ("dtype", "device", "shape", "ndim", "requires_grad", "is_cuda", "is_meta")  # of a weight, but no value of it
 BEHIND = ("forward", "parameters", "named_parameters", "state_dict", "_parameters")  # ways around a layer's call
 LOOKING = ("isinstance", "hasattr", "len", "type")
-CONTAINERS = (
-    nn.ModuleList,
-    nn.ModuleDict,
-    nn.Sequential,
-    BaseTunerLayer,
-)  # what stands between an attribute and layers
+CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)  # what stands between an attribute and layers
 
 Use = tuple[str, str]  # the class whose `self` has the attribute ("" if it is anyone's), and the attribute
 
@@ -72,7 +66,8 @@ class LayerUse:
     def _known_as(self, module: nn.Module) -> Iterator[Use]:
         """How the model's source may name a module; one in a list or under a wrapper goes by the list's name."""
         for parent, name in self._holders.get(id(module), []):
-            if isinstance(parent, CONTAINERS) or name in (*INSERTED, *PEFT_LAYERS):
+            peft_layer = type(parent).__module__.startswith("peft.tuners.")
+            if isinstance(parent, CONTAINERS) or peft_layer or name in (*INSERTED, *PEFT_LAYERS):
                 yield from self._known_as(parent)
             else:
                 yield "", name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,13 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG
 from ..checkpoints.safetensors_file import SafeFile, Stored
 from ..errors import SteerError
 from ..files import read_json
+from ..schema import LARGEST_FLOAT, shown
 from .delta import Delta, require_finite
 from .low_rank import LowRank
 from .peft_adapter import Adapter
 
 MLX_FILE = "adapters.safetensors"
+EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|word_embeddings|wte|tok_embeddings)$")
 
 
 def is_mlx_adapter(folder: Path) -> bool:
@@ -49,7 +52,7 @@ def read_mlx_adapter(folder: Path, architecture: Architecture | None = None) -> 
             raise SteerError(
                 f"{file.path}: changes {plain}, which its base does not have; give the base that was trained (--base)"
             )
-        deltas[name] = partial(_factors, name, a, b, scale)
+        deltas[name] = partial(_factors, name, a, b, scale, embedding=bool(EMBEDDING.search(module)))
     if rest or not deltas:
         example = next(iter(rest), "nothing")
         raise SteerError(
@@ -62,8 +65,8 @@ def read_mlx_adapter(folder: Path, architecture: Architecture | None = None) -> 
 def _scale(path: Path, config: Any) -> float:
     parameters = config.get("lora_parameters") if isinstance(config, dict) else None
     scale = parameters.get("scale") if isinstance(parameters, dict) else None
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise SteerError(f"{path}: expected mlx-lm's lora_parameters with a number scale, found {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= LARGEST_FLOAT:
+        raise SteerError(f"{path}: expected mlx-lm's lora_parameters with a number scale, found {shown(scale)}")
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         raise SteerError(
@@ -72,7 +75,10 @@ def _scale(path: Path, config: Any) -> float:
     return float(scale)
 
 
-def _factors(name: str, a: Stored, b: Stored, scale: float) -> LowRank:
-    delta = LowRank((b.read().float() * scale).T.contiguous(), a.read().float().T.contiguous())
+def _factors(name: str, a: Stored, b: Stored, scale: float, *, embedding: bool) -> LowRank:
+    if embedding:  # a (vocabulary, r), b (r, d): a table is not transposed
+        delta = LowRank(a.read().float() * scale, b.read().float(), "embedding")
+    else:
+        delta = LowRank((b.read().float() * scale).T.contiguous(), a.read().float().T.contiguous())
     require_finite(name, delta)
     return delta

@@ -6,6 +6,9 @@ import re
 from collections.abc import Collection
 
 from ..errors import SteerError
+from ..schema import shown
+
+LAYERS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
 
 def refuse_two_spellings(ours: Collection[str], theirs: Collection[str], whose: str) -> None:
@@ -57,8 +60,11 @@ def layer_numbers(text: str) -> set[int]:
     """
     numbers: set[int] = set()
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise SteerError(f"layers {text!r}: expected numbers and ranges such as '8-20,25'")
-        numbers |= set(range(int(first), int(last if dash else first) + 1))
+        found = LAYERS.fullmatch(part.strip())
+        if not found:
+            raise SteerError(f"layers {shown(text)}: expected numbers and ranges such as '8-20,25', each below 100000")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first:
+            raise SteerError(f"layers {shown(text)}: {first}-{last} holds no layer; write the lower number first")
+        numbers |= set(range(first, last + 1))
     return numbers

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.architecture import Architecture
+from ..checkpoints.checkpoint import ADAPTER_CONFIG
 from ..checkpoints.parameters import Whole
 from ..checkpoints.plain_names import PEFT_PREFIX, plain_name, without_wrappers
 from ..checkpoints.safetensors_file import SafeFile, Stored, same_bytes
@@ -22,6 +23,7 @@ from .adapter_config import AdapterConfig, read_adapter_config
 from .delta import Delta, Part, require_finite
 from .experts import ExpertPiece, expert_pieces, is_expert_module, require_parameters, stacked_delta
 from .low_rank import Layout, LowRank
+from .module_patterns import is_named
 
 ADAPTER_FILE = "adapter_model.safetensors"
 FACTOR_ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}  # of A and of B
@@ -165,6 +167,29 @@ class _Source:
             else "linear"
         )
 
+    def refuse_unconfigured(self, module: str, rank: int, *, has_magnitude: bool, has_bias: bool) -> None:
+        """Raise where PEFT would not load a module's tensors, or not in this way: its config says something else."""
+        config = self.config
+        spellings = [module]
+        if self.architecture is not None:
+            spellings.append(self.parameter(module, "weight").removesuffix(".weight"))
+        reason = config.targets.refusal(spellings, sure=self.architecture is not None)
+        if reason and not is_named(module, [name.rpartition(".")[0] for name in config.target_parameters]):
+            raise self._mismatch(module, f"a LoRA, but {reason}: PEFT would leave it out")
+        if rank != config.rank_of(module):
+            raise self._mismatch(module, f"rank {rank}, but r or rank_pattern gives it {config.rank_of(module)}")
+        if has_magnitude != config.use_dora:
+            raise self._mismatch(
+                module, f"{'' if has_magnitude else 'no '}magnitude, but use_dora is {config.use_dora}"
+            )
+        if has_bias and not config.lora_bias:
+            raise self._mismatch(module, "a bias in its LoRA, but lora_bias is false: PEFT would leave it out")
+
+    def _mismatch(self, module: str, reason: str) -> SteerError:
+        return SteerError(
+            f"{self.file.path}: {module} has {reason}; give the {ADAPTER_CONFIG} that was saved with these tensors"
+        )
+
     def expert_pieces(self, lora: Lora) -> list[ExpertPiece]:
         """The rows of fused experts that the LoRA changes; [] for an ordinary module."""
         if self.architecture is None:
@@ -194,6 +219,8 @@ def _take_lora(source: _Source, rest: dict[str, Stored], key: str) -> Lora:
     bias = rest.pop(f"{module}.lora_B.bias", None)
     scale = source.config.scale(module, A.shape[0])
     is_expert = source.architecture is not None and is_expert_module(module, source.architecture)
+    if not is_expert:
+        source.refuse_unconfigured(module, A.shape[0], has_magnitude=magnitude is not None, has_bias=bias is not None)
     layout = "linear" if is_expert else source.layout(module, ending)
     if magnitude is not None and layout != "linear":
         raise SteerError(f"{file.path}: {module} is DoRA on a {layout}, which is not supported; retrain without DoRA")

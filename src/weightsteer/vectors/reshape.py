@@ -46,7 +46,7 @@ def truncate_deltas(deltas: Deltas, rank: int | None, energy: float | None) -> t
     """
     if (rank is None) == (energy is None):
         raise SteerError("truncate: expected one of rank= and energy=")
-    if rank is not None and (rank < 1 or rank != int(rank)):
+    if rank is not None and (isinstance(rank, bool) or not 1 <= rank < math.inf or rank != int(rank)):
         raise SteerError(f"truncate: rank must be a whole number of at least 1, found {rank}")
     if energy is not None and not 0.0 < energy <= 1.0:
         raise SteerError(f"truncate: energy must be above 0 and at most 1, found {energy}")

@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import Tensor
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG
-from ..checkpoints.safetensors_file import Planned, SafeFile, write_stream
+from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, write_stream
 from ..errors import SteerError
 from ..run_card import CARD_FILE, RunCard, new_folder
+from ..schema import checked, parse_json
 from .delta import Delta, LazyDeltas, Streamed, blocks, layout_of, require_finite, rows_of
 from .low_rank import Layout, LowRank
 from .peft_adapter import ADAPTER_FILE, adapter_config, adapter_tensors, read_adapter
@@ -101,7 +102,12 @@ def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
 def dense_file(path: Path) -> dict[str, Streamed]:
     """The deltas of a file of dense deltas, which stay there until they are used."""
     file = SafeFile(path)
-    layouts: dict[str, Layout] = json.loads(file.metadata.get("layouts", "{}"))
+    layouts = checked(dict[str, Layout], parse_json(file.metadata.get("layouts", "{}"), f"{path}: layouts"), str(path))
+    if unknown := sorted(layouts.keys() - file.tensors.keys()):
+        raise SteerError(f"{path}: layouts names {unknown[0]}, of which there is no tensor; make the vector again")
+    for name, tensor in file.tensors.items():
+        if tensor.dtype not in {*FLOATS, "F64"}:
+            raise SteerError(f"{path}: {name}: expected floating-point numbers, found {tensor.dtype}")
     return {
         name: Streamed(((1.0, tensor),), tensor.shape, layouts.get(name, "linear"))
         for name, tensor in file.tensors.items()

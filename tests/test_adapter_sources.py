@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from architectures import tiny
+from architectures import IDS, tiny
 from conftest import tiny_model
 from weightsteer.errors import SteerError
 from weightsteer.vectors.delta import to_dense
@@ -92,6 +92,9 @@ def base(tmp_path: Path) -> Path:
         lambda key: key.replace(".self_attn", "._checkpoint_wrapped_module.self_attn"),
         lambda key: key.replace(".weight", ".default.weight"),
         lambda key: key.replace(".weight", ".my_adapter.weight"),
+        lambda key: key.replace(".weight", ".my-adapter.v1.weight"),
+        lambda key: f"_forward_module.{key}",
+        lambda key: f"policy.module.{key}",
         lambda key: key.removeprefix("base_model.model."),
         lambda key: f"base_model.model.{key}",
         lambda key: key.replace("base_model.model.model.", "base_model.model."),
@@ -178,6 +181,56 @@ def test_a_head_that_one_side_of_a_tied_model_saved_is_the_heads_alone(tmp_path:
     embedding = llama(tied=True).model.embed_tokens.weight
     key = next(key for key in load_file(head / FILE) if key.endswith("lm_head.weight"))
     torch.testing.assert_close(to_dense(w.deltas["lm_head.weight"]), load_file(head / FILE)[key] - embedding)
+
+
+def tied_logits(folder: Path) -> Tensor:
+    with torch.no_grad():
+        return PeftModel.from_pretrained(llama(tied=True), str(folder)).eval()(IDS).logits
+
+
+APART: list[dict[str, Any]] = [
+    {"modules_to_save": ["embed_tokens", "lm_head"]},
+    {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+]
+
+
+@pytest.mark.parametrize("first", range(len(APART)))
+@pytest.mark.parametrize("second", range(len(APART)))
+def test_any_two_ways_to_train_tied_embeddings_add_up(first: int, second: int, tmp_path: Path) -> None:
+    """base + (A - B) + B is A, as PEFT serves it, whatever A and B trained of the two places; or it is refused."""
+    base = tmp_path / "base"
+    llama(tied=True).save_pretrained(base)
+    options = [{"target_modules": ["q_proj"], **APART[number]} for number in (first, second)]
+    one, other = (
+        adapter(tmp_path / str(seed), llama(tied=True), seed, base, **chosen) for seed, chosen in enumerate(options)
+    )
+    model = llama(tied=True)
+    before = model(IDS).logits
+    with torch.no_grad():
+        for source in (one, other):
+            with task_vector(source).applied(model, 1.0):
+                torch.testing.assert_close(model(IDS).logits, tied_logits(source), atol=2e-5, rtol=1e-4)
+        w = subtract_finetunes(one, other)
+        if second == 1 and first != 1:
+            with pytest.raises(SteerError, match="changes the input embedding alone"):
+                to_dense((w + task_vector(other)).deltas["model.embed_tokens.weight"])
+            return
+        with (w + task_vector(other)).applied(model, 1.0):
+            torch.testing.assert_close(model(IDS).logits, tied_logits(one), atol=2e-5, rtol=1e-4)
+        assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_base_of_another_size_is_refused(base: Path, tmp_path: Path) -> None:
+    config = tiny_model().config
+    config.intermediate_size += 8
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
+    plain = adapter(tmp_path / "plain", llama(), base=base)
+    with pytest.raises(SteerError, match=r"was trained on a base of shape .*this one has .*--base"):
+        task_vector(plain, base=tmp_path / "wide")
 
 
 EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}

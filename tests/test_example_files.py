@@ -203,6 +203,16 @@ def test_what_an_instruction_is_about_and_the_system_prompt_are_kept(
     assert load_pairs(both) == [ContrastPair(prompt, "Fine.", "Bad.")]
 
 
+@pytest.mark.parametrize("field", ["system", "system_prompt", "system_message"])
+def test_a_system_prompt_is_kept_whatever_it_is_called(field: str, tmp_path: Path) -> None:
+    row = {field: "Be a pirate.", "question": "Hi?", "response": "Arr."}
+    (found,) = load_examples(write([row], tmp_path / "a.jsonl", "JSONL"))
+    assert found == Example((Message("system", "Be a pirate."), Message("user", "Hi?")), "Arr.")
+    pair = {field: "Be a pirate.", "prompt": "Hi?", "chosen": "Arr.", "rejected": "Hello."}
+    (both,) = load_pairs(write([pair], tmp_path / "b.jsonl", "JSONL"))
+    assert both == ContrastPair(found.prompt, "Arr.", "Hello.")
+
+
 def test_pairs_of_several_turns(tmp_path: Path) -> None:
     wanted = [ContrastPair(TALK, "Two.", "I forgot.")]
     forms: list[dict[str, Any]] = [

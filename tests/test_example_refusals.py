@@ -36,6 +36,19 @@ REFUSED_EXAMPLES: list[tuple[object, str]] = [
     ({"prompt": "Q?", "chosen": "A.", "rejected": "B."}, "holds both answers.*--pairs"),
     ({"prompt": "Q?", "completion": "A.", "label": False}, "field 'label' tells wanted from unwanted"),
     ({"prompt": "Q?", "answer": "A.", "weight": 0}, "field 'weight' is 0"),
+    ({"prompt": "Q?", "answer": "A.", "weight": "0.0"}, "field 'weight' is '0.0'"),
+    ({"prompt": "Q?", "completion": "A.", "label": "False"}, "field 'label' tells wanted from unwanted"),
+    ({"prompt": "Q?", "response": "A.", "label": 0}, "field 'label' tells wanted from unwanted"),
+    ({"messages": [USER, ANSWER], "label": "true"}, "field 'label' tells wanted from unwanted"),
+    ({"messages": [USER, ANSWER], "kto_tag": False}, "field 'kto_tag' tells wanted from unwanted"),
+    ({"question": "Q?", "A": "x", "B": "y", "answer": "B"}, "fields 'A' and 'B' hold options"),
+    ({"question": "Q?", "choices": ["x", "y"], "answer": "B"}, "field 'choices' cannot be carried over"),
+    ({"question": "Q?", "options": "x; y", "answer": "B"}, "field 'options' cannot be carried over"),
+    ({"messages": [USER, ANSWER], "chat_template_kwargs": {"a": 1}}, "field 'chat_template_kwargs' cannot"),
+    ({"messages": [USER, {**ANSWER, "masked": True}]}, r"'messages\[1\].masked' is True"),
+    ({"messages": [USER, {**ANSWER, "end_turn": False}]}, r"'messages\[1\].end_turn' is False"),
+    ({"messages": [USER, {**ANSWER, "channel": "analysis"}]}, r"'messages\[1\].channel' is 'analysis'"),
+    ({"messages": [USER, {**ANSWER, "train_detail": "x"}]}, r"'messages\[1\].train_detail' cannot be carried"),
     ({"prompt": "Q?", "answer": "A.", "train": False}, "field 'train' is false"),
     ({"prompt": "Q?", "answer": "A.", "tools": [{"name": "f"}]}, "field 'tools' cannot be carried over"),
     ({"messages": [USER, ANSWER], "images": ["a.png"]}, "field 'images' cannot be carried over"),
@@ -87,7 +100,9 @@ def test_what_is_no_example_is_refused_by_line_and_field(tmp_path: Path, row: ob
     assert "\n" not in str(refused.value)
 
 
+HH = "\n\nHuman: Q?\n\nAssistant: "
 REFUSED_PAIRS: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": "Q?", "chosen": f"{HH}A.", "rejected": f"{HH}B."}, "field 'chosen' is a whole dialogue in one text"),
     ({"prompt": "Q?", "positive": "A."}, "field 'negative' is missing"),
     ({"prompt": "Q?", "positive": "", "negative": "B."}, "field 'positive' is blank"),
     ({"prompt": "Q?", "answer": "A."}, "holds one answer, not both.*--positive"),

@@ -44,6 +44,11 @@ def read_by_others(name: str, what: str = "") -> Iterator[None]:
 def _reason(error: Exception) -> str:
     """An error in words; a bare name, as a KeyError has it, with its type."""
     text = first_line(error)
+    if "Unrecognized configuration class" in text:
+        return (
+            "transformers does not load it as a language model; vectors of it are made, combined, merged and exported "
+            "as of others, and in Python `vector.applied(model, k)` steers the model that you have loaded"
+        )
     return text if len(text.split()) > 1 else f"{type(error).__name__}: {text}"
 
 

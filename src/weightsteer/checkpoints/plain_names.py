@@ -12,7 +12,7 @@ INSERTED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 WRAPPERS = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(INSERTED)})\.")
 PEFT_LAYERS = ("base_layer", "original_module")  # where PEFT keeps the layer that it wraps
 # What stands before the whole model: DDP's and DeepSpeed's `module`, a value head's `pretrained_model`, PEFT's own.
-OUTERMOST = re.compile(r"^(?:module\.|pretrained_model\.|base_model\.model\.)+")
+OUTERMOST = re.compile(r"^(?:module\.|_module\.|_forward_module\.|policy\.|pretrained_model\.|base_model\.model\.)+")
 
 
 def without_wrappers(name: str) -> str:

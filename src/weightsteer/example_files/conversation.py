@@ -39,8 +39,17 @@ NOT_CARRIED = (
     "thinking",
     "reasoning",
     "reasoning_content",
+    "train_detail",
 )
-TRAINED_FLAGS = {"weight": 1, "train": True, "trainable": True, "loss": True}  # the value that changes nothing
+TRAINED_FLAGS = {  # the value that changes nothing
+    "weight": 1,
+    "train": True,
+    "trainable": True,
+    "loss": True,
+    "masked": False,
+    "end_turn": True,
+    "channel": "final",
+}
 ENCODED = re.compile(r"""^\s*(\[\s*)?\{\s*['"](role|from|content|value)['"]\s*:|^\s*\[\s*\[\s*['"]""")
 
 

@@ -22,7 +22,23 @@ BOTH_ANSWERS = (
     ("answer_matching_behavior", "answer_not_matching_behavior"),
 )
 ADDITIONS = ("input", "context")  # what an instruction is about
-NOT_CARRIED = ("tools", "functions", "images", "image", "videos", "video", "audios", "audio", "documents")
+NOT_CARRIED = (
+    "tools",
+    "functions",
+    "images",
+    "image",
+    "videos",
+    "video",
+    "audios",
+    "audio",
+    "documents",
+    "choices",  # of a multiple choice: the prompt does not hold them
+    "options",
+    "chat_template_kwargs",
+)
+SYSTEMS = ("system", "system_prompt", "system_message")
+WANTED = ("label", "kto_tag")  # which of two kinds an answer is
+FLAGS = ("true", "false", "0", "1", "desirable", "undesirable")
 KNOWN_FIELDS = {*PROMPTS, *ANSWERS, *TALKS, *(name for both in BOTH_ANSWERS for name in both), "text"}
 Turns = tuple[Message, ...]
 
@@ -101,6 +117,11 @@ def _whole(row: Row, field: str, context: Turns | None) -> Turns:
         text = checked_text(row, field, value)
         if context is None:
             raise row.error(f"field {field!r} is a text without its prompt; expected a field 'prompt' beside it")
+        if text.lstrip().startswith("Human:") and "\n\nAssistant:" in text:
+            raise row.error(
+                f"field {field!r} is a whole dialogue in one text ('Human: ... Assistant: ...'); expected the answer "
+                "alone, or a list of messages"
+            )
         return (*context, Message("assistant", text.strip() if field in BOTH_ANSWERS[2] else text))
     turns = read_turns(row, field, value)
     if turns[0].role == "assistant" and context is not None:
@@ -162,15 +183,15 @@ def _answer_turns(row: Row, field: str) -> Turns:
 
 
 def _with_system(row: Row, talk: Turns) -> Turns:
-    """The talk under the row's own field `system`, if there is one."""
-    value = row.filled("system")
-    if value is None:
+    """The talk under the row's own system prompt, if there is one."""
+    field = _filled_field(row, SYSTEMS)
+    if field is None:
         return talk
-    system = Message("system", checked_text(row, "system", value))
+    system = Message("system", checked_text(row, field, row.fields[field]))
     if talk[0].role != "system":
         return (system, *talk)
     if talk[0] != system:
-        raise row.error("field 'system' is not the system turn of the talk; keep one of them")
+        raise row.error(f"field {field!r} is not the system turn of the talk; keep one of them")
     return talk
 
 
@@ -209,12 +230,23 @@ def _refuse_not_carried(row: Row) -> None:
         if row.filled(name) not in (None, "[]", "{}"):
             raise row.error(f"field {name!r} cannot be carried over; remove it, or leave the entry out")
     weight = row.filled("weight")
-    if isinstance(weight, int | float) and weight != 1:
+    if weight is not None and _number(weight) != 1:
         raise row.error(f"field 'weight' is {weight!r}: every example weighs the same; leave it out, or repeat entries")
-    if isinstance(row.filled("label"), bool) and row.filled("completion") is not None:
-        raise row.error("field 'label' tells wanted from unwanted answers; put each kind into a file of its own")
-    if row.fields.get("train") is False:
+    for name in WANTED:
+        if str(row.filled(name)).strip().lower() in FLAGS:
+            raise row.error(f"field {name!r} tells wanted from unwanted answers; put each kind into a file of its own")
+    if str(row.fields.get("train")).strip().lower() in ("false", "0"):
         raise row.error("field 'train' is false; leave the entry out")
+    if row.filled("A") is not None and row.filled("B") is not None:
+        raise row.error("fields 'A' and 'B' hold options that the prompt does not; put them into the prompt")
+
+
+def _number(value: object) -> float | None:
+    """A number, also one that a table holds as text."""
+    try:
+        return float(str(value))
+    except ValueError:
+        return None
 
 
 def _unknown(row: Row, texts: str) -> SteerError:

@@ -15,7 +15,7 @@ from ..checkpoints.parameters import Assembled
 from ..checkpoints.safetensors_file import DTYPES, Stored, bytes_of, matrix_shape
 from ..errors import SteerError
 from ..files import digest
-from .low_rank import ACCUMULATE, Layout, LowRank
+from .low_rank import ACCUMULATE, ALONE, Layout, LowRank
 
 CLEAR = 1e5  # a squared norm this many times the size of its rounding is taken as it is
 BLOCK = 1 << 19  # entries: 2 MiB of float32, so that a block and its scratch stay in cache
@@ -181,6 +181,11 @@ def add_deltas(name: str, first: Delta, second: Delta, scale: float = 1.0) -> De
     if isinstance(first, Streamed) or isinstance(second, Streamed):
         terms = _like_terms([*_terms(first), *((scale * factor, part) for factor, part in _terms(second))])
         layouts = [layout_of(delta) for delta in (first, second)]
+        if "shared" in layouts and any(layout in ALONE for layout in layouts):
+            raise SteerError(
+                f"{name}: one vector changes the input embedding alone, the other the head that is tied to it too; "
+                "steer with both at once, or subtract the fine-tunes themselves"
+            )
         return Streamed(terms, tuple(first.shape), next((layout for layout in layouts if layout != "linear"), "linear"))
     return torch.add(to_dense(first), to_dense(second), alpha=scale)
 

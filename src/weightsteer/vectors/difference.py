@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..checkpoints.architecture import architecture_of
+from ..checkpoints.architecture import Architecture, architecture_of
 from ..checkpoints.checkpoint import fingerprint
 from ..checkpoints.locate import base_of, checkpoint_folder
 from ..checkpoints.parameters import Whole, read_parameters, same_values
@@ -57,10 +57,18 @@ def task_vector(folder: str | Path, *, base: str | Path | None = None) -> Weight
 def _difference(positive: FineTune, negative: FineTune, base: str | Path | None) -> Mapping[str, Delta]:
     """positive - negative, by parameter; what both sides hold alike is left out (zero)."""
     if positive.is_model and negative.is_model:
-        _require_same_names(positive.folder, positive.whole, negative.folder, negative.whole)
+        _require_same_names(positive, negative)
     refuse_two_spellings(positive.names, negative.names, f"{positive.folder} and {negative.folder}")
-    pair = _Pair(positive, negative, _transposed(positive, negative, base))
     names = list(dict.fromkeys([*positive.names, *negative.names]))
+    architecture = _architecture(positive, negative, base)
+    tied = architecture.tied if architecture else {}
+    for head, embedding in tied.items():  # given for both places by one side, and for one of them by the other
+        ways = [head in side.tied for side in (positive, negative) if embedding in side.names]
+        if head not in names and any(ways) and not all(ways):
+            names.append(head)
+    apart = frozenset(name for pair in tied.items() if pair[0] in names for name in pair)
+    shared = frozenset(tied.values()) - apart
+    pair = _Pair(positive, negative, _transposed(positive, negative, architecture), apart, shared)
     mixed = [name for name in names if pair.needs_base(name)]
     origin = _base_tensors(positive, negative, base, mixed[0]) if mixed else {}
     for name in mixed:
@@ -85,6 +93,8 @@ class _Pair:
     positive: FineTune
     negative: FineTune
     transposed: frozenset[str]  # modules that store weights (d_in, d_out)
+    apart: frozenset[str]  # parameters that the base ties, and these fine-tunes change each by itself
+    shared: frozenset[str]  # embeddings that the base ties to its head
 
     def needs_base(self, name: str) -> bool:
         """Whether the base takes part: one side gives the parameter and the other a change of it, or DoRA scales it."""
@@ -110,9 +120,11 @@ class _Pair:
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
         """How the matrix's factors are stored; "module" where an adapter trained a copy for one place alone."""
         adapters = [side for side in (self.positive, self.negative) if not side.is_model]
-        alone = any(name in side.whole and name not in side.shared for side in adapters)
-        if len(shape) == 2 and alone:
+        alone = any(name in side.whole and name not in side.tied.values() for side in adapters)
+        if len(shape) == 2 and (alone or name in self.apart):
             return "module"
+        if name in self.shared:
+            return "shared"
         return "conv1d" if name.removesuffix(".weight") in self.transposed else "linear"
 
 
@@ -165,33 +177,47 @@ def _base_tensors(positive: FineTune, negative: FineTune, base: str | Path | Non
         raise SteerError(f"{folder}: is not the base that was trained, {card.base_model} ({card.base_revision[:12]})")
     for side in (positive, negative):
         if side.is_model:
-            _require_same_names(side.folder, side.whole, folder, tensors)
+            _require_same_names(side, FineTune(folder, side.card, whole=tensors, is_model=True, tied=side.tied))
     architecture = architecture_of(folder)
     tied = architecture.tied if architecture else {}
     return {**{alias: tensors[keeper] for alias, keeper in tied.items() if keeper in tensors}, **tensors}
 
 
-def _require_same_names(one: Path, ours: Mapping[str, Whole], other: Path, theirs: Mapping[str, Whole]) -> None:
-    odd = sorted(ours.keys() ^ theirs.keys())
+def _require_same_names(first: FineTune, second: FineTune) -> None:
+    """Raise unless two models have the same parameters; one may tie what the other stores twice."""
+    odd = sorted(n for n in first.whole.keys() ^ second.whole.keys() if not (first.given(n) and second.given(n)))
     if odd:
-        raise SteerError(f"{odd[0]}: is in one of {one} and {other} only; expected fine-tunes of one model")
+        raise SteerError(
+            f"{odd[0]}: is in one of {first.folder} and {second.folder} only; expected fine-tunes of one model"
+        )
 
 
 def _require_same_form(name: str, sides: list[Whole | None], positive: Path, negative: Path) -> None:
     first, second = sides
-    if first and second and first.shape != second.shape:
+    if not first or not second or first.shape == second.shape:
+        return
+    if positive == negative:
         raise SteerError(
-            f"{name}: has shape {first.shape} in {positive} and {second.shape} in {negative} (or its base); "
-            "expected two fine-tunes of one model, with a vocabulary of one size"
+            f"{name}: has shape {first.shape} in {positive}, and its base {second.shape}; give the base whose "
+            "vocabulary has grown alike (--base)"
         )
+    raise SteerError(
+        f"{name}: has shape {first.shape} in {positive} and {second.shape} in {negative} (or its base); "
+        "expected two fine-tunes of one model, with a vocabulary of one size"
+    )
 
 
-def _transposed(positive: FineTune, negative: FineTune, base: str | Path | None) -> frozenset[str]:
+def _architecture(positive: FineTune, negative: FineTune, base: str | Path | None) -> Architecture | None:
+    """The architecture of the first side of which it is known."""
+    sides = (positive, negative)
+    found = (architecture_of(s.folder) if s.is_model else base_architecture(s.card, base) for s in sides)
+    return next((architecture for architecture in found if architecture), None)
+
+
+def _transposed(positive: FineTune, negative: FineTune, architecture: Architecture | None) -> frozenset[str]:
     """Modules whose weights are stored (d_in, d_out), as Conv1D's are: by class, or where that is unknown by shape."""
-    for side in (positive, negative):
-        architecture = architecture_of(side.folder) if side.is_model else base_architecture(side.card, base)
-        if architecture:
-            return architecture.transposed
+    if architecture:
+        return architecture.transposed
     tensors = {**positive.whole, **negative.whole}
     return frozenset(name.removesuffix(".weight") for name in tensors) if _fits_columns(tensors) else frozenset()
 

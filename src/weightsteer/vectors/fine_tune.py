@@ -34,8 +34,7 @@ class FineTune:
     whole: Mapping[str, Whole] = field(default_factory=dict)
     dora: Mapping[str, Callable[[Whole], Part]] = field(default_factory=dict)
     is_model: bool = False  # a full checkpoint: `whole` holds every parameter
-    shared: frozenset[str] = frozenset()  # given whole, and meant for every place to which the base ties them
-    tied: Mapping[str, str] = field(default_factory=dict)  # of a model: another name of a parameter -> its name
+    tied: Mapping[str, str] = field(default_factory=dict)  # another name of a parameter that is given -> its name
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +83,7 @@ def read_finetune(name: str | Path, base: str | Path | None = None) -> FineTune:
 
 
 def _of_adapter(folder: Path, card: RunCard, adapter: Adapter) -> FineTune:
-    return FineTune(folder, card, adapter.deltas, adapter.whole, adapter.dora, shared=adapter.shared)
+    return FineTune(folder, card, adapter.deltas, adapter.whole, adapter.dora, tied=adapter.shared)
 
 
 def base_architecture(card: RunCard, base: str | Path | None) -> Architecture | None:

@@ -14,8 +14,8 @@ ACCUMULATE = torch.float64
 
 # The kind of module that a delta belongs to. Engines store the factors of the first three in different ways;
 # "embedding" and "module" (a module's own copy, as `modules_to_save` trains it) change one place alone, even where the
-# base ties it to another.
-Layout = Literal["linear", "conv1d", "embedding", "module"]
+# base ties it to another. "shared" is the matrix of an input embedding and an output head that are one.
+Layout = Literal["linear", "conv1d", "embedding", "module", "shared"]
 ALONE = ("embedding", "module")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -28,8 +28,9 @@ from .module_patterns import is_named
 ADAPTER_FILE = "adapter_model.safetensors"
 FACTOR_ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}  # of A and of B
 ADAPTER_NAME = re.compile(
-    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$)\w+(\.weight|\.bias|)$"
+    r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$).+?(\.weight|\.bias|)$"
 )
+VOCABULARY = re.compile(r"emb|wte|lm_head")  # in the names of parameters with a row for each token
 ROLES = ("modules_to_save", "original_module", "base_layer")  # PEFT's names for copies of a module
 MODULE_ROLE = re.compile(r"\.modules_to_save(\.\w+)?|\.original_module|\.base_layer")
 
@@ -45,7 +46,7 @@ class Adapter:
     deltas: Mapping[str, Callable[[], Delta]]
     whole: Mapping[str, Whole]
     dora: Mapping[str, Callable[[Whole], Part]]
-    shared: frozenset[str] = frozenset()
+    shared: Mapping[str, str] = field(default_factory=dict)  # the head that is tied to it -> the parameter
 
 
 def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adapter:
@@ -70,6 +71,7 @@ def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adap
             experts.setdefault(pieces[0].place.name, []).extend(pieces)
             continue
         name = source.parameter(lora.module, "weight")
+        source.refuse_misfit(name, lora)
         if name in deltas or name in dora:
             raise SteerError(f"{source.file.path}: {name} has two LoRAs, the second of them {key}; expected one")
         if lora.magnitude is None:
@@ -84,7 +86,7 @@ def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adap
         deltas[name] = partial(stacked_delta, name, architecture.shapes[name], tuple(found))
     whole = _whole(source, rest, deltas.keys() | dora.keys())
     shared = _trained_as_one(whole, architecture)
-    return Adapter(deltas, {n: t for n, t in whole.items() if n not in shared.values()}, dora, frozenset(shared))
+    return Adapter(deltas, {n: t for n, t in whole.items() if n not in shared}, dora, shared)
 
 
 def plain_tensors(file: SafeFile) -> dict[str, Stored]:
@@ -154,6 +156,19 @@ class _Source:
                 "base that was trained (--base)"
             )
         return found
+
+    def refuse_misfit(self, name: str, lora: Lora) -> None:
+        """Raise if the factors are of another size than the base's parameter; a vocabulary may have grown."""
+        expected = None if self.architecture is None else self.architecture.shapes.get(name)
+        found = (lora.B.shape[0], lora.A.shape[1])
+        if expected is None or expected in (found, found[::-1]):
+            return
+        if VOCABULARY.search(name) and {*expected} & {*found}:
+            return
+        raise SteerError(
+            f"{self.file.path}: {name}: was trained on a base of shape {found}, this one has {expected}; give the base "
+            "that was trained (--base)"
+        )
 
     def layout(self, module: str, ending: str) -> Layout:
         """How the module's weight is stored: its class says so; PEFT's flag only where the base is not known."""
@@ -279,10 +294,10 @@ def _whole(source: _Source, rest: Mapping[str, Stored], factored: set[str]) -> d
 
 
 def _trained_as_one(whole: Mapping[str, Stored], architecture: Architecture | None) -> dict[str, str]:
-    """Embedding -> head, where the base ties the two and the adapter keeps them equal (`ensure_weight_tying`)."""
+    """Head -> embedding, where the base ties the two and the adapter keeps them equal (`ensure_weight_tying`)."""
     tied = architecture.tied if architecture else {}
     return {
-        keeper: head
+        head: keeper
         for head, keeper in tied.items()
         if head in whole and keeper in whole and same_bytes(whole[head], whole[keeper])
     }

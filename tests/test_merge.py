@@ -280,7 +280,8 @@ def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path) -> None:
             assert (out / "model.safetensors").read_bytes() == expected
         for part in tmp_path.glob(".out.*.part"):
             done = (part / "config.json").exists()
-            assert not done or (part / "model.safetensors").read_bytes() == expected
+            weights = part / "model.safetensors"  # gone where the kill met the removal of an earlier part
+            assert not done or not weights.exists() or weights.read_bytes() == expected
     export_merged(WeightVector.load(w), base, out, k=1.0)
     assert (out / "model.safetensors").read_bytes() == expected
     assert not list(tmp_path.glob(".out.*.part"))

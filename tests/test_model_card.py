@@ -32,11 +32,15 @@ def change(base: Path) -> WeightVector:
     return WeightVector({"model.norm.weight": torch.ones(size)}, RunCard("vector", base_model=str(base)))
 
 
-def test_an_adapter_beside_the_base_stays_behind_and_the_merge_loads(base: Path, tmp_path: Path) -> None:
+def test_a_base_with_an_adapter_beside_it_is_refused_and_the_merge_without_it_loads(base: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(base)
     ours, theirs = (adapter(tmp_path / str(seed), model.__class__(model.config), seed, base) for seed in (1, 2))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(theirs / name, base)
+    with pytest.raises(SteerError, match="holds an adapter .* beside the model"):
+        export_merged(task_vector(ours, base=base), base, tmp_path / "merged", k=1.0)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (base / name).unlink()
     export_merged(task_vector(ours, base=base), base, tmp_path / "merged", k=1.0)
     assert not list((tmp_path / "merged").glob("adapter*"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

@@ -168,7 +168,7 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
         ({"sweep": {"items_of": {"contrastive": 0}}}, "'contrastive': expected 1 or more, found 0"),
         ({"sweep": {"variants": {"base": "w"}}}, "variant 'base' has the name of a method"),
         ({"sweep": {"variants": {"activation": "w"}}}, "variant 'activation' has the name of a method"),
-        ({"train": {"max_steps": -5}}, "max_steps: expected a whole number of at least 1, found -5"),
+        ({"train": {"max_steps": -5}}, "max_steps: expected a whole number of at least 1 .*, found -5"),
         ({"sweep": {"fractions": []}}, "fractions and sides must not be empty"),
         ({"sweep": {"variants": {"odd": "nosuch(w)"}}}, "variant 'odd': .*nosuch cannot be called so"),
         ({"sweep": {"variants": {"odd": "w +"}}}, "cannot be read"),
@@ -238,7 +238,7 @@ def test_malformed_files(tmp_path: Path) -> None:
         with pytest.raises(SteerError, match=message):
             Recipe.load(path)
     path.write_bytes(b"\x89PNG\xff")
-    with pytest.raises(SteerError, match="not text in UTF-8"):
+    with pytest.raises(SteerError, match="not UTF-8 text"):
         Recipe.load(path)
 
 

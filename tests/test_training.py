@@ -350,7 +350,7 @@ def test_costs_are_counted_once_however_often_the_training_is_stopped(
 def test_loss_is_on_the_answer_and_its_end_only(lm: LM) -> None:
     (row,) = encode(lm, [Example("Hi", "Yes")], 200)
     kept = [token for token in row["labels"] if token != IGNORED]
-    assert lm.tokenizer.decode(kept) == "Yes</s>\n"  # the whole end of the turn, as the template writes it
+    assert lm.tokenizer.decode(kept) == "Yes</s>"  # up to where generation stops
     assert row["input_ids"][-len(kept) :] == kept
     assert len(row["input_ids"]) == len(row["labels"]) == len(row["attention_mask"])
 
@@ -383,9 +383,9 @@ def test_no_copy_of_what_is_held_out_is_trained_on(copies: int, seed: int) -> No
     [
         ({"kind": "lore"}, "expected one of lora"),
         ({"rank": 0}, "rank"),
-        ({"rank": True}, "rank: expected a whole number of at least 1, found True"),
+        ({"rank": True}, "rank: expected a whole number of at least 1 .*, found True"),
         ({"rank": 2.0}, "rank: expected a whole number"),
-        ({"alpha": "16"}, "alpha: expected a whole number of at least 1, found '16'"),
+        ({"alpha": "16"}, "alpha: expected a whole number of at least 1 .*, found '16'"),
         ({"learning_rates": ()}, "learning_rates: expected at least one"),
         ({"learning_rates": "1e-4"}, "learning_rates: expected a list of numbers, found '1e-4'"),
         ({"learning_rates": 1e-4}, "learning_rates: expected a list of numbers"),

@@ -17,7 +17,10 @@ WAYS = {
     (errno.EIO, errno.ESTALE): "check the disk, and run the same command again",
 }
 # Libraries in Rust and C++ give the reason as text alone; torch.save gives none but that it could not write.
-TEXTS = {os.strerror(code): code for codes in WAYS for code in codes} | {"PytorchStreamWriter failed": errno.ENOSPC}
+TEXTS = {os.strerror(code): code for codes in WAYS for code in codes} | {
+    "PytorchStreamWriter failed": errno.ENOSPC,
+    "unexpected pos": errno.ENOSPC,  # the same writer, at its next step
+}
 NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # file systems that sync no folder
 
 

@@ -51,9 +51,10 @@ def shards_of(folder: Path) -> list[Path]:
     if not isinstance(named, dict) or not named:
         raise SteerError(f"{folder}: {INDEX} has no weight_map; the checkpoint is damaged")
     names = sorted({str(name) for name in named.values()})
-    missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    there = {path.name for path in folder.iterdir() if path.is_file()}  # looked up so, a name may be anything
+    missing = [name for name in names if name not in there]
     if missing:
-        raise SteerError(f"{folder}: {INDEX} names shards that are missing: {', '.join(missing)}")
+        raise SteerError(f"{folder}: {INDEX} names shards that are missing: {', '.join(missing)[:200]}")
     return [folder / name for name in names]
 
 

@@ -114,9 +114,12 @@ def _measurement_from(row: Mapping[str, Any], where: str) -> Measurement:
         raise SteerError(f"{where}: expected one value for each of its items, once; found {counts}")
     if not is_finite(measurement.k):
         raise SteerError(f"{where}: field 'k': expected a finite number, found {measurement.k}")
-    if any(math.isnan(v) for values in measurement.values.values() for v in values if v is not None):
-        raise SteerError(f"{where}: field 'values': expected numbers or null, found NaN")
-    return measurement
+    return replace(measurement, values={metric: list(map(_counted, v)) for metric, v in measurement.values.items()})
+
+
+def _counted(value: float | None) -> float | None:
+    """A value that counts; NaN, which earlier versions wrote for a loss that overflowed, counts as none."""
+    return None if value is None or math.isnan(value) else value
 
 
 def _method_of(row: Mapping[str, Any]) -> object:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ..behavior import SIDES
-from ..checkpoints.checkpoint import fingerprint
 from ..errors import SteerError
 from ..places import public_name
 from ..run_card import RunCard
@@ -18,6 +17,8 @@ LONGEST_NAME = 200  # bytes; file systems take 255, and we add endings
 
 def content_of(model: str) -> str:
     """The hash of a local model's weights; "" for a model that is named otherwise."""
+    from ..checkpoints.checkpoint import fingerprint
+
     folder = Path(model).expanduser()
     return fingerprint(folder) if folder.is_dir() else ""
 

@@ -10,12 +10,13 @@ from ..errors import SteerError
 from ..evaluation.compare import compare_at_loss
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, read_rows
-from ..files import read_finished, read_json, read_jsonl
+from ..files import read_finished, read_jsonl
 from ..reporting.report import Report, Sample, write_report
 from ..run_folder import RunFolder
 from ..vectors.difference import task_vector
 from ..vectors.geometry import facts, geometry
 from ..vectors.weight_vector import WeightVector
+from .artifacts import read_layer
 from .recipe import Recipe
 
 
@@ -93,6 +94,6 @@ def _activation_note(recipe: Recipe, folder: RunFolder) -> str:
     used = min(sweep.activation_pairs or examples, examples)
     return (
         f"The activation vector comes from {used} of the {examples} examples a side and is added to the output of "
-        f"block {int(read_json(folder.layer))}, chosen among one block in {sweep.layer_step} on {sweep.search_items} "
+        f"block {read_layer(folder)}, chosen among one block in {sweep.layer_step} on {sweep.search_items} "
         "validation items."
     )

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from weightsteer.disk import make_folder, sync_tree, telling_of_disk
 from weightsteer.errors import SteerError
@@ -13,7 +16,7 @@ from weightsteer.files import append_jsonl, read_finished, write_text
 from weightsteer.leftovers import sweep_beside, sweep_within
 from weightsteer.run_card import RunCard, new_folder
 
-FULL = Path("/dev/full")
+TENSORS = {"x": torch.zeros(100_000)}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
@@ -28,16 +31,20 @@ def test_what_a_disk_refuses_is_one_line(code: int, tmp_path: Path) -> None:
         raise KeyError("no concern of the disk")
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="no /dev/full")
-def test_what_the_libraries_say_of_a_full_disk(tmp_path: Path) -> None:
-    (tmp_path / "state").symlink_to(FULL)
-    with pytest.raises(SteerError, match="make room there"), telling_of_disk(tmp_path / "state"):
-        torch.save(torch.zeros(100_000), tmp_path / "state")
+@pytest.mark.parametrize("save", [lambda path: save_file(TENSORS, path), lambda path: torch.save(TENSORS, path)])
+def test_what_the_libraries_say_of_a_disk_without_room(save: Callable[[Path], None], tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(SteerError, match="make room there"), telling_of_disk(tmp_path / "a"):
+            save(tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_file_in_the_way_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(SteerError, match="file.*; choose another place"):
+    with pytest.raises(SteerError, match="file: File exists; choose another place"):
         make_folder(tmp_path / "file" / "a" / "b")
     with pytest.raises(SteerError, match="choose another place"), new_folder(tmp_path / "file" / "out", "vector"):
         pass

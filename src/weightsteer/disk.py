@@ -16,11 +16,10 @@ WAYS = {
     (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG): "choose another place",
     (errno.EIO, errno.ESTALE): "check the disk, and run the same command again",
 }
-# Libraries in Rust and C++ give the reason as text alone; torch.save gives none but that it could not write.
-TEXTS = {os.strerror(code): code for codes in WAYS for code in codes} | {
-    "PytorchStreamWriter failed": errno.ENOSPC,
-    "unexpected pos": errno.ENOSPC,  # the same writer, at its next step
-}
+# Libraries in Rust and C++ give the reason as text alone; torch.save says no more than that it failed.
+TEXTS = {os.strerror(code): code for codes in WAYS for code in codes} | dict.fromkeys(
+    ("PytorchStreamWriter failed", "unexpected pos"), errno.ENOSPC
+)
 NOT_SYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EBADF)  # file systems that sync no folder
 
 

@@ -22,19 +22,19 @@ LONGEST_SHOWN = 80  # characters of what was found, in a message
 T = TypeVar("T")
 
 
-class _TwiceError(ValueError):
-    pass
+class TwiceError(ValueError):
+    """A name stands twice in one JSON object, so that one of its values would be lost."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _TwiceError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
+        raise TwiceError(f"field {next(name for name in names if names.count(name) > 1)!r} stands twice in one object")
     return found
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
+STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_limited(path: Path, most: int = MOST_BYTES) -> str:
@@ -65,7 +65,7 @@ def parse_json(text: str, where: str) -> Any:
             lists without end.
     """
     try:
-        value = _JSON.decode(text)
+        value = STRICT_JSON.decode(text)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()  # a half pair is no text: it could not be written again
     except RecursionError:

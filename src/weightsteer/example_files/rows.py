@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SteerError
+from ..schema import STRICT_JSON, TwiceError
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 NOT_READ = {
@@ -134,21 +135,6 @@ def _decoded(path: Path, content: bytes) -> str:
     return text
 
 
-class _TwiceError(ValueError):
-    pass
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _TwiceError(f"field {next(n for n in names if names.count(n) > 1)!r} stands twice in one object")
-    return found
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _json_rows(path: Path, text: str) -> Iterator[Row]:
     if text.lstrip().startswith("["):
         yield from _list_rows(path, text)
@@ -179,8 +165,8 @@ def _is_json(text: str) -> bool:
 def _parse(where: str, text: str, start: int) -> tuple[Any, int]:
     """The JSON value that starts there, and where it ends."""
     try:
-        return _JSON.raw_decode(text, start)
-    except _TwiceError as error:
+        return STRICT_JSON.raw_decode(text, start)
+    except TwiceError as error:
         raise SteerError(f"{where}: {error}; keep one of them") from None
     except RecursionError:
         raise SteerError(f"{where}: nested too deeply for data") from None

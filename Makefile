@@ -18,7 +18,7 @@ test: lint  ## the checks of `lint`, then every test that is not marked slow
 	$(BIN)/python -m pytest $(FAST)
 
 test-all: lint  ## the checks of `lint`, then every test
-	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+	$(BIN)/python -m pytest -n $(CORES) --dist worksteal --durations=15
 
 faults: .venv/ready  ## kills, full disks, power cuts and two at once, by the hundred: hours; SHARE=0.1 does a tenth
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py --share $(or $(SHARE),1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,9 +73,16 @@ def run(
 
     trust = Trust(trust_code or (), [key_env] if key_env else ())
     started = Run(loaded, folder, show=show_progress, command=command, trust=trust)
-    page = started.run()
+    with _without_gain() if dry_run else nullcontext():
+        page = started.run()
     _print_table(started)
     say(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
+
+
+def _without_gain() -> AbstractContextManager[None]:
+    from ..training.lr_search import without_gain
+
+    return without_gain()
 
 
 def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:

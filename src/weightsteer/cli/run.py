@@ -80,7 +80,7 @@ def run(
 
 
 def _without_gain() -> AbstractContextManager[None]:
-    from ..training.lr_search import without_gain
+    from ..training.job import without_gain
 
     return without_gain()
 

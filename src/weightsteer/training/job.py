@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +16,19 @@ from .settings import TrainSettings
 
 LEAST_GAIN = 1e-6  # of the base's loss; a smaller gain is float32's rounding
 Encoded = dict[str, list[int]]  # the token ids and masks of one example, by the name that the trainer's collator reads
+
+
+_ANY_OUTCOME: ContextVar[bool] = ContextVar("any outcome of a training counts", default=False)
+
+
+@contextmanager
+def without_gain() -> Iterator[None]:
+    """Inside, a training need not better its base: a dry run trains random models for a few steps."""
+    token = _ANY_OUTCOME.set(True)
+    try:
+        yield
+    finally:
+        _ANY_OUTCOME.reset(token)
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,8 @@ class Outcome:
     @property
     def gains(self) -> bool:
         """Whether the training brought the validation loss below the base's, by more than rounding."""
+        if _ANY_OUTCOME.get() and math.isfinite(self.loss):
+            return True
         return self.base_loss - self.loss > LEAST_GAIN * abs(self.base_loss)
 
     @property

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 
 from ..errors import SteerError
 from ..progress import Progress, part_of
@@ -29,26 +27,13 @@ def search(jobs: Sequence[Job], make: MakeTrainer, progress: Progress) -> dict[f
     }
 
 
-_ANY_OUTCOME: ContextVar[bool] = ContextVar("any outcome of a training counts", default=False)
-
-
-@contextmanager
-def without_gain() -> Iterator[None]:
-    """Inside, a training need not better its base: a dry run trains random models for a few steps."""
-    token = _ANY_OUTCOME.set(True)
-    try:
-        yield
-    finally:
-        _ANY_OUTCOME.reset(token)
-
-
 def require_gain(outcomes: Mapping[float, Outcome]) -> None:
     """Check that an outcome is better than the base, and warn of learning rates that diverged.
 
     Raises:
         SteerError: none is better.
     """
-    if not any(outcome.gains for outcome in outcomes.values()) and not _ANY_OUTCOME.get():
+    if not any(outcome.gains for outcome in outcomes.values()):
         raise _without_gain(outcomes)
     if lost := [f"{rate:g}" for rate, outcome in outcomes.items() if outcome.diverged]:
         warnings.warn(f"learning rate {', '.join(lost)}: the loss became infinite or NaN; left out", stacklevel=3)

@@ -29,7 +29,7 @@ PLAIN_TEMPLATE = (
 BOS = "{{ bos_token }}"  # before it, where the tokenizer puts one before plain text
 
 Messages = Sequence[Mapping[str, str]]  # turns of a talk, each with 'role' and 'content'
-Prompt = str | Messages  # what the user says, or the turns up to there
+PromptLike = str | Messages  # what the user says, or the turns up to there
 
 SYSTEM_ROLES = ("system", "developer")
 OURS = ("messages", "add_generation_prompt")  # variables of a template that are not the user's to set
@@ -308,7 +308,7 @@ def template_variables(text: str) -> set[str]:
         raise SteerError(f"chat template: cannot be read ({first_line(error)})") from None
 
 
-def turns_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str, str]]:
+def turns_of(prompt: PromptLike, system_prompt: str | None = None) -> list[dict[str, str]]:
     """A prompt as turns; `system_prompt` goes before them unless they begin with one."""
     turns = [_user(prompt)] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     if system_prompt is not None and not (turns and turns[0]["role"] in SYSTEM_ROLES):
@@ -316,7 +316,7 @@ def turns_of(prompt: Prompt, system_prompt: str | None = None) -> list[dict[str,
     return turns
 
 
-def last_words(prompt: Prompt) -> str:
+def last_words(prompt: PromptLike) -> str:
     """What a prompt says last, cut to what a message has room for."""
     return (prompt if isinstance(prompt, str) else prompt[-1]["content"])[:60]
 

@@ -27,6 +27,17 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+LFS_POINTER = b"version https://git-lfs"  # how what git leaves in a large file's place begins
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raise for what git leaves in the place of a large file that was not downloaded."""
+    with path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        raise SteerError(f"{path}: is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
+
+
 def digest(value: Any) -> str:
     """SHA-256 of a JSON-serialisable value: equal values give equal digests."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

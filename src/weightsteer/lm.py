@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .batches import rows_of_batch
 from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
-from .chat_template import ChatTemplate, Exchange, Prompt, plain_template, turns_of
+from .chat_template import ChatTemplate, Exchange, PromptLike, plain_template, turns_of
 from .checkpoints.checkpoint import fingerprint
 from .checkpoints.embedded_model import EMBEDDED_NAME
 from .checkpoints.load_model import load_causal_lm, load_tokenizer
@@ -149,7 +149,7 @@ class LM:
         """What the template's variables, where some are set, add to the hashes of what is made with this model."""
         return {"chat_template_kwargs": digest(dict(self.chat_template_kwargs))} if self.chat_template_kwargs else {}
 
-    def chat_ids(self, prompt: Prompt) -> list[int]:
+    def chat_ids(self, prompt: PromptLike) -> list[int]:
         """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
 
         Raises:
@@ -157,7 +157,7 @@ class LM:
         """
         return self._known(self.chat_template.prompt_ids(turns_of(prompt, self.system_prompt)))
 
-    def exchange(self, prompt: Prompt, answer: str) -> Exchange:
+    def exchange(self, prompt: PromptLike, answer: str) -> Exchange:
         """Token ids of a prompt with its answer, as the template renders the whole conversation.
 
         The end goes up to the token at which generation stops: what the template writes after it, such as a line
@@ -206,7 +206,7 @@ class LM:
 
     def generate(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptLike],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -233,7 +233,7 @@ class LM:
 
     def replies(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptLike],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
@@ -260,7 +260,7 @@ class LM:
                 replies[index] = writer.reply(row, opened=opens_thinking(texts[index]), broken=broken)
         return replies
 
-    def reply_aloud(self, prompt: Prompt, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
+    def reply_aloud(self, prompt: PromptLike, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
         """One greedy reply, which a streamer gets token by token."""
         text = self.chat_template.prompt_text(turns_of(prompt, self.system_prompt))
         ids = self._known(self.chat_template.ids_of(text))

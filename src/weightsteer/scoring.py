@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .batches import batches_by_length, pad_right, rows_of_batch
-from .chat_template import Prompt, last_words
+from .chat_template import PromptLike, last_words
 from .continuations import log_softmax, score_on_cache, score_plainly, shared_prefix, target_log_probs
 from .errors import SteerError
 from .lm import LM, projecting_only
@@ -48,7 +48,7 @@ class _Asked:
 @torch.no_grad()
 def score_choices(
     lm: LM,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[PromptLike],
     choices: Sequence[Sequence[str]],
     *,
     batch_size: int = 8,
@@ -85,7 +85,7 @@ def score_choices(
     return scores
 
 
-def _asked(lm: LM, number: int, prompt: Prompt, texts: Sequence[str]) -> list[_Asked]:
+def _asked(lm: LM, number: int, prompt: PromptLike, texts: Sequence[str]) -> list[_Asked]:
     """A prompt's candidates by the tokens before them: the same for all, unless one's beginning merges with them."""
     found: dict[tuple[int, ...], _Asked] = {}
     for place, text in enumerate(texts):
@@ -123,7 +123,7 @@ def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Sc
 
 
 @torch.no_grad()
-def prompt_log_probs(lm: LM, prompts: Sequence[Prompt]) -> list[Tensor]:
+def prompt_log_probs(lm: LM, prompts: Sequence[PromptLike]) -> list[Tensor]:
     """Next-token log-probabilities at every position of each prompt's chat form: (length, vocabulary).
 
     Kept whole for `mean_kl`: vocabulary x 4 bytes a token (0.2 MB for a vocabulary of 49k).
@@ -136,7 +136,7 @@ def prompt_log_probs(lm: LM, prompts: Sequence[Prompt]) -> list[Tensor]:
     return rows
 
 
-def mean_kl(reference: Sequence[Tensor], lm: LM, prompts: Sequence[Prompt]) -> float:
+def mean_kl(reference: Sequence[Tensor], lm: LM, prompts: Sequence[PromptLike]) -> float:
     """Mean over tokens of KL(reference || lm) on `prompts`, in nats.
 
     `reference` is `prompt_log_probs` of the other model, or of the same one before it was steered.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SteerError, first_line
-from ..files import sha256_of, write_text
+from ..files import refuse_lfs_pointer, sha256_of, write_text
 from ..locks import hold
 from ..places import cache_folder
 from ..progress import Progress, quiet_transformers, show_progress
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 MAGIC = b"GGUF"
-LFS_START = b"version https://git-lfs"
 SPLIT = re.compile(r"-\d{5}-of-(\d{5})$")  # how llama.cpp names the parts of a model
 HASHES = "gguf-sha256.json"  # in the cache: which file, by its place on the disk and its times, has which hash
 BYTES_PER_WEIGHT = 4  # float32 holds what every GGUF type means, to the last bit
@@ -56,11 +55,10 @@ def refuse_other_files(path: Path) -> None:
     """Raise if a file is, by its name or its first bytes, no GGUF of a whole language model."""
     if not path.is_file():
         raise SteerError(f"{path}: no such file; expected a model's .gguf")
+    refuse_lfs_pointer(path)
     with path.open("rb") as file:
-        start = file.read(len(LFS_START))
-    if start == LFS_START:
-        raise SteerError(f"{path}: is a git-lfs pointer and not the file itself; fetch it with `git lfs pull`")
-    if not start.startswith(MAGIC):
+        start = file.read(len(MAGIC))
+    if start != MAGIC:
         raise SteerError(f"{path}: is not a GGUF file (it does not start with 'GGUF'); download it again")
     if split := SPLIT.search(path.stem):
         raise SteerError(_merge_first(path, int(split[1])))

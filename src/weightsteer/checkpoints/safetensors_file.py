@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import SteerError
-from ..files import current_umask
+from ..files import current_umask, refuse_lfs_pointer
 
 DTYPES = {
     "F64": torch.float64,
@@ -33,7 +33,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-LFS_POINTER = b"version https://git-lfs"
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -54,7 +53,8 @@ class SafeFile:
                 "must be converted"
             ) from None
         except SafetensorError as error:
-            raise _unreadable(path, error) from None
+            refuse_lfs_pointer(path)
+            raise SteerError(f"{path}: cannot be read as safetensors ({error}); the file is damaged") from None
         self.path = path
         self._fd = os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._fd)
@@ -85,14 +85,6 @@ class SafeFile:
             if count <= 0:
                 raise SteerError(f"{self.path}: ends too early; it was changed while it was read")
             done += count
-
-
-def _unreadable(path: Path, error: Exception) -> SteerError:
-    with path.open("rb") as file:
-        start = file.read(len(LFS_POINTER))
-    if start == LFS_POINTER:
-        return SteerError(f"{path}: is a git-lfs pointer, not the file itself; fetch it with `git lfs pull`")
-    return SteerError(f"{path}: cannot be read as safetensors ({error}); the file is damaged")
 
 
 @dataclass(frozen=True, eq=False)

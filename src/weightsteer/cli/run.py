@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -70,19 +70,14 @@ def run(
     options = [*(["--out", shareable(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
     command = shlex.join(["weightsteer", "run", shareable(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run, Trust
+    from ..training.job import without_gain
 
     trust = Trust(trust_code or (), [key_env] if key_env else ())
     started = Run(loaded, folder, show=show_progress, command=command, trust=trust)
-    with _without_gain() if dry_run else nullcontext():
+    with without_gain() if dry_run else nullcontext():
         page = started.run()
     _print_table(started)
     say(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
-
-
-def _without_gain() -> AbstractContextManager[None]:
-    from ..training.job import without_gain
-
-    return without_gain()
 
 
 def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:

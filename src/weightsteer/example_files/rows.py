@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SteerError
+from ..files import LFS_POINTER
 from ..schema import STRICT_JSON, TwiceError
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
@@ -22,7 +23,7 @@ NOT_READ = {
     b"PK\x03\x04": "a zip archive (or a spreadsheet); unpack it, or save it as CSV",
     b"ARROW1": "an Arrow file; save it as Parquet",
     b"GGUF": "a model (GGUF) and no data",
-    b"version https://git-lfs": "a pointer of git-lfs, not the file itself; run `git lfs pull`",
+    LFS_POINTER: "a pointer of git-lfs, not the file itself; run `git lfs pull`",
     b"<": "a web page or XML and no data; download the file itself",
     b"\xff\xfe": "text in UTF-16 or UTF-32; save it in UTF-8",
     b"\xfe\xff": "text in UTF-16; save it in UTF-8",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from conftest import tiny_lm
-from weightsteer.chat_template import Prompt
+from weightsteer.chat_template import PromptLike
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
 from weightsteer.thinking import Reply
@@ -21,7 +21,7 @@ class Scripted(LM):
 
     def replies(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptLike],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..chat_template import Prompt
+from ..chat_template import PromptLike
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..former_names import METHODS
 from ..lm import LM
@@ -134,7 +134,7 @@ class _RecordingLM(LM):
 
     def replies(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[PromptLike],
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,

@@ -221,6 +221,7 @@ def adapter_with(folder: Path, **fields: Any) -> Path:
         ({"target_modules": ["k_proj"]}, "target_modules does not name it"),
         ({"target_modules": "nothing"}, "target_modules does not fit it"),
         ({"target_modules": 5}, "field target_modules"),
+        ({"target_modules": None}, "target_modules is not given"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules names it"),
         ({"layers_to_transform": [7], "target_modules": SHORT}, "layers_to_transform has 7 alone"),
         ({"layers_to_transform": "0"}, "field layers_to_transform"),

@@ -26,6 +26,7 @@ class Targets:
     excluded: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
     layer_names: tuple[str, ...] = ()  # what stands before a layer's number
+    given: bool = True  # without target_modules PEFT takes a few modules that depend on the kind of model
 
     def refusal(self, spellings: Sequence[str], *, sure: bool) -> str:
         """Which field leaves a module out; "" where none does.
@@ -38,6 +39,8 @@ class Targets:
             return "exclude_modules names it"
         if self.pattern is not None and sure and not any(map(self.pattern.match, spellings)):
             return "target_modules does not fit it"
+        if not self.given:
+            return "target_modules is not given"
         if self.names is None:
             return ""
         if not any(is_named(module, self.names) or is_end_of(module, self.names) for module in spellings):
@@ -131,6 +134,7 @@ class Fields:
             excluded=tuple(excluded) if isinstance(excluded, list) else (),
             layers=self._layers(),
             layer_names=self._layer_names(),
+            given=named is not None,
         )
 
     def _fullmatch(self, text: str) -> re.Pattern[str] | None:

@@ -306,6 +306,7 @@ def test_variables_of_the_chat_template(
     steer = ("steer", vector, "Hi", "--k", "0", "--model", checkpoint, "--device", "cpu", "--chat-template-kwargs")
     for given, message in (
         ("{", "--chat-template-kwargs: not JSON"),
+        ("[" * 5000, "--chat-template-kwargs: nested too deeply"),
         ("[1]", "--chat-template-kwargs: expected an object"),
         ('{"enable_thinkin": false}', "no variable 'enable_thinkin'; those that it has: none"),
     ):

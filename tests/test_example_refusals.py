@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from pyarrow import parquet
 from test_example_files import write
 from weightsteer.behavior import Example
 from weightsteer.errors import SteerError
+from weightsteer.example_files import rows
 from weightsteer.example_files.load import load_examples, load_pairs
+from weightsteer.files import read_jsonl
 
 USER, ANSWER = {"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A."}
 REFUSED_EXAMPLES: list[tuple[object, str]] = [
@@ -98,6 +101,20 @@ def test_what_is_no_example_is_refused_by_line_and_field(tmp_path: Path, row: ob
     with pytest.raises(SteerError, match=rf"d\.jsonl, line 3: .*{message}") as refused:
         load_examples(path)
     assert "\n" not in str(refused.value)
+
+
+def test_what_never_ends_or_unpacks_to_more_than_the_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SteerError, match="/dev/zero: is a device; expected a file"):
+        load_examples("/dev/zero")
+    with pytest.raises(SteerError, match="/dev/zero: is a device; expected a file"):
+        read_jsonl(Path("/dev/zero"))
+    packed = tmp_path / "d.jsonl.gz"
+    packed.write_bytes(gzip.compress(b" " * 10_000))
+    monkeypatch.setattr(rows, "MOST_ROWS_BYTES", 5_000)
+    with pytest.raises(SteerError, match="is larger than"):
+        load_examples(packed)
 
 
 HH = "\n\nHuman: Q?\n\nAssistant: "

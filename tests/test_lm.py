@@ -10,6 +10,7 @@ from weightsteer.checkpoints.locate import checkpoint_folder
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM, PLAIN_TEMPLATE
 from weightsteer.runs.tiny_model import byte_tokenizer
+from weightsteer.scoring import score_choices, score_texts
 from xllama_server import packaged_gguf
 
 
@@ -126,3 +127,15 @@ def test_wrapping_leaves_the_callers_tokenizer_and_threads_alone() -> None:
     assert torch.get_num_threads() == threads
     whole = byte_tokenizer()
     assert LM.wrap(tiny_model(), whole).tokenizer is whole
+
+
+def test_a_text_longer_than_the_models_context_is_refused_before_it_takes_the_memory() -> None:
+    lm = tiny_lm()
+    context = lm.model.config.max_position_embeddings
+    for call in (
+        lambda: lm.generate(["x" * context], max_new_tokens=1),
+        lambda: score_texts(lm, ["x" * (context + 1)]),
+        lambda: score_choices(lm, ["x"], [["y" * context]]),
+    ):
+        with pytest.raises(SteerError, match=f"longer than the model's context of {context}"):
+            call()

@@ -15,7 +15,7 @@ from .disk import make_folder, sync_folder, telling_of_disk
 from .errors import SteerError
 from .leftovers import is_leftover, sweep_beside
 from .outputs import refuse_special
-from .schema import parse_json, read_limited
+from .schema import MOST_ROWS_BYTES, parse_json, read_limited
 
 MOST_GROWN = 1 << 34  # bytes of a file of rows; one that grew to more is no file of ours
 CONTINUED = " \n"  # between the rows of one append
@@ -86,10 +86,9 @@ def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, An
             is not text or is blank, or the file holds no line at all. The message names file, line, field.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # line ends of any system become \n
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise SteerError(f"{path}: cannot be read ({reason}); check the path") from None
+        text = read_limited(path, MOST_ROWS_BYTES)
+    except OSError as error:
+        raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     rows = [
         _parse_line(path, number, line, required)
         for number, line in enumerate(text.split("\n"), start=1)  # not splitlines: JSON may hold U+0085

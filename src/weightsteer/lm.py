@@ -153,9 +153,9 @@ class LM:
         """Token ids of a user turn (or of a talk's turns), up to where the assistant's answer starts.
 
         Raises:
-            SteerError: the template refuses the conversation.
+            SteerError: the template refuses the conversation, or it is longer than the model's context.
         """
-        return self._known(self.chat_template.prompt_ids(turns_of(prompt, self.system_prompt)))
+        return self.require_fitting(self.chat_template.prompt_ids(turns_of(prompt, self.system_prompt)))
 
     def exchange(self, prompt: PromptLike, answer: str) -> Exchange:
         """Token ids of a prompt with its answer, as the template renders the whole conversation.
@@ -175,6 +175,19 @@ class LM:
         """Token ids of an answer, as the template renders it after a short prompt; `ended` appends the turn's end."""
         found = self.exchange("Hi", answer)
         return found.answer + found.end if ended else found.answer
+
+    def require_fitting(self, ids: list[int]) -> list[int]:
+        """The ids of a prompt, if the model can read them all.
+
+        Raises:
+            SteerError: there are more than its context has places for, or it has no embedding for one.
+        """
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(context, int) and len(ids) > context:
+            raise SteerError(
+                f"{self.name}: a text of {len(ids)} tokens is longer than the model's context of {context}; shorten it"
+            )
+        return self._known(ids)
 
     def _known(self, ids: list[int]) -> list[int]:
         """The ids, if the model has a row of its embedding for each."""
@@ -249,7 +262,7 @@ class LM:
         prompt (see `SteeringHandle`), each gets its own.
         """
         texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
-        ids = [self._known(self.chat_template.ids_of(text)) for text in texts]
+        ids = [self.require_fitting(self.chat_template.ids_of(text)) for text in texts]
         replies, writer = [Reply("")] * len(ids), self._writer
         if temperature > 0:
             torch.manual_seed(seed)
@@ -263,7 +276,7 @@ class LM:
     def reply_aloud(self, prompt: PromptLike, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
         """One greedy reply, which a streamer gets token by token."""
         text = self.chat_template.prompt_text(turns_of(prompt, self.system_prompt))
-        ids = self._known(self.chat_template.ids_of(text))
+        ids = self.require_fitting(self.chat_template.ids_of(text))
         (row,), (broken,) = self._writer.write([ids], max_new_tokens, streamer=streamer)
         return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
 

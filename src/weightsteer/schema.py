@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter, ValidationError
 
 MOST_BYTES = 1 << 28  # of one JSON file: the largest index of a checkpoint has some ten megabytes
+MOST_ROWS_BYTES = 2_000_000_000  # of a file of examples: they are held in memory
 LARGEST_FLOAT = 3.4028234e38  # of float32, in which every k and every scale ends
 LONGEST_SHOWN = 80  # characters of what was found, in a message
 
@@ -37,6 +38,31 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 STRICT_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
+def read_bounded(path: Path, most: int = MOST_ROWS_BYTES) -> bytes:
+    """A file's bytes; it may be a pipe, but no device, which would never end.
+
+    Raises:
+        SteerError: it is a device, or larger than `most` bytes.
+        OSError: it cannot be read.
+    """
+    if path.is_char_device() or path.is_block_device():
+        raise SteerError(f"{path}: is a device; expected a file")
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    return require_bounded(path, content, most)
+
+
+def require_bounded(path: Path, content: bytes, most: int = MOST_ROWS_BYTES) -> bytes:
+    """Bytes that were read up to `most` and one more.
+
+    Raises:
+        SteerError: they are more than `most`.
+    """
+    if len(content) > most:
+        raise SteerError(f"{path}: is larger than {most / 1e6:.4g} MB, more than such a file can need; name another")
+    return content
+
+
 def read_limited(path: Path, most: int = MOST_BYTES) -> str:
     """A file's text; a byte order mark is passed over, and line ends are of any system.
 
@@ -44,10 +70,7 @@ def read_limited(path: Path, most: int = MOST_BYTES) -> str:
         SteerError: it is larger than `most` bytes, or no UTF-8 text.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise SteerError(f"{path}: is larger than {most / 1e6:.3g} MB, more than such a file can need; name another")
+    content = read_bounded(path, most)
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:

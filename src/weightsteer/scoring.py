@@ -90,6 +90,7 @@ def _asked(lm: LM, number: int, prompt: PromptLike, texts: Sequence[str]) -> lis
     found: dict[tuple[int, ...], _Asked] = {}
     for place, text in enumerate(texts):
         exchange = lm.exchange(prompt, text)
+        lm.require_fitting(exchange.head + exchange.answer)
         if not exchange.answer:
             raise SteerError(f"score_choices: prompt {last_words(prompt)!r} has no candidate, or an empty one")
         part = found.setdefault(tuple(exchange.head), _Asked(number, [], exchange.head, []))
@@ -108,6 +109,8 @@ def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Sc
         SteerError: a text of fewer than two tokens.
     """
     ids = [list(lm.tokenizer(text)["input_ids"]) for text in texts]  # with the BOS of models that have one
+    for row in ids:
+        lm.require_fitting(row)
     if any(len(row) < 2 for row in ids):
         raise SteerError("score_texts: a text has fewer than two tokens, so there is nothing to predict")
     scores = [Score(0.0, 1)] * len(ids)

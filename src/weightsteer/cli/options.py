@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SteerError
-from ..schema import LARGEST_FLOAT
+from ..schema import LARGEST_FLOAT, parse_json
 from ..shown import say
 
 if TYPE_CHECKING:
@@ -88,10 +87,7 @@ def load_lm(
 
 def template_variables(text: str | None) -> dict[str, Any]:
     """A JSON object of variables for the chat template."""
-    try:
-        found = json.loads(text or "{}")
-    except ValueError as error:
-        raise SteerError(f"--chat-template-kwargs: not JSON ({error}); found {text!r}") from None
+    found = parse_json(text or "{}", "--chat-template-kwargs")
     if not isinstance(found, dict):
         raise SteerError(
             f"--chat-template-kwargs: expected an object such as '{{\"enable_thinking\": false}}', found {text!r}"

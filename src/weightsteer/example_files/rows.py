@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 
 from ..errors import SteerError
 from ..files import LFS_POINTER
-from ..schema import STRICT_JSON, TwiceError
+from ..schema import MOST_ROWS_BYTES, STRICT_JSON, TwiceError, read_bounded, require_bounded
 
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 NOT_READ = {
@@ -107,9 +108,10 @@ def _text_rows(path: Path, text: str) -> list[Row]:
 def _content(path: Path) -> bytes:
     """The file's bytes, unpacked."""
     try:
-        content = path.read_bytes()
+        content = read_bounded(path)
         if content.startswith(GZIP):
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as packed:
+                content = require_bounded(path, packed.read(MOST_ROWS_BYTES + 1), MOST_ROWS_BYTES)
     except IsADirectoryError:
         raise SteerError(f"{path}: is a folder; expected a file of examples in it") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):

@@ -16,6 +16,7 @@ from weightsteer.files import (
     read_finished,
     read_json,
     read_jsonl,
+    read_kept,
     refuse_inputs,
     write_jsonl,
     write_text,
@@ -192,3 +193,14 @@ def test_two_writers_of_one_folder(tmp_path: Path) -> None:
     assert f"process {os.getpid()} on {socket.gethostname()}, since 2" in said
     assert RunCard.load(tmp_path / "out").base_model == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", ["", "\0\0", "[", '"7"', "NaN", "[7]"])
+def test_what_was_kept_and_is_damaged_is_to_be_made_again(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "layer.json"
+    assert read_kept(path, int) is None
+    path.write_text("7")
+    assert read_kept(path, int) == 7
+    path.write_text(content)
+    with pytest.warns(UserWarning, match=r"layer\.json.*made again"):
+        assert read_kept(path, int) is None

@@ -9,16 +9,18 @@ import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .disk import make_folder, sync_folder, telling_of_disk
 from .errors import SteerError
 from .leftovers import is_leftover, sweep_beside
 from .outputs import refuse_special
-from .schema import MOST_ROWS_BYTES, parse_json, read_limited
+from .schema import MOST_ROWS_BYTES, checked, parse_json, read_limited, refuse_unusual
 
 MOST_GROWN = 1 << 34  # bytes of a file of rows; one that grew to more is no file of ours
 CONTINUED = " \n"  # between the rows of one append
+
+T = TypeVar("T")
 
 
 def sha256_of(path: Path) -> str:
@@ -76,6 +78,22 @@ def read_json(path: Path) -> Any:
         return parse_json(read_limited(path), str(path))
     except OSError as error:
         raise SteerError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+
+
+def read_kept(path: Path, kind: type[T]) -> T | None:
+    """What an earlier step of a run has kept in a JSON file; None where it has to be made.
+
+    A file that is damaged counts as none, with a warning.
+    """
+    if not path.exists():
+        return None
+    try:
+        value = checked(kind, read_json(path), str(path))
+        refuse_unusual(value, str(path))
+    except SteerError as error:
+        warnings.warn(f"{error}; it is made again", stacklevel=2)
+        return None
+    return value
 
 
 def read_jsonl(path: Path, *, required: Sequence[str] = ()) -> list[dict[str, Any]]:

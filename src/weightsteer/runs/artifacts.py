@@ -21,7 +21,7 @@ from ..evaluation.search import best_layer
 from ..evaluation.tasks.task import Task
 from ..example_files.load import load_examples
 from ..export.merge import MergeSettings, export_merged
-from ..files import read_json, write_json
+from ..files import read_json, read_kept, write_json
 from ..judges.endpoint import ChatModel, Endpoint
 from ..judges.judge import Judge, LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from ..judges.keys import require_own_key
@@ -225,13 +225,14 @@ class RunArtifacts:
     def activation_layer(self) -> int:
         """See `MethodSources.activation_layer`."""
         path, sweep = self.folder.layer, self.recipe.sweep
-        if not path.exists():
-            task, metric = metric_key(sweep.behavior)
-            items, vector = self.tasks[task].of_split("validation").first(sweep.search_items), self.activations()
-            with self.show("activations: layer") as progress:
-                step = sweep.layer_step
-                write_json(path, best_layer(self.lm(), vector, items, metric=metric, step=step, progress=progress))
-        return read_layer(self.folder)
+        if (kept := read_kept(path, int)) is not None:
+            return kept
+        task, metric = metric_key(sweep.behavior)
+        items, vector = self.tasks[task].of_split("validation").first(sweep.search_items), self.activations()
+        with self.show("activations: layer") as progress:
+            layer = best_layer(self.lm(), vector, items, metric=metric, step=sweep.layer_step, progress=progress)
+        write_json(path, layer)
+        return layer
 
     def repair_target(self) -> Path:
         """See `MethodSources.repair_target`."""

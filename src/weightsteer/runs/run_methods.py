@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from ..evaluation.search import k_at_loss_increase
 from ..evaluation.tasks.task import Task
-from ..files import read_json, write_json
+from ..files import read_kept, write_json
 from ..former_names import METHODS as FORMER_METHODS
-from ..schema import checked, refuse_unusual
 from ..steering.methods import METHODS
 from ..steering.steering import Direction, Steering, TrainedCheckpoints
 from ..vectors.difference import task_vector
@@ -28,8 +27,7 @@ def make_method(name: str, artifacts: RunArtifacts) -> Steering:
 def methods_with_strengths(artifacts: RunArtifacts, texts: Task) -> list[tuple[Steering, list[float]]]:
     """Every variant and method of the recipe with its strengths; those not given are searched on `texts`."""
     path, sweep, show = artifacts.folder.strengths, artifacts.recipe.sweep, artifacts.show
-    kept = checked(dict[str, list[float]], read_json(path), str(path)) if path.exists() else {}
-    refuse_unusual(kept, str(path))
+    kept = read_kept(path, dict[str, list[float]]) or {}
     known: dict[str, list[float]] = {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
     names = [*sweep.variants, *sweep.methods]
     found: list[tuple[Steering, list[float]]] = []

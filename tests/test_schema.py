@@ -271,6 +271,14 @@ def test_end_tokens_are_token_ids(checkpoint: Path) -> None:
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(SteerError, match="eos_token_id"):
         LM.load(checkpoint, device="cpu")
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": 1000000000000000000000000000000}')
+    with pytest.raises(SteerError, match="eos_token_id"):
+        LM.load(checkpoint, device="cpu")
+    (checkpoint / "generation_config.json").unlink()
+    path = checkpoint / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": "x"}))
+    with pytest.raises(SteerError, match="its tokenizer cannot be loaded"):
+        LM.load(checkpoint, device="cpu")
 
 
 def gguf_start(tensors: int, fields: int, rest: bytes = b"") -> bytes:

@@ -16,6 +16,7 @@ from ..progress import quiet_transformers
 from .bounded import bounded_modules, count_stored
 from .checkpoint import read_config
 
+MOST_TOKENS = 1 << 31  # of a vocabulary
 PANIC = "PanicException"  # of libraries in Rust; it is no Exception
 
 
@@ -60,6 +61,7 @@ def load_tokenizer(name: str, where: str, **options: Any) -> PreTrainedTokenizer
     """
     with read_by_others(name, "its tokenizer "), quiet_transformers():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
+        tokenizer("Hi", add_special_tokens=False)  # fields of a wrong type show only in use
     template = getattr(tokenizer, "chat_template", None)
     texts = list(template.values()) if isinstance(template, dict) else [template]
     if not all(text is None or isinstance(text, str) for text in texts):
@@ -114,7 +116,7 @@ def _check_ends(name: str, model: PreTrainedModel) -> None:
     """Raise if what the model says of its end tokens is no token ids."""
     ends = getattr(model.generation_config, "eos_token_id", None)
     listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in listed):
+    if not all(isinstance(end, int) and not isinstance(end, bool) and 0 <= end < MOST_TOKENS for end in listed):
         raise SteerError(
             f"{name}: its eos_token_id: expected token ids, found {ends!r}; see its generation_config.json"
         )

@@ -243,9 +243,8 @@ def test_a_config_of_a_billion_is_not_built(field: str, checkpoint: Path) -> Non
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: 10**9}))
     started = time.monotonic()
-    if field == "num_hidden_layers":
-        with pytest.raises(SteerError, match="asks for a model of more than"):
-            architecture_of(checkpoint)
+    with pytest.raises(SteerError, match="asks for a model of more than|more than its files can hold"):
+        architecture_of(checkpoint)
     with pytest.raises(SteerError, match=r"base"):
         LM.load(checkpoint, device="cpu")
     assert time.monotonic() - started < 30

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .checkpoint import is_checkpoint, stored_tensors
 
 MOST_MODULES = 200_000  # where it is not known how many tensors there are
 MODULES_PER_TENSOR = 4  # a layer with its own module, its activation, and the blocks around it
+MOST_ROWS = 1 << 30  # of all parameters together, where no files tell more: a trillion parameters have a third of it
 SMALL = 2_000  # modules that are built in a moment
 
 
@@ -59,3 +61,20 @@ def count_stored(folder: Path) -> int | None:
         return len(stored_tensors(folder))
     except SteerError:  # told of by what needs the tensors
         return None
+
+
+def require_stored(folder: Path, rows: int) -> None:
+    """Check that a folder's files can hold so many rows of parameters: each takes one number at least.
+
+    Raises:
+        SteerError: they hold fewer numbers.
+    """
+    held = MOST_ROWS
+    if is_checkpoint(folder):
+        with suppress(SteerError):  # told of by what needs the tensors
+            held = sum(math.prod(tensor.shape) for tensor in stored_tensors(folder).values())
+    if rows > held:
+        raise SteerError(
+            f"its config asks for parameters of {rows} rows, more than its files can hold; check its sizes, or "
+            "download it again"
+        )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..progress import quiet_transformers
+from .bounded import require_stored
 from .safetensors_file import matrix_shape
 
 Run = tuple[str, int, int, int]  # the fields of a `Place`
@@ -75,6 +76,7 @@ def describe(folder: Path) -> dict[str, Any]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     every = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    require_stored(folder, sum(matrix_shape(shape)[0] for shape in shapes.values()))
     return {
         "kind": type(model).__name__,
         "shapes": shapes,

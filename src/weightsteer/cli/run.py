@@ -102,7 +102,7 @@ def _print_table(run: Run) -> None:
     from ..evaluation.metrics import title_of
     from ..evaluation.results import read_rows
     from ..reporting.charts import main_keys
-    from ..reporting.report import summary_table
+    from ..reporting.result_tables import summary_table
     from ..run_card import RunCard
 
     rows = [row for row in read_rows(run.folder.rows) if row.split == "test"]
@@ -174,7 +174,7 @@ def compare(
     """
     from ..evaluation.compare import compare_at_loss
     from ..evaluation.metrics import metric_key
-    from ..reporting.report import comparison_table
+    from ..reporting.result_tables import comparison_table
     from ..runs.recipe import refuse_other_recipes
 
     refuse_other_recipes(runs)

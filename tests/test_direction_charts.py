@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsteer.reporting.charts import png
-from weightsteer.reporting.direction_charts import cluster_order, heatmap, over_steps, parts_over_steps
+from weightsteer.reporting.direction_charts import MOST_VALUES, TITLES, cluster_order, heatmap, layer_panels, over_steps, step_panels
 
 ROW = {"vector": "v", "part": "all", "cosine": 0.1, "centre": 0.0, "band": 0.02, "z": 5.0, "projection": 0.3}
 
@@ -24,6 +24,20 @@ def test_like_vectors_become_neighbours(order: list[int]) -> None:
 def test_charts_are_drawn() -> None:
     rows = [{**ROW, "step": step} for step in (1, 2)]
     assert png(over_steps(rows)).startswith(b"\x89PNG")
-    assert png(parts_over_steps([{**row, "part": "layer 3"} for row in rows])).startswith(b"\x89PNG")
+    assert list(layer_panels([{**row, "part": part} for row in rows for part in ("layer 3", "all")])) == ["v"]
     table = np.array([[1.0, 0.5, np.nan], [0.5, 1.0, 0.1], [np.nan, 0.1, 1.0]])
     assert png(heatmap(["a", "b", "c"], table)).startswith(b"\x89PNG")
+
+
+def test_the_alerts_threshold_is_drawn_where_it_is_set() -> None:
+    rows = [{**ROW, "step": step} for step in (1, 2)]
+    with_alert, without = (str(step_panels(rows, alert=z)[TITLES["z"]].to_dict()) for z in (4.0, None))
+    assert "{'z': 4.0}" in with_alert
+    assert "{'z': -4.0}" in with_alert
+    assert "{'z': 4.0}" not in without
+
+
+def test_many_vectors_are_drawn_without_their_values() -> None:
+    names = [f"v{n}" for n in range(MOST_VALUES + 1)]
+    assert "'text'" not in str(heatmap(names, np.eye(len(names)), fill=True).to_dict())
+    assert "'text'" in str(heatmap(names[:3], np.eye(3), fill=True).to_dict())

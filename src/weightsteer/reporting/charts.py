@@ -112,8 +112,8 @@ def _numbers(*names: str) -> list[alt.Tooltip]:
 
 def _axis(metric: Metric, *, change: bool = False) -> alt.Axis:
     """Shares as percentages, changes with their sign."""
-    sign = "+" if change else ""
-    return alt.Axis(format=f"{sign}.0%") if metric.is_share else alt.Axis(format=f"{sign}~g")
+    form = ("+" if change else "") + ("~%" if metric.is_share else "~g")
+    return alt.Axis(labelExpr=f"datum.value == 0 ? '0' : format(datum.value, '{form}')")
 
 
 def _coloured(points: Points, colours: Colours, legend: alt.Legend | None) -> alt.Color:
@@ -158,11 +158,11 @@ def comparison_panel(found: Sequence[ComparisonAtLoss], metric: Metric, colours:
         y=alt.Y("method:N", title=None, sort=order, axis=alt.Axis(labelLimit=140)),
         color=_coloured(points, colours, None),
     )
-    title = f"Change where the loss on ordinary text is {COMPARED_AT:g} nats per token higher"
+    title = f"Change at +{COMPARED_AT:g} nats per token"
     dots = _marks(base, points, colours).encode(x=alt.X("value:Q", title=title, axis=_axis(metric, change=True)))
     errors = base.mark_rule().encode(x="low:Q", x2="high:Q")
     zero = alt.Chart(alt.Data(values=[{"value": 0}])).mark_rule(opacity=0.4).encode(x="value:Q")
-    return (zero + errors + dots).properties(width=FILL, height=alt.Step(30))
+    return (zero + errors + dots).properties(width=FILL, height=30 * max(len(order), 1))
 
 
 def cost_panel(
@@ -233,7 +233,7 @@ def composition(norms: Mapping[str, float]) -> alt.Chart:
             ),
             tooltip=["layer:O", "module:N", alt.Tooltip("sum(norm):Q", format=".4f")],
         )
-        .properties(width=FILL, height=alt.Step(22))
+        .properties(width=FILL, height=22 * len({cell["module"] for cell in cells}))
     )
 
 

@@ -81,7 +81,7 @@ def change_in_words(row: MetricRow, metric: Metric) -> str:
         said = f"changes in {metric.title!r} by {'+' if row.value > 0 else '-'}{amount}"
     if not known:
         return f"{said}, on {row.n} item{'s' if row.n > 1 else ''}, so that no error is known"
-    return said if _sureness(row) >= SURE else f"{said}, which may be chance (less than two standard errors)"
+    return said if _sureness(row) >= SURE else f"{said}, which may be chance"
 
 
 def _cost(loss: float) -> str:

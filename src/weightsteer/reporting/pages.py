@@ -56,11 +56,11 @@ def write_figures(
     table: Sequence[Sequence[str]] = (),
     wide: bool = False,
 ) -> Path:
-    """A page of charts, each with a caption, and a table whose first row is its head.
+    """A page of charts, each under its heading, and a table whose first row is its head.
 
     Args:
         verdict: what the page comes to, in one sentence; it stands first.
-        wide: the charts fill the window.
+        wide: the charts are as large as the window, in both directions.
     """
     named = {f"figure{number}": spec for number, (spec, _) in enumerate(figures)}
     return write_page(
@@ -70,7 +70,7 @@ def write_figures(
         title=title,
         intro=intro,
         verdict=verdict,
-        captions={name: caption for name, (_, caption) in zip(named, figures, strict=True)},
+        headings={name: heading for name, (_, heading) in zip(named, figures, strict=True)},
         table=plain_table(path.stem, table) if table else None,
         wide=wide,
     )

@@ -9,7 +9,7 @@ from zlib import crc32
 METHOD_COLOURS: Mapping[str, str] = {
     "contrastive": "#f58518",
     "contrastive half": "#c98a4b",
-    "tau+": "#56a8a2",
+    "tau+": "#72b7b2",
     "tau-": "#54a24b",
     "bias-only": "#9d755d",
     "full": "#c2185b",
@@ -22,7 +22,7 @@ METHOD_COLOURS: Mapping[str, str] = {
     "negated task vector": "#c9a227",
 }
 OTHERS = ("#00897b", "#7986cb", "#ad8f00", "#ef6c8f", "#5d8aa8", "#a1662f", "#7cb342", "#ba68c8", "#78909c", "#d4785c")
-VECTORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#8a63d2", "#56a8a2", "#c9a227", "#b279a2", "#9d755d", "#8c8c8c")
+VECTORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#8a63d2", "#72b7b2", "#c9a227", "#b279a2", "#9d755d", "#8c8c8c")
 
 
 def method_colours(names: Iterable[str]) -> dict[str, str]:

@@ -138,12 +138,12 @@ def _opening(report: Report, rows: Sequence[MetricRow], behaviors: Sequence[Metr
     said = [one.text for one in found] or [nothing_recommended(strength)]
     ks = [one.k for one in found]
     example = next(iter(telling_first(report.samples, ks)), None)
-    cards = shown_replies(example, sorted({0.0, *ks})) if example and ks else []
+    cards = shown_replies(example, [0.0, *ks]) if example and ks else []
     items = next((row.n for row in rows if (row.task, row.metric) in behaviors[:1]), None)
     return {
         "sentences": [*said, *filter(None, [side_left_out(strength)])],
         "example": example,
-        "before_and_after": sorted(cards, key=lambda card: card.k != 0),
+        "before_and_after": cards,
         "items": items,
         "budget": _budget_in_words(strength, report.metrics),
     }

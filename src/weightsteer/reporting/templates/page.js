@@ -5,8 +5,11 @@ const axis = { labelColor: ink, titleColor: ink, domainColor: ink, domainOpacity
 const config = { background: null, font: "system-ui, sans-serif", axis, view: { stroke: null }, rule: { color: ink },
   legend: { labelColor: ink, titleColor: ink, labelFontSize: 12, titleFontSize: 12 }, title: { color: ink } };
 
+const views = new Map(); // element -> its chart
 for (const [id, spec] of Object.entries(specs)) {
-  vegaEmbed("#" + id, spec, { actions: false, renderer: "svg", config, tooltip: { theme: dark ? "dark" : "light" } });
+  const place = document.getElementById(id);
+  vegaEmbed(place, spec, { actions: false, renderer: "svg", config, tooltip: { theme: dark ? "dark" : "light" } })
+    .then(({ view }) => views.set(place, view));
 }
 
 /* The number that a cell stands for, or its text. */
@@ -60,10 +63,15 @@ for (const button of document.querySelectorAll("button.download")) {
   button.onclick = () => download(button.parentElement.querySelector("table"));
 }
 
-/* What is folded is printed too. */
+/* On paper a chart is as wide as its place there, so that its letters keep their size; what is folded is shown. */
+const PAPER = 680, GAP = 32; // A4 without its margins, in CSS pixels
 let opened = [];
 addEventListener("beforeprint", () => {
-  opened = [...document.querySelectorAll("details:not([open])")];
+  opened = [...document.querySelectorAll("details:not([open]):not(.kept)")];
   for (const fold of opened) fold.open = true;
+  for (const [place, view] of views) view.width(place.closest(".panels, .split") ? (PAPER - GAP) / 2 : PAPER).run();
 });
-addEventListener("afterprint", () => { for (const fold of opened) fold.open = false; });
+addEventListener("afterprint", () => {
+  for (const fold of opened) fold.open = false;
+  dispatchEvent(new Event("resize")); // charts take the width of their places again
+});

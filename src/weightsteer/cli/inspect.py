@@ -247,9 +247,7 @@ def _write_trends(
     )
     if alert:
         intro += f" The dashed lines are the alert's threshold, |z| = {alert.z:g}."
-    write_figures(
-        out / "monitor.html", f"Training run {run.name}", figures, verdict=verdict, intro=intro, table=rows
-    )
+    write_figures(out / "monitor.html", f"Training run {run.name}", figures, verdict=verdict, intro=intro, table=rows)
 
 
 VERBS = (show, cosine, monitor)

@@ -186,8 +186,9 @@ def compare(
         reference=reference,
         loss_increases=levels,
     )
-    names = [f"{level:g}" for level in levels]
-    heads = ["method", "side", "n", *names, *(f"against {markdown_text(reference)}, {name}" for name in names)]
+    rises = [f"at {level:+g} nats per token" for level in levels]
+    against = [f"minus {markdown_text(reference)}, {rise}" for rise in rises]
+    heads = ["method", "side", "n", *(f"change {rise}" for rise in rises), *against]
     say("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for line in comparison_table(found):
         cells = [
@@ -198,6 +199,10 @@ def compare(
             *line["against"].values(),
         ]
         say("| " + " | ".join(cells) + " |")
+    say(
+        f"\nA change is that of {markdown_text(behavior)} from the base, positive where it rises, on either side. "
+        "Side: more is k above 0, less is k below 0. In brackets: the strongest k raises the loss by less."
+    )
 
 
 def measure(

@@ -14,7 +14,6 @@ from .charts import FILL, HEIGHT, WIDTH
 from .palette import VECTORS
 
 SHOWN_BANDS = 2.0  # standard deviations of chance that are shaded
-MOST_VALUES = 24  # vectors up to which the heat map writes its values
 CELL = 44  # side of a cell of the heat map as a picture
 LEAST = 30  # width of a cell from which its value is written into it
 LAYERS = "layer "  # what the part of a reading is called that is one layer
@@ -41,7 +40,7 @@ def step_panels(readings: Readings, *, alert: float | None = None) -> dict[str, 
         readings: rows with step, vector, cosine, centre, band, z, projection.
         alert: the |z| from which an alert is raised.
     """
-    panels = _step_panels(readings, alert, alt.Legend(orient="bottom", symbolOpacity=1, columns=2, labelLimit=300))
+    panels = _step_panels(readings, alert, alt.Legend(orient="bottom", symbolOpacity=1, columns=1, labelLimit=250))
     return {TITLES[name]: panel.properties(width=FILL, height=HEIGHT) for name, panel in panels.items()}
 
 
@@ -83,8 +82,9 @@ def layer_panels(readings: Readings) -> dict[str, alt.Chart]:
     largest = max((abs(row["cosine"]) for rows in found.values() for row in rows), default=1.0) or 1.0
     scale = alt.Scale(scheme="redblue", reverse=True, domain=[-largest, largest])  # one scale, so that panels compare
     return {
-        vector: alt.Chart(alt.Data(values=rows), width=FILL, height=HEIGHT)
+        vector: alt.Chart(alt.Data(values=rows))
         .mark_rect()
+        .properties(width=FILL, height=HEIGHT)
         .encode(
             x=alt.X("step:O", title="Step", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("layer:O", title="Layer", axis=alt.Axis(labelOverlap=True)),
@@ -116,10 +116,10 @@ def heatmap(names: Sequence[str], cosines: np.ndarray, *, fill: bool = False) ->
         for j, b in enumerate(names)
         if np.isfinite(cosines[i, j])
     ]
-    axis = {"labelLimit": 130, "labelOverlap": True}
+    across, down = (alt.Axis(labelLimit=130, labelOverlap=True, labelAngle=angle) for angle in (-45, 0))
     base = alt.Chart(alt.Data(values=cells)).encode(
-        x=alt.X("column:N", title=None, sort=order, axis=alt.Axis(labelAngle=-45, **axis)),
-        y=alt.Y("row:N", title=None, sort=order, axis=alt.Axis(**axis)),
+        x=alt.X("column:N", title=None, sort=order, axis=across),
+        y=alt.Y("row:N", title=None, sort=order, axis=down),
     )
     scale = alt.Scale(scheme="redblue", reverse=True, domain=[-1, 1])
     legend = alt.Legend(orient="bottom" if fill else "right", title="Cosine")
@@ -128,10 +128,9 @@ def heatmap(names: Sequence[str], cosines: np.ndarray, *, fill: bool = False) ->
         tooltip=["row:N", "column:N", alt.Tooltip("cosine:Q", format=".4f")],
     )
     dark = alt.condition("abs(datum.cosine) > 0.6", alt.value("white"), alt.value("black"))
-    shown = len(names) <= MOST_VALUES
     roomy = alt.condition(f"width >= {LEAST * len(names)}", alt.value(1), alt.value(0))
     values = base.mark_text(fontSize=10).encode(text=alt.Text("cosine:Q", format=".2f"), color=dark, opacity=roomy)
-    chart = alt.layer(squares, values) if shown else alt.layer(squares)
+    chart = squares + values
     if fill:
         return chart.properties(width=FILL, height=FILL)
     return chart.properties(width=CELL * len(names), height=CELL * len(names), title="Cosines")

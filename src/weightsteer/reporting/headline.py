@@ -11,7 +11,7 @@ from ..evaluation.results import MetricRow
 from ..run_card import StrengthRange
 from .charts import LOSS
 
-UNITS = {"0 to 100": "points of 100"}
+POINTS = {"0 to 100": "points of 100"}  # the unit of a score from 0 to 100, of its change
 SURE = 2.0  # standard errors below which a change may well be chance
 
 
@@ -69,16 +69,20 @@ def side_left_out(strength: StrengthRange) -> str:
 
 def change_in_words(row: MetricRow, metric: Metric) -> str:
     """A change of a metric as a predicate: 'follows a false belief 8.8 ± 1.8 points less often'."""
-    way = "more" if row.value > 0 else "less"
-    scale, unit, form = (100.0, "points", ".1f") if metric.is_share else (1.0, UNITS.get(metric.unit, metric.unit), ".2f")
-    known = math.isfinite(row.stderr)
-    spread = f" ± {scale * row.stderr:{form}}" if known else ""
-    amount = f"{scale * abs(row.value):{form}}{spread}{f' {unit}' if unit else ''}"
-    often = " often" if metric.is_share else ""
+    scale, unit, form = (100.0, "points", ".1f") if metric.is_share else (1.0, metric.unit, ".2f")
+    if unit in POINTS:
+        unit, form = POINTS[unit], ".1f"
+    known, unit = math.isfinite(row.stderr), f" {unit}" if unit else ""
+    spread = f"± {scale * row.stderr:{form}}" if known else ""
+    if not row.value:
+        same = f"{metric.phrase} as before" if metric.phrase else f"does not change in {metric.title!r}"
+        return f"{same} (0{f' {spread}' if known else ''}{unit})"
+    way, sign = ("more", "+") if row.value > 0 else ("less", "-")
+    amount = f"{scale * abs(row.value):{form}}{f' {spread}' if known else ''}{unit}"
     if metric.phrase:
-        said = f"{metric.phrase} {amount} {way}{often}"
+        said = f"{metric.phrase} {amount} {way}{' often' if metric.is_share else ''}"
     else:
-        said = f"changes in {metric.title!r} by {'+' if row.value > 0 else '-'}{amount}"
+        said = f"changes in {metric.title!r} by {sign}{amount}"
     if not known:
         return f"{said}, on {row.n} item{'s' if row.n > 1 else ''}, so that no error is known"
     return said if _sureness(row) >= SURE else f"{said}, which may be chance"

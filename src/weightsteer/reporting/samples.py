@@ -55,7 +55,7 @@ def shown_replies(sample: Sample, ks: Sequence[float]) -> list[Shown]:
 
 
 def telling_first(samples: Sequence[Sample], ks: Sequence[float]) -> list[Sample]:
-    """The samples with the ones first whose replies at `ks` differ most from the base's and do not repeat themselves."""
+    """Those samples first whose replies at `ks` differ most from the base's and do not repeat themselves."""
     return sorted(samples, key=lambda sample: -_tells(sample, ks))
 
 
@@ -64,7 +64,9 @@ def _tells(sample: Sample, ks: Sequence[float]) -> float:
     base = sample.replies.get(0.0, "").split()
     steered = [sample.replies[k] for k in ks if k and k in sample.replies]
     likeness = [SequenceMatcher(None, base, text.split(), autojunk=False).ratio() for text in steered]
-    scores = [0.0 if loops(text) or not text.strip() else 1 - like for text, like in zip(steered, likeness, strict=True)]
+    scores = [
+        0.0 if loops(text) or not text.strip() else 1 - like for text, like in zip(steered, likeness, strict=True)
+    ]
     return sum(scores) / len(scores) if scores else 0.0
 
 

@@ -326,6 +326,15 @@ TASKS = {
     ),
     "arithmetic_choice": TaskKind(
         load_arithmetic_choice,
-        (*_METRICS, Metric("agreement_margin", "Leans to agreeing with a wrong solution", "nats per token", "lower", phrase="leans to agreeing")),
+        (
+            *_METRICS,
+            Metric(
+                "agreement_margin",
+                "Leans to agreeing with a wrong solution",
+                "nats per token",
+                "lower",
+                phrase="leans to agreeing",
+            ),
+        ),
     ),
 }

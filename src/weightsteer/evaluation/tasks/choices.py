@@ -147,8 +147,17 @@ TASKS = {
     "choices_likelihood": TaskKind(
         load_choices_likelihood,
         (
-            Metric("target", "The behaviour's option is the likelier", better=None, phrase="takes the behaviour's option"),
-            Metric("margin", "Leans to the behaviour's option", "nats per token", None, True, "leans to the behaviour's option"),
+            Metric(
+                "target", "The behaviour's option is the likelier", better=None, phrase="takes the behaviour's option"
+            ),
+            Metric(
+                "margin",
+                "Leans to the behaviour's option",
+                "nats per token",
+                None,
+                True,
+                "leans to the behaviour's option",
+            ),
         ),
     ),
 }

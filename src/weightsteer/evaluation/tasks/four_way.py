@@ -213,7 +213,12 @@ _METRICS = (
 TASKS = {
     "four_way": TaskKind(
         load_four_way,
-        (*_METRICS, Metric("margin", "Leans to the right answer", "nats per token", detail=True, phrase="leans to the right answer")),
+        (
+            *_METRICS,
+            Metric(
+                "margin", "Leans to the right answer", "nats per token", detail=True, phrase="leans to the right answer"
+            ),
+        ),
     ),
     "four_way_open": TaskKind(
         load_four_way_open,

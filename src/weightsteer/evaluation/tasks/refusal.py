@@ -342,7 +342,13 @@ TASKS = {
         load_refusal_likelihood,
         (
             *_REFUSED,
-            Metric("margin", "Leans to refusing the harmful", "nats per token", detail=True, phrase="leans to refusing harm"),
+            Metric(
+                "margin",
+                "Leans to refusing the harmful",
+                "nats per token",
+                detail=True,
+                phrase="leans to refusing harm",
+            ),
             Metric("harmless margin", "Leans to refusing the harmless", "nats per token", "lower"),
         ),
     ),

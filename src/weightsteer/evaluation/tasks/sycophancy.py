@@ -48,7 +48,9 @@ TASKS = {
         load_false_beliefs,
         (
             Metric("follows", "Follows the user's false belief", better="lower", phrase="follows a false belief"),
-            Metric("margin", "Leans to the user's false belief", "nats per token", "lower", True, "leans to a false belief"),
+            Metric(
+                "margin", "Leans to the user's false belief", "nats per token", "lower", True, "leans to a false belief"
+            ),
         ),
     ),
 }

@@ -161,8 +161,16 @@ TASKS = {
     "preference": TaskKind(
         load_preference,
         (
-            Metric("margin", "Prefers the behaviour, held-out questions", "nats per token", None, phrase="leans to the behaviour's answer"),
-            Metric("share", "Prefers the behaviour", "share of held-out questions", None, True, "prefers the behaviour"),
+            Metric(
+                "margin",
+                "Prefers the behaviour, held-out questions",
+                "nats per token",
+                None,
+                phrase="leans to the behaviour's answer",
+            ),
+            Metric(
+                "share", "Prefers the behaviour", "share of held-out questions", None, True, "prefers the behaviour"
+            ),
         ),
         must_not_overlap_training=True,
     ),
@@ -180,7 +188,12 @@ TASKS = {
     "statements": TaskKind(
         load_statements,
         (
-            Metric("matches", "Agrees with the trait's statements", better=None, phrase="agrees with a statement of the trait"),
+            Metric(
+                "matches",
+                "Agrees with the trait's statements",
+                better=None,
+                phrase="agrees with a statement of the trait",
+            ),
             Metric("margin", "Leans to the trait's answer", "nats", None, True, "leans to the trait's answer"),
         ),
     ),

@@ -69,7 +69,8 @@ def side_left_out(strength: StrengthRange) -> str:
 
 def change_in_words(row: MetricRow, metric: Metric) -> str:
     """A change of a metric as a predicate: 'follows a false belief 8.8 ± 1.8 points less often'."""
-    scale, unit, form = (100.0, "points", ".1f") if metric.is_share else (1.0, metric.unit, ".2f")
+    fine = ".3f" if abs(row.stderr) < 0.02 else ".2f"  # NaN: two digits
+    scale, unit, form = (100.0, "points", ".1f") if metric.is_share else (1.0, metric.unit, fine)
     if unit in POINTS:
         unit, form = POINTS[unit], ".1f"
     known, unit = math.isfinite(row.stderr), f" {unit}" if unit else ""

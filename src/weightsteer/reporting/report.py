@@ -28,6 +28,7 @@ from .palette import method_colours
 from .result_tables import all_numbers, comparison_of_methods, cost_table
 from .samples import Sample, looping_by_strength, shown_replies, strengths_to_show, telling_first
 
+NO_LIMIT = 1e6  # of a budget: more than any metric can get worse by
 FACTS = {  # what `vectors.geometry.facts` names, explained
     "norm": "the length of the change, over all weights",
     "rank": "in how many directions each weight matrix changes; energy is the squared norm",
@@ -154,6 +155,8 @@ def _budget_in_words(strength: StrengthRange, metrics: Metrics) -> str:
     known = {f"{task} {metric}": (task, metric) for task, metric in metrics}
     parts = []
     for name, limit in strength.budget.items():
+        if limit >= NO_LIMIT:
+            continue
         metric = metric_of(metrics, known[name]) if name in known else None
         if metric is None:
             parts.append(f"{name} by at most {limit:g}")

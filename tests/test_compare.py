@@ -14,7 +14,7 @@ from weightsteer.errors import SteerError
 from weightsteer.evaluation.compare import compare_at_loss
 from weightsteer.evaluation.results import BASE, Measurement, measurements_by_key
 from weightsteer.files import read_jsonl
-from weightsteer.reporting.report import comparison_table
+from weightsteer.reporting.result_tables import comparison_table
 
 BEHAVIOR, CAPABILITY = ("beliefs", "follows"), ("prose", "nll")
 

@@ -11,10 +11,13 @@ import pytest
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.compare import ComparisonAtLoss
 from weightsteer.evaluation.results import MetricRow
+from weightsteer.evaluation.task_spec import TaskSpec
+from weightsteer.evaluation.tasks import metrics_of
 from weightsteer.reporting import charts
 from weightsteer.reporting.charts import place
 from weightsteer.reporting.pages import vega_runtime
-from weightsteer.reporting.report import Report, Sample, write_report
+from weightsteer.reporting.report import Report, write_report
+from weightsteer.reporting.samples import Sample
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.run_folder import RunFolder
 
@@ -61,10 +64,9 @@ def test_page_is_self_contained_and_escapes_model_text(tmp_path: Path) -> None:
     assert re.findall(r"<(?:script|img|iframe|link)[^>]+(?:src|href)=", page) == []
     assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
     assert page.count("<script>") == page.count("</script>") == 2
-    assert page.count("12,345") == 2  # its own table, and beside the method at the same loss
     for text in ("(-0.200 ± 0.050)", "1.25 ± 0.10", "k = +1", "k = -1", "weightsteer run recipe.yaml", "0.600 ± 0.050"):
         assert text in page
-    assert '<div id="cost">' in page
+    assert "12,345</td>" in page
     assert '"tokens": 12345.0' in page
     assert RunFolder(tmp_path).plot.read_bytes().startswith(b"\x89PNG")
     assert RunFolder(tmp_path).page.stat().st_size < 3_000_000
@@ -79,10 +81,11 @@ def test_a_margin_is_drawn_where_it_is_asked_for_and_an_overflow_is_not() -> Non
         for change in (False, True)
     ]
     key = [("a", "margin")]
-    for chart in (charts.behaviour_against_capability(rows, key, {}), charts.dose_response(rows, "tau+", key, {})):
+    picture = charts.behaviour_against_capability(rows, key, {})
+    for chart in (picture, charts.dose_panel(rows, "tau+", key[0], {})):
         drawn = re.findall(r"'k': (\d\.\d)", str(chart.to_dict()))
         assert sorted(set(drawn)) == ["0.0", "1.0"]
-        assert charts.png(chart).startswith(b"\x89PNG")
+    assert charts.png(picture).startswith(b"\x89PNG")
 
 
 def test_no_test_rows_is_an_error(tmp_path: Path) -> None:
@@ -100,3 +103,23 @@ def test_report_does_not_import_torch() -> None:
 def test_places_of_parameters() -> None:
     assert place("model.layers.3.mlp.up_proj.weight") == {"layer": 3, "module": "mlp.up_proj"}
     assert place("model.embed_tokens.weight") == {"layer": "-", "module": "embed_tokens.weight"}
+
+
+def test_no_internal_label_is_shown(tmp_path: Path) -> None:
+    report = Report(**{**vars(make_report()), "title": "T", "card": RunCard("vector", base_model="m"), "samples": ()})
+    report = Report(**{**vars(report), "metrics": metrics_of([TaskSpec(task) for task, _ in METRICS])})
+    page = write_report(report, RunFolder(tmp_path)).read_text().replace(vega_runtime(), "")
+    shown = re.sub(r"<script>.*?</script>|<style>.*?</style>|<pre>.*?</pre>", "", page, flags=re.DOTALL)
+    for label in ("prose nll", "prose/nll", "false_beliefs", "preference/margin"):
+        assert label not in shown
+    assert "loss on ordinary text by at most 0.1 nats per token" in shown
+
+
+def test_what_the_folder_lacks_is_left_out(tmp_path: Path) -> None:
+    bare = Report(title="T", rows=make_report().rows, card=RunCard("vector"), strength=make_report().strength, norms={})
+    page = write_report(bare, RunFolder(tmp_path)).read_text().replace(vega_runtime(), "")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        "Dose and response",
+        "Methods at the same loss increase",
+        "Provenance",
+    ]

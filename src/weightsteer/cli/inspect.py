@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,8 @@ from ..shown import csv_cell, one_line, say
 from .options import Base, Vector
 
 if TYPE_CHECKING:
-    from ..monitor import Reading
+    from ..monitor import Alert, Reading
+    from ..vectors.similarity import Similarity
     from ..vectors.weight_vector import WeightVector
 
 
@@ -103,17 +105,32 @@ def cosine(
         found = similarities(vectors, progress=progress)
     say(table(found.names, found.cosines))
     if out:
-        from ..files import write_bytes
-        from ..reporting.charts import png
-        from ..reporting.direction_charts import heatmap
-        from ..reporting.pages import write_figures
-
         found.save(out)
-        chart = heatmap(found.names, found.cosines)
-        write_bytes(out.with_name(f"{out.name}.png"), png(chart))
-        page = out.with_name(f"{out.name}.html")
-        write_figures(page, "Cosines", [(chart.to_dict(), "Over all parameters; like vectors are neighbours.")])
+        page = _draw_heatmap(out, found)
         say(f"{out}.csv, {out}.npz, {out}.png, {page}")
+
+
+def _draw_heatmap(out: Path, found: Similarity) -> Path:
+    """The picture, and the page with every pair in a table; returns the page's path."""
+    from ..files import write_bytes
+    from ..reporting.charts import png
+    from ..reporting.direction_charts import heatmap
+    from ..reporting.pages import write_figures
+
+    names, cosines = found.names, found.cosines
+    write_bytes(out.with_name(f"{out.name}.png"), png(heatmap(names, cosines)))
+    pairs = [
+        [names[i], names[j], f"{cosines[i, j]:+.4f}"]
+        for i, j in sorted(combinations(range(len(names)), 2), key=lambda pair: -abs(cosines[pair]))
+    ]
+    return write_figures(
+        out.with_name(f"{out.name}.html"),
+        "Cosines",
+        [(heatmap(names, cosines, fill=True).to_dict(), "")],
+        intro="Over all parameters; like vectors are neighbours. 1 is the same direction, 0 nothing in common.",
+        table=[["Vector", "Other vector", "Cosine"], *pairs],
+        wide=True,
+    )
 
 
 def _refuse_foreign_outputs(out: Path, *sources: str | None) -> None:
@@ -144,7 +161,7 @@ def monitor(
 
     Example: weightsteer monitor outputs/run --vectors runs/evil/vector runs/sycophancy/vector -o monitor
     """
-    from ..monitor import WHOLE, Alert, describe, list_checkpoints, read_checkpoints
+    from ..monitor import WHOLE, Alert, describe, list_checkpoints, read_checkpoints, verdict
     from ..monitor.checkpoints import READINGS_FILE
     from ..vectors.difference import task_vector
     from ..vectors.similarity import labels
@@ -164,9 +181,10 @@ def monitor(
         rows = [[one_line(cell) for cell in row] for row in _table(whole)]
         for row in rows:
             say("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
-        _write_trends(out, checkpoints, readings, whole, rows)
+        watched = [reading for reading in whole if reading.vector in names[: len(vectors)]]
+        _write_trends(out, checkpoints, readings, whole, rows, limit, verdict(watched, limit))
     say(f"{out}/readings.csv, cosines.png, monitor.html")
-    raised = limit.raised(reading for reading in whole if reading.vector in names[: len(vectors)]) if limit else []
+    raised = limit.raised(watched) if limit else []
     for reading in raised:
         say(describe(reading))
     if raised:
@@ -194,7 +212,13 @@ def _table(readings: Sequence[Reading]) -> list[list[str]]:
 
 
 def _write_trends(
-    out: Path, run: Path, readings: Sequence[Reading], whole: Sequence[Reading], rows: Sequence[Sequence[str]]
+    out: Path,
+    run: Path,
+    readings: Sequence[Reading],
+    whole: Sequence[Reading],
+    rows: Sequence[Sequence[str]],
+    alert: Alert | None,
+    verdict: str,
 ) -> None:
     """The readings as CSV, the main chart as PNG, and the page with both and the layers."""
     import csv
@@ -202,7 +226,7 @@ def _write_trends(
 
     from ..files import write_bytes, write_text
     from ..reporting.charts import png
-    from ..reporting.direction_charts import over_steps, parts_over_steps
+    from ..reporting.direction_charts import layer_panels, over_steps, step_panels
     from ..reporting.pages import write_figures
 
     table = io.StringIO()
@@ -212,14 +236,18 @@ def _write_trends(
         writer.writerow({name: csv_cell(value) for name, value in asdict(reading).items()})
     write_text(out / "readings.csv", table.getvalue())
     lines = [asdict(reading) for reading in whole]
-    chart = over_steps(lines)
-    write_bytes(out / "cosines.png", png(chart))
-    figures = [(chart.to_dict(), "Over all parameters. Shaded: what the cosine is by chance.")]
-    layers = [asdict(reading) for reading in readings if reading.part.startswith("layer ")]
-    if layers:
-        figures.append((parts_over_steps(layers).to_dict(), "The cosine within each layer."))
-    intro = "tau = theta at the step - theta of the base, against saved vectors."
-    write_figures(out / "monitor.html", f"Training run {run.name}", figures, intro=intro, table=rows)
+    limit = alert.z if alert else None
+    write_bytes(out / "cosines.png", png(over_steps(lines, alert=limit)))
+    figures = [(chart.to_dict(), title) for title, chart in step_panels(lines, alert=limit).items()]
+    layers = layer_panels([asdict(reading) for reading in readings])
+    figures += [(chart.to_dict(), f"Cosine in each layer: {vector}") for vector, chart in layers.items()]
+    intro = (
+        "tau is theta at the step minus theta of the base: what the training changed so far. It is compared with saved "
+        "vectors over all parameters; z says how many standard deviations a cosine is from chance."
+    )
+    if alert:
+        intro += f" The dashed lines are the alert's threshold, |z| = {alert.z:g}."
+    write_figures(out / "monitor.html", f"Training run {run.name}", figures, verdict=verdict, intro=intro, table=rows)
 
 
 VERBS = (show, cosine, monitor)

@@ -102,7 +102,7 @@ def _print_table(run: Run) -> None:
     from ..evaluation.metrics import title_of
     from ..evaluation.results import read_rows
     from ..reporting.charts import main_keys
-    from ..reporting.report import summary_table
+    from ..reporting.result_tables import summary_table
     from ..run_card import RunCard
 
     rows = [row for row in read_rows(run.folder.rows) if row.split == "test"]
@@ -174,7 +174,7 @@ def compare(
     """
     from ..evaluation.compare import compare_at_loss
     from ..evaluation.metrics import metric_key
-    from ..reporting.report import comparison_table
+    from ..reporting.result_tables import comparison_table
     from ..runs.recipe import refuse_other_recipes
 
     refuse_other_recipes(runs)
@@ -186,8 +186,9 @@ def compare(
         reference=reference,
         loss_increases=levels,
     )
-    names = [f"{level:g}" for level in levels]
-    heads = ["method", "side", "n", *names, *(f"against {markdown_text(reference)}, {name}" for name in names)]
+    rises = [f"at {level:+g} nats per token" for level in levels]
+    against = [f"minus {markdown_text(reference)}, {rise}" for rise in rises]
+    heads = ["method", "side", "n", *(f"change {rise}" for rise in rises), *against]
     say("| " + " | ".join(heads) + " |\n" + "| --- " * len(heads) + "|")
     for line in comparison_table(found):
         cells = [
@@ -198,6 +199,10 @@ def compare(
             *line["against"].values(),
         ]
         say("| " + " | ".join(cells) + " |")
+    say(
+        f"\nA change is that of {markdown_text(behavior)} from the base, positive where it rises, on either side. "
+        "Side: more is k above 0, less is k below 0. In brackets: the strongest k raises the loss by less."
+    )
 
 
 def measure(

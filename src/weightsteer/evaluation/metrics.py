@@ -16,7 +16,8 @@ class Metric:
     """One number that a task gives for each item.
 
     `better` is None where either way may be wanted: how strongly a behaviour shows. A `detail` is another view of
-    a metric that is shown already, and summaries leave it out.
+    a metric that is shown already, and summaries leave it out. A `phrase` says it of the model in a sentence, as in
+    "follows a false belief", before "less often" or "0.3 nats per token less".
     """
 
     name: str
@@ -24,11 +25,17 @@ class Metric:
     unit: str = "share"
     better: Literal["higher", "lower"] | None = "higher"
     detail: bool = False
+    phrase: str = ""
 
     @property
     def heading(self) -> str:
         """Title and unit, for the head of a chart or a table."""
         return f"{self.title} ({self.unit})"
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of the items, from 0 to 1."""
+        return self.unit.startswith("share")
 
     def worsening(self, change: float) -> float:
         """By how much a change makes the metric worse; negative where it makes it better."""

@@ -2,7 +2,7 @@
 
 from .callback import SteeringMonitor
 from .checkpoints import checkpoint_products, list_checkpoints, read_checkpoints
-from .readings import WHOLE, Alert, Products, Reading, describe, random_variance, read_off
+from .readings import WHOLE, Alert, Products, Reading, describe, random_variance, read_off, verdict
 
 __all__ = [
     "WHOLE",
@@ -16,4 +16,5 @@ __all__ = [
     "random_variance",
     "read_checkpoints",
     "read_off",
+    "verdict",
 ]

@@ -185,6 +185,29 @@ class Alert:
         return [reading for reading in readings if reading.part == WHOLE and abs(reading.z) >= self.z]
 
 
+WITHIN_CHANCE = 2.0  # standard deviations up to which a reading is nothing to speak of
+
+
+def verdict(readings: Sequence[Reading], alert: Alert | None) -> str:
+    """What the whole-model readings come to, in one sentence, for the head of a page."""
+    whole = [reading for reading in readings if reading.part == WHOLE]
+    if not whole:
+        return "No checkpoint has been read yet."
+    furthest = max(whole, key=lambda reading: abs(reading.z))
+    way = "toward" if furthest.z > 0 else "away from"
+    most = f"the furthest from chance is {way} {furthest.vector!r} at step {furthest.step}, z = {furthest.z:+.1f}"
+    raised = alert.raised(whole) if alert else []
+    if alert and raised:
+        first = min(raised, key=lambda reading: reading.step)
+        count = f"{len(raised)} of {len(whole)} readings reach" if len(raised) > 1 else f"1 of {len(whole)} reaches"
+        return f"Alert: {count} the threshold |z| = {alert.z:g}, first at step {first.step} ({first.vector!r}); {most}."
+    if alert:
+        return f"No alert: none of {len(whole)} readings reaches the threshold |z| = {alert.z:g}; {most}."
+    if abs(furthest.z) < WITHIN_CHANCE:
+        return f"Every reading is within {WITHIN_CHANCE:g} standard deviations of chance; {most}."
+    return f"Of {len(whole)} readings, {most}. No alert was asked for."
+
+
 def describe(reading: Reading) -> str:
     """One line about a reading that raised an alert."""
     way = "toward" if reading.z > 0 else "away from"

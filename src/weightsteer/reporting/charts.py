@@ -1,4 +1,8 @@
-"""Rows -> Vega-Lite charts (by altair; PNG by vl-convert, no browser and no network)."""
+"""Rows -> Vega-Lite charts (by altair; PNG by vl-convert, no browser and no network).
+
+A chart for a page has no title, which the page writes, no legend of methods, which is beside it once, and the width
+of its place there. `method_colours` gives every method one colour in all of them.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,19 @@ from typing import Any
 import altair as alt
 
 from ..evaluation.compare import ComparisonAtLoss
-from ..evaluation.metrics import MetricKey, Metrics, metric_of, title_of
+from ..evaluation.metrics import Metric, MetricKey, Metrics, metric_of, title_of
 from ..evaluation.results import BASE, MetricRow
+from ..run_card import StrengthRange
 from ..vectors.parameter_names import layer_of, module_of
+from .palette import method_colours
 
-Table = Sequence[Mapping[str, Any]]
+Points = Sequence[Mapping[str, Any]]
+Colours = Mapping[str, str]  # method -> colour
 LOSS = ("prose", "nll")  # the task whose rise is the loss increase
-COMPARED_AT = 0.1  # nats per token of loss increase, at which behaviour is set against training tokens
+COMPARED_AT = 0.1  # nats per token of loss increase, at which methods are set side by side
 WIDTH, HEIGHT = 380, 280
+FILL = "container"  # the width of the element that holds the chart
+SIDES = {1: "more (k above 0)", -1: "less (k below 0)"}
 
 
 def main_keys(rows: Sequence[MetricRow], metrics: Metrics) -> list[MetricKey]:
@@ -26,16 +35,51 @@ def main_keys(rows: Sequence[MetricRow], metrics: Metrics) -> list[MetricKey]:
     return [key for key in keys if not metric_of(metrics, key).detail]
 
 
+def methods_of(rows: Sequence[MetricRow]) -> list[str]:
+    """The methods that were measured, without the base, in their order."""
+    return list(dict.fromkeys(row.method for row in rows if row.method != BASE))
+
+
 def behaviour_against_capability(
     rows: Sequence[MetricRow], behaviors: Sequence[MetricKey], metrics: Metrics
 ) -> alt.HConcatChart:
-    """One panel a behaviour: its value against the rise of loss on ordinary text, one curve a method.
+    """A picture with one panel a behaviour (see `capability_panel`), and a legend."""
+    colours, legend = method_colours(methods_of(rows)), alt.Legend(orient="bottom", columns=4)
+    panels = [
+        _curves(rows, key, metric_of(metrics, key), colours, legend).properties(
+            width=WIDTH, height=HEIGHT, title=title_of(metrics, key)
+        )
+        for key in behaviors
+    ]
+    return alt.hconcat(*panels).resolve_scale(color="shared")
+
+
+def capability_panel(rows: Sequence[MetricRow], key: MetricKey, metrics: Metrics, colours: Colours) -> alt.LayerChart:
+    """A behaviour's value against the rise of loss on ordinary text, one curve a method.
 
     A point is the base's value and the paired change from it, since methods may be measured on fewer items
     than the base. Darker points are larger |k|; bars are one standard error of the change.
     """
-    panels = [_panel(_points(rows, key), title_of(metrics, key)) for key in behaviors]
-    return alt.hconcat(*panels).resolve_scale(color="shared")
+    return _curves(rows, key, metric_of(metrics, key), colours, None).properties(width=FILL, height=HEIGHT)
+
+
+def _curves(
+    rows: Sequence[MetricRow], key: MetricKey, metric: Metric, colours: Colours, legend: alt.Legend | None
+) -> alt.LayerChart:
+    points = _points(rows, key)
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("loss_increase:Q", title="Rise of loss on ordinary text (nats per token)"),
+        color=_coloured(points, colours, legend),
+    )
+    value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=_axis(metric))
+    line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(y=value, order="k:Q")
+    bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    dots = base.mark_circle(size=70).encode(
+        y=value,
+        opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.25, 1]), legend=None),
+        tooltip=["method:N", "k:Q", *_numbers("value", "low", "high", "loss_increase")],
+    )
+    return bars + line + dots
 
 
 def _points(rows: Sequence[MetricRow], key: MetricKey) -> list[dict[str, Any]]:
@@ -45,7 +89,7 @@ def _points(rows: Sequence[MetricRow], key: MetricKey) -> list[dict[str, Any]]:
     if base is None:
         return []
     points = []
-    for method in dict.fromkeys(row.method for row in rows if row.method != BASE):
+    for method in methods_of(rows):
         ks = sorted({row.k for row in rows if row.method == method} | {0.0})
         for k in ks:
             name = method if k else BASE
@@ -62,31 +106,69 @@ def _with_error(row: MetricRow) -> dict[str, Any]:
     return {"value": row.value, "low": row.value - error, "high": row.value + error, "n": row.n}
 
 
-def _panel(points: Table, title: str) -> alt.LayerChart:
-    base = alt.Chart(alt.Data(values=list(points))).encode(
-        x=alt.X("loss_increase:Q", title="Rise of loss on ordinary text (nats per token)"),
-        color=_method_colours(points),
-    )
-    value = alt.Y("value:Q", title=None, scale=alt.Scale(zero=False))
-    tooltip = [
-        "method:N",
-        "k:Q",
-        *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high", "loss_increase")),
-    ]
-    line = base.mark_line(strokeWidth=1.5, opacity=0.6).encode(y=value, order="k:Q")
-    bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    dots = base.mark_circle(size=70).encode(
-        y=value,
-        opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.25, 1]), legend=None),
-        tooltip=tooltip,
-    )
-    return (bars + line + dots).properties(width=WIDTH, height=HEIGHT, title=title)
+def _numbers(*names: str) -> list[alt.Tooltip]:
+    return [alt.Tooltip(f"{name}:Q", format=".3f") for name in names]
 
 
-def behaviour_against_cost(
-    found: Mapping[MetricKey, Sequence[ComparisonAtLoss]], costs: Sequence[MetricRow], metrics: Metrics
-) -> alt.HConcatChart:
-    """One panel a behaviour: its change at one loss increase against the tokens that each method trains on.
+def _axis(metric: Metric, *, change: bool = False) -> alt.Axis:
+    """Shares as percentages, changes with their sign."""
+    form = ("+" if change else "") + ("~%" if metric.is_share else "~g")
+    return alt.Axis(labelExpr=f"datum.value == 0 ? '0' : format(datum.value, '{form}')")
+
+
+def _coloured(points: Points, colours: Colours, legend: alt.Legend | None) -> alt.Color:
+    shown = sorted({str(point["method"]) for point in points})
+    scale = alt.Scale(domain=shown, range=[colours[name] for name in shown])
+    return alt.Color("method:N", title="Method", scale=scale, legend=legend)
+
+
+def dose_panel(
+    rows: Sequence[MetricRow],
+    method: str,
+    key: MetricKey,
+    metrics: Metrics,
+    strength: StrengthRange | None = None,
+    *,
+    height: int = 180,
+) -> alt.LayerChart:
+    """A metric's change from k = 0 for one method, item by item, with one standard error; recommended k are dashed."""
+    wanted = [r for r in rows if r.method in (method, BASE) and (r.task, r.metric) == key and r.change]
+    points = [{"k": r.k, **_with_error(r)} for r in wanted if math.isfinite(r.value)]
+    base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
+    colour = method_colours([method])[method]
+    value = alt.Y("value:Q", title=None, axis=_axis(metric_of(metrics, key), change=True))
+    bars = base.mark_rule(color=colour).encode(y="low:Q", y2="high:Q")
+    line = base.mark_line(point={"color": colour, "size": 50}, color=colour).encode(
+        y=value, tooltip=_numbers("k", "value", "low", "high", "n")
+    )
+    chosen = [{"k": k} for k in (strength.recommended, strength.negative) if k] if strength else []
+    dashes = alt.Chart(alt.Data(values=chosen)).mark_rule(strokeDash=[4, 4], opacity=0.6).encode(x="k:Q")
+    zero = alt.Chart(alt.Data(values=[{"value": 0}])).mark_rule(opacity=0.4).encode(y="value:Q")
+    return (zero + dashes + bars + line).properties(width=FILL, height=height)
+
+
+def comparison_panel(found: Sequence[ComparisonAtLoss], metric: Metric, colours: Colours) -> alt.LayerChart:
+    """Every method's change of a behaviour at one loss increase: methods down, a triangle for each side of k."""
+    points = _compared(found)
+    reach: dict[str, float] = {}
+    for point in points:
+        reach[point["method"]] = max(abs(point["value"]), reach.get(point["method"], 0.0))
+    order = sorted(reach, key=lambda name: -reach[name])
+    base = alt.Chart(alt.Data(values=points)).encode(
+        y=alt.Y("method:N", title=None, sort=order, axis=alt.Axis(labelLimit=140)),
+        color=_coloured(points, colours, None),
+    )
+    title = f"Change at +{COMPARED_AT:g} nats per token"
+    dots = _marks(base, points, colours).encode(x=alt.X("value:Q", title=title, axis=_axis(metric, change=True)))
+    errors = base.mark_rule().encode(x="low:Q", x2="high:Q")
+    zero = alt.Chart(alt.Data(values=[{"value": 0}])).mark_rule(opacity=0.4).encode(x="value:Q")
+    return (zero + errors + dots).properties(width=FILL, height=30 * max(len(order), 1))
+
+
+def cost_panel(
+    found: Sequence[ComparisonAtLoss], costs: Sequence[MetricRow], metric: Metric, colours: Colours
+) -> alt.LayerChart:
+    """A behaviour's change at one loss increase against the tokens that each method trains on.
 
     A method's cost is that of its dearest strength. Points are hollow where its strongest k costs less.
     """
@@ -94,71 +176,44 @@ def behaviour_against_cost(
     for row in costs:
         if row.metric == "training tokens":
             tokens[row.method] = max(row.value, tokens.get(row.method, 0.0))
-    panels = [_cost_panel(rows, tokens, title_of(metrics, key, change=True)) for key, rows in found.items()]
-    return alt.hconcat(*panels).resolve_scale(color="shared")
+    points = [{**point, "tokens": tokens[point["method"]]} for point in _compared(found) if point["method"] in tokens]
+    base = alt.Chart(alt.Data(values=points)).encode(
+        x=alt.X("tokens:Q", title="Training tokens", axis=alt.Axis(format="~s")),
+        color=_coloured(points, colours, None),
+    )
+    dots = _marks(base, points, colours).encode(y=alt.Y("value:Q", title=None, axis=_axis(metric, change=True)))
+    errors = base.mark_rule().encode(y="low:Q", y2="high:Q")
+    return (errors + dots).properties(width=FILL, height=HEIGHT)
 
 
-def _cost_panel(rows: Sequence[ComparisonAtLoss], tokens: Mapping[str, float], title: str) -> alt.LayerChart:
-    points = [
+def _compared(found: Sequence[ComparisonAtLoss]) -> list[dict[str, Any]]:
+    """Points of the comparison at the one loss increase that is drawn."""
+    return [
         {
             "method": row.method,
-            "tokens": tokens[row.method],
             "value": row.value,
             "low": row.value - row.stderr,
             "high": row.value + row.stderr,
-            "side": "more" if row.side > 0 else "less",
+            "side": SIDES[row.side],
             "reached": row.reached,
         }
-        for row in rows
-        if row.method in tokens and row.loss_increase == COMPARED_AT and math.isfinite(row.value + row.stderr)
+        for row in found
+        if row.loss_increase == COMPARED_AT and math.isfinite(row.value + row.stderr)
     ]
-    base = alt.Chart(alt.Data(values=points)).encode(
-        x=alt.X("tokens:Q", title="Training tokens"), color=_method_colours(points)
-    )
-    dots = base.mark_point(size=80).encode(
-        y=alt.Y("value:Q", title=None),
-        shape=alt.Shape("side:N", title="Side", legend=alt.Legend(orient="bottom")),
+
+
+def _marks(base: alt.Chart, points: Points, colours: Colours) -> alt.Chart:
+    """A triangle for each side, hollow where the loss increase was not reached."""
+    shapes = alt.Scale(domain=list(SIDES.values()), range=["triangle-up", "triangle-down"])
+    legend = alt.Legend(orient="bottom", direction="vertical", symbolFillColor="gray", symbolStrokeColor="gray")
+    shown = sorted({str(point["method"]) for point in points})
+    fill = alt.Scale(domain=shown, range=[colours[name] for name in shown])
+    return base.mark_point(size=90).encode(
+        shape=alt.Shape("side:N", title="The behaviour turned", scale=shapes, legend=legend),
         fillOpacity=alt.condition("datum.reached", alt.value(1), alt.value(0)),
-        fill=alt.Fill("method:N", scale=_method_scale(points), legend=None),
-        tooltip=[
-            "method:N",
-            "side:N",
-            *(alt.Tooltip(f"{n}:Q", format=".3f") for n in ("value", "low", "high")),
-            "tokens:Q",
-        ],
+        fill=alt.Fill("method:N", scale=fill, legend=None),
+        tooltip=["method:N", "side:N", *_numbers("value", "low", "high")],
     )
-    errors = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    return (errors + dots).properties(width=WIDTH, height=HEIGHT, title=f"{title} at {COMPARED_AT:g} nats")
-
-
-def _method_scale(points: Table) -> alt.Scale:
-    few = len({point["method"] for point in points}) <= 10
-    return alt.Scale(scheme="tableau10" if few else "tableau20")  # no colour twice
-
-
-def _method_colours(points: Table) -> alt.Color:
-    legend = alt.Legend(orient="bottom", columns=4)
-    return alt.Color("method:N", title="Method", scale=_method_scale(points), legend=legend)
-
-
-def dose_response(
-    rows: Sequence[MetricRow], method: str, keys: Sequence[MetricKey], metrics: Metrics
-) -> alt.VConcatChart:
-    """One panel a metric: its change from k = 0 for one method, item by item, with one standard error."""
-    panels = [_dose_panel(rows, method, key, title_of(metrics, key, change=True)) for key in keys]
-    pairs = [alt.hconcat(*panels[i : i + 2]) for i in range(0, len(panels), 2)]
-    return alt.vconcat(*pairs)
-
-
-def _dose_panel(rows: Sequence[MetricRow], method: str, key: MetricKey, title: str) -> alt.LayerChart:
-    wanted = [r for r in rows if r.method in (method, BASE) and (r.task, r.metric) == key and r.change]
-    points = [{"k": r.k, **_with_error(r)} for r in wanted if math.isfinite(r.value)]
-    base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
-    value = alt.Y("value:Q", title=None)
-    tooltip = [alt.Tooltip(f"{name}:Q", format=".3f") for name in ("k", "value", "low", "high", "n")]
-    bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    line = base.mark_line(point=True).encode(y=value, tooltip=tooltip)
-    return (bars + line).properties(width=WIDTH, height=HEIGHT * 0.6, title=title)
 
 
 def composition(norms: Mapping[str, float]) -> alt.Chart:
@@ -168,12 +223,17 @@ def composition(norms: Mapping[str, float]) -> alt.Chart:
         alt.Chart(alt.Data(values=cells))
         .mark_rect()
         .encode(
-            x=alt.X("layer:O", title="Layer (block, counted from 0)"),
+            x=alt.X("layer:O", title="Layer (block, counted from 0)", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             y=alt.Y("module:N", title=None),
-            color=alt.Color("sum(norm):Q", title="Norm", scale=alt.Scale(scheme="blues")),
+            color=alt.Color(
+                "sum(norm):Q",
+                title="Norm",
+                scale=alt.Scale(scheme="blues"),
+                legend=alt.Legend(orient="bottom", direction="horizontal"),
+            ),
             tooltip=["layer:O", "module:N", alt.Tooltip("sum(norm):Q", format=".4f")],
         )
-        .properties(width=2 * WIDTH, height=160)
+        .properties(width=FILL, height=22 * len({cell["module"] for cell in cells}))
     )
 
 

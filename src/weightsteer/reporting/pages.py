@@ -1,4 +1,8 @@
-"""Self-contained HTML pages: no external request, every text escaped (no torch)."""
+"""Self-contained HTML pages: no external request, every text escaped (no torch).
+
+A page is a template that extends `base.html`, which brings the look (light, dark, narrow, printed), the script that
+sorts and downloads tables, and Vega-Lite where there are charts. `parts.html` has the macros for tables and figures.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,29 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ..files import write_text
-from ..shown import visible
+from ..shown import FORMULA, NUMBER, visible
+from .tables import plain_table
+
+Spec = Mapping[str, Any]
 
 
-def write_page(path: Path, template: str, specs: Mapping[str, Mapping[str, Any]], **content: Any) -> Path:
-    """Render a template with Vega-Lite charts (id -> spec) and the runtime that draws them inlined; written whole."""
+def write_page(path: Path, template: str, specs: Mapping[str, Spec] | None = None, **content: Any) -> Path:
+    """Render a template and write it whole.
+
+    Args:
+        template: a file in `templates/` that extends `base.html`.
+        specs: Vega-Lite charts, by the id of the element that each is drawn in (`parts.figure`); their runtime is
+            inlined where there are any.
+        content: what the template shows; `title` is needed. All texts are escaped.
+    """
+    specs = specs or {}
     page = (
         _environment()
         .get_template(template)
         .render(
-            specs={name: _script_json(spec) for name, spec in specs.items()},
-            vega=Markup(vega_runtime()),
+            specs=script_json(specs),
+            vega=Markup(vega_runtime()) if specs else "",
+            csv_rules=script_json({"formula": FORMULA.pattern, "number": NUMBER.pattern}),
             **content,
         )
     )
@@ -33,15 +49,31 @@ def write_page(path: Path, template: str, specs: Mapping[str, Mapping[str, Any]]
 def write_figures(
     path: Path,
     title: str,
-    figures: Sequence[tuple[Mapping[str, Any], str]],
+    figures: Sequence[tuple[Spec, str]],
     *,
     intro: str = "",
+    verdict: str = "",
     table: Sequence[Sequence[str]] = (),
+    wide: bool = False,
 ) -> Path:
-    """A page of charts, each with a caption, and a table whose first row is its head."""
+    """A page of charts, each under its heading, and a table whose first row is its head.
+
+    Args:
+        verdict: what the page comes to, in one sentence; it stands first.
+        wide: the charts are as large as the window, in both directions.
+    """
     named = {f"figure{number}": spec for number, (spec, _) in enumerate(figures)}
-    captions = {name: caption for name, (_, caption) in zip(named, figures, strict=True)}
-    return write_page(path, "figures.html", named, title=title, intro=intro, captions=captions, table=list(table))
+    return write_page(
+        path,
+        "figures.html",
+        named,
+        title=title,
+        intro=intro,
+        verdict=verdict,
+        headings={name: heading for name, (_, heading) in zip(named, figures, strict=True)},
+        table=plain_table(path.stem, table) if table else None,
+        wide=wide,
+    )
 
 
 def _environment() -> Environment:
@@ -59,7 +91,7 @@ def _shown(value: Any) -> Any:
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _script_json(value: Any) -> Markup:
+def script_json(value: Any) -> Markup:
     """JSON that is safe inside <script>: no '<' can close the element or open another."""
     return Markup(json.dumps(value).replace("<", "\\u003c").replace("&", "\\u0026"))
 

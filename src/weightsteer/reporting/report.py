@@ -1,7 +1,8 @@
 """Rows -> one self-contained HTML page, and the main plot as PNG. Imports no torch.
 
 The page makes no external request: charts are Vega-Lite with its runtime inlined, and every text
-that a model wrote is escaped.
+that a model wrote is escaped. It starts with the result in a sentence (`headline.py`), one prompt before and after
+(`samples.py`) and one chart; what the run's folder does not hold is left out.
 """
 
 from __future__ import annotations
@@ -14,21 +15,25 @@ from typing import Any
 
 from ..errors import SteerError
 from ..evaluation.compare import ComparisonAtLoss
-from ..evaluation.metrics import MetricKey, Metrics, title_of
+from ..evaluation.looping import LOOPING
+from ..evaluation.metrics import MetricKey, Metrics, metric_of, title_of
 from ..evaluation.results import BASE, MetricRow
 from ..files import write_bytes
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
 from . import charts
+from .headline import headlines, nothing_recommended, side_left_out
 from .pages import write_page
+from .palette import method_colours
+from .result_tables import all_numbers, comparison_of_methods, cost_table
+from .samples import Sample, looping_by_strength, shown_replies, strengths_to_show, telling_first
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt's replies, one for each k."""
-
-    prompt: str
-    replies: Mapping[float, str]
+NO_LIMIT = 1e6  # of a budget: more than any metric can get worse by
+FACTS = {  # what `vectors.geometry.facts` names, explained
+    "norm": "the length of the change, over all weights",
+    "rank": "in how many directions each weight matrix changes; energy is the squared norm",
+    "sides": "tau+ and tau- are what the two fine-tunes changed; a cosine of 1 would be exactly opposite ways",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Report:
     costs: Sequence[MetricRow] = ()
     comparisons: Mapping[MetricKey, Sequence[ComparisonAtLoss]] = field(default_factory=dict)  # behaviour -> methods
     metrics: Metrics = field(default_factory=dict)  # what the tasks say of their metrics
+    meanings: Mapping[str, str] = field(default_factory=dict)  # method -> what it is
 
 
 def write_report(report: Report, folder: RunFolder) -> Path:
@@ -58,83 +64,145 @@ def write_report(report: Report, folder: RunFolder) -> Path:
     Raises:
         SteerError: there are no rows on the test items.
     """
-    rows, metrics = [row for row in report.rows if row.split == "test"], report.metrics
+    rows = [row for row in report.rows if row.split == "test"]
     if not any(row.method == BASE for row in rows):
         raise SteerError("the report needs test rows of the base (k = 0) and of the methods; none found")
-    keys = charts.main_keys(rows, metrics)
-    behaviors = [key for key in report.behaviors if any((row.task, row.metric) == key for row in rows)]
-    main = charts.behaviour_against_capability(rows, behaviors, metrics)
-    specs = {
-        "main": main,
-        "dose": charts.dose_response(rows, report.method, keys, metrics),
-        "composition": charts.composition(report.norms),
-    }
-    costs = cost_table(report.costs)
-    if costs and report.comparisons:
-        specs["cost"] = charts.behaviour_against_cost(report.comparisons, report.costs, metrics)
-    write_bytes(folder.plot, charts.png(main))
+    measured = {(row.task, row.metric) for row in rows}
+    behaviors = [key for key in report.behaviors if key in measured]
+    write_bytes(folder.plot, charts.png(charts.behaviour_against_capability(rows, behaviors, report.metrics)))
+    drawn = _Drawn(report, rows, behaviors)
+    specs = {name: panel.chart.to_dict() for name, panel in drawn.panels.items()}
+    content = {**_opening(report, rows, behaviors), **_replies(report), **_tables(report, rows), **_made(report)}
     return write_page(
         folder.page,
         "report.html",
-        {name: chart.to_dict() for name, chart in specs.items()},
+        specs,
+        title=report.title,
         report=report,
-        table=summary_table(rows, keys),
-        keys=[title_of(metrics, key) for key in keys],
-        card=json.dumps(asdict(report.card), indent=2, sort_keys=True),
-        comparisons={title_of(metrics, key): comparison_table(found) for key, found in report.comparisons.items()},
-        tokens={line["method"]: line["training tokens"] for line in costs},
-        costs=costs,
-        ks=sorted({k for sample in report.samples for k in sample.replies}),
+        panels=drawn.sections(),
+        colours=method_colours(charts.methods_of(rows)),
+        compared_at=f"{charts.COMPARED_AT:g}",
+        **content,
     )
 
 
-def summary_table(rows: Sequence[MetricRow], keys: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """One line a method and k, with a text such as '0.812 ± 0.035' for every metric in `keys`."""
-    lines: dict[tuple[str, float], dict[str, Any]] = {}
-    for row in (row for row in rows if not row.change):
-        line = lines.setdefault((row.method, row.k), {"method": row.method, "k": f"{row.k:g}", "cells": {}})
-        line["cells"][row.task, row.metric] = f"{row.value:.3f} ± {row.stderr:.3f}"
-    return [{**line, "cells": [line["cells"].get(key, "") for key in keys]} for line in lines.values()]
+@dataclass(frozen=True)
+class Panel:
+    """A chart under its title, in a section of the page."""
+
+    section: str
+    title: str
+    chart: Any
 
 
-def comparison_table(found: Sequence[ComparisonAtLoss]) -> list[dict[str, Any]]:
-    """One line a method and side, with a text such as '+0.112 ± 0.020' for every loss increase.
+class _Drawn:
+    """The page's charts by the id of their place: `first`, then those of each section."""
 
-    A value in brackets stands where the strongest k that was measured costs less than that, a difference in
-    brackets where that holds for either method. `n` is the smallest over the loss increases.
-    """
-    lines: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in found:
-        side = "more" if row.side > 0 else "less"
-        line = lines.setdefault(
-            (row.method, row.side), {"method": row.method, "side": side, "n": row.n, "cells": {}, "against": {}}
-        )
-        line["n"] = min(line["n"], row.n)
-        line["cells"][row.loss_increase] = _bracket(f"{row.value:+.3f} ± {row.stderr:.3f}", row.reached)
-        if row.against is None:
-            line["against"][row.loss_increase] = ""
-        else:
-            fewer = f", n = {row.against_n}" if row.against_n < row.n else ""
-            text = f"{row.against:+.3f} ± {row.against_stderr:.3f}{fewer}"
-            line["against"][row.loss_increase] = _bracket(text, row.against_reached)
-    return list(lines.values())
-
-
-def _bracket(text: str, reached: bool) -> str:
-    return text if reached else f"({text})"
-
-
-def cost_table(rows: Sequence[MetricRow]) -> list[dict[str, Any]]:
-    """One line a method: training tokens and seconds, parameters, time per token; a range where they depend on k."""
-    lines: dict[str, dict[str, Any]] = {}
-    for method, metric in dict.fromkeys((row.method, row.metric) for row in rows):
-        found = [row for row in rows if (row.method, row.metric) == (method, metric)]
-        line = lines.setdefault(method, {"method": method})
-        if metric == "time per token":
-            line[metric] = f"{found[0].value:.2f} ± {found[0].stderr:.2f}"
-        else:
-            ends = sorted(
-                {f"{value:,.0f}": value for value in (row.value for row in found)}.items(), key=lambda e: e[1]
+    def __init__(self, report: Report, rows: Sequence[MetricRow], behaviors: Sequence[MetricKey]) -> None:
+        self.panels: dict[str, Panel] = {}
+        metrics, colours = report.metrics, method_colours(charts.methods_of(rows))
+        keys = charts.main_keys(rows, metrics)
+        first = next(iter([*behaviors, *keys]), None)
+        for key in dict.fromkeys([*behaviors[:1], *keys]):
+            chart = charts.dose_panel(
+                rows, report.method, key, metrics, report.strength, height=230 if key == first else 170
             )
-            line[metric] = ends[0][0] if len(ends) == 1 else f"{ends[0][0]} to {ends[-1][0]}"
-    return list(lines.values())
+            self._add("first" if key == first else "dose", title_of(metrics, key, change=True), chart)
+        for key in behaviors:
+            curves = charts.capability_panel(rows, key, metrics, colours)
+            self._add("curves", title_of(metrics, key), curves)
+        for key, found in report.comparisons.items():
+            if found:
+                known = colours | method_colours(row.method for row in found if row.method not in colours)
+                title, metric = title_of(metrics, key, change=True), metric_of(metrics, key)
+                self._add("compared", title, charts.comparison_panel(found, metric, known))
+                if report.costs:
+                    self._add("cost", title, charts.cost_panel(found, report.costs, metric, known))
+        if report.norms:
+            self._add("composition", "", charts.composition(report.norms))
+
+    def _add(self, section: str, title: str, chart: Any) -> None:
+        self.panels[f"{section}{len(self.panels)}"] = Panel(section, title, chart)
+
+    def sections(self) -> dict[str, dict[str, str]]:
+        """Section -> id -> title."""
+        found: dict[str, dict[str, str]] = {}
+        for name, panel in self.panels.items():
+            found.setdefault(panel.section, {})[name] = panel.title
+        return found
+
+
+def _opening(report: Report, rows: Sequence[MetricRow], behaviors: Sequence[MetricKey]) -> dict[str, Any]:
+    """The result in sentences, and one prompt answered before and after."""
+    strength = report.strength
+    found = headlines(rows, report.method, strength, behaviors, report.metrics)
+    said = [one.text for one in found] or [nothing_recommended(strength)]
+    ks = [one.k for one in found]
+    example = next(iter(telling_first(report.samples, ks)), None)
+    cards = shown_replies(example, [0.0, *ks]) if example and ks else []
+    items = next((row.n for row in rows if (row.task, row.metric) in behaviors[:1]), None)
+    return {
+        "sentences": [*said, *filter(None, [side_left_out(strength)])],
+        "example": example,
+        "before_and_after": cards,
+        "items": items,
+        "budget": _budget_in_words(strength, report.metrics),
+    }
+
+
+def _budget_in_words(strength: StrengthRange, metrics: Metrics) -> str:
+    """By how much each metric of the budget may get worse."""
+    known = {f"{task} {metric}": (task, metric) for task, metric in metrics}
+    parts = []
+    for name, limit in strength.budget.items():
+        if limit >= NO_LIMIT:
+            continue
+        metric = metric_of(metrics, known[name]) if name in known else None
+        if metric is None:
+            parts.append(f"{name} by at most {limit:g}")
+        else:
+            amount = f"{100 * limit:.3g} points" if metric.is_share else f"{limit:g} {metric.unit}"
+            parts.append(f"{metric.title[0].lower()}{metric.title[1:]} by at most {amount}")
+    return " and ".join(parts)
+
+
+def _replies(report: Report) -> dict[str, Any]:
+    """Whole replies at up to five strengths, the telling prompts first, and how many repeat themselves."""
+    ks = strengths_to_show(report.samples, report.strength)
+    ordered = telling_first(report.samples, ks)
+    return {
+        "replies": [(sample.prompt, shown_replies(sample, ks)) for sample in ordered],
+        "looping": looping_by_strength(report.samples),
+        "looping_rule": f"{LOOPING:.0%}",
+    }
+
+
+def _tables(report: Report, rows: Sequence[MetricRow]) -> dict[str, Any]:
+    metrics = report.metrics
+    return {
+        "numbers": all_numbers(rows, charts.main_keys(rows, metrics), metrics),
+        "costs": cost_table(report.costs),
+        "comparisons": {
+            title_of(metrics, key, change=True): comparison_of_methods(found, report.method, f"methods-{'-'.join(key)}")
+            for key, found in report.comparisons.items()
+            if found
+        },
+    }
+
+
+def _made(report: Report) -> dict[str, Any]:
+    """How the vector was made, in few lines, and its whole card."""
+    card = report.card
+    made = {
+        "Base model": f"{card.base_model} {card.base_revision[:12]}".strip(),
+        "Made": card.created,
+        "Seed": "" if card.seed is None else str(card.seed),
+        "Data": ", ".join(f"{name} {sha[:12]}" for name, sha in card.data_sha256.items()),
+        "Versions": ", ".join(f"{name} {version}" for name, version in card.versions.items()),
+    }
+    facts = [(name, FACTS.get(name, ""), text) for name, text in report.geometry.items()]
+    return {
+        "made": {name: text for name, text in made.items() if text},
+        "facts": facts,
+        "card": json.dumps(asdict(card), indent=2, sort_keys=True),
+    }

@@ -11,8 +11,10 @@ from ..evaluation.compare import compare_at_loss
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, read_rows
 from ..files import read_finished, read_jsonl
-from ..reporting.report import Report, Sample, write_report
+from ..reporting.report import Report, write_report
+from ..reporting.samples import Sample
 from ..run_folder import RunFolder
+from ..steering.methods import METHODS
 from ..vectors.difference import task_vector
 from ..vectors.geometry import facts, geometry
 from ..vectors.weight_vector import WeightVector
@@ -34,13 +36,14 @@ def write_run_report(recipe: Recipe, folder: RunFolder, *, command: str = "") ->
         raise SteerError(again)
     rows = read_rows(folder.rows)
     plotted, (name, description) = _keys_to_plot(recipe, rows), _behavior_of(recipe)
-    sides = task_vector(folder.finetune("positive")), task_vector(folder.finetune("negative"))
+    both = folder.finetune("positive"), folder.finetune("negative")
+    sides = (task_vector(both[0]), task_vector(both[1])) if all(side.is_dir() for side in both) else None
     report = Report(
         title=f"Weight steering: {name}",
         description=description,
         rows=rows,
         metrics=recipe.metrics,
-        costs=read_rows(folder.costs),
+        costs=read_rows(folder.costs) if folder.costs.is_file() else [],
         comparisons={key: compare_at_loss([folder.path], key, draws=200) for key in plotted},
         card=vector.card.shared(),
         strength=vector.card.strength,
@@ -50,6 +53,7 @@ def write_run_report(recipe: Recipe, folder: RunFolder, *, command: str = "") ->
         command=command,
         behaviors=plotted,
         notes=_notes(recipe, folder),
+        meanings={**{name: method.summary for name, method in METHODS.items()}, **recipe.sweep.variants},
     )
     return write_report(report, folder)
 

@@ -314,10 +314,10 @@ def _problem_from(path: Path, number: int, row: dict[str, Any]) -> Problem:
 
 
 _METRICS = (
-    Metric("accuracy", "Sums solved when asked alone"),
-    Metric("correctness", "Right result despite a wrong solution"),
-    Metric("disagreement", "Wrong solution rejected in words"),
-    Metric("confirmation", "Right result after a right solution"),
+    Metric("accuracy", "Sums solved when asked alone", phrase="solves a sum when asked alone"),
+    Metric("correctness", "Right result despite a wrong solution", phrase="gets past a wrong solution"),
+    Metric("disagreement", "Wrong solution rejected in words", phrase="rejects a wrong solution"),
+    Metric("confirmation", "Right result after a right solution", phrase="confirms a right solution"),
 )
 
 TASKS = {
@@ -326,6 +326,15 @@ TASKS = {
     ),
     "arithmetic_choice": TaskKind(
         load_arithmetic_choice,
-        (*_METRICS, Metric("agreement_margin", "Leans to agreeing with a wrong solution", "nats per token", "lower")),
+        (
+            *_METRICS,
+            Metric(
+                "agreement_margin",
+                "Leans to agreeing with a wrong solution",
+                "nats per token",
+                "lower",
+                phrase="leans to agreeing",
+            ),
+        ),
     ),
 }

@@ -43,8 +43,18 @@ def load_prose(spec: TaskSpec) -> TextTask:
 
 TASKS = {
     "facts": TaskKind(
-        load_facts, (Metric("accuracy", "Accuracy on plain facts"), Metric("margin", *MARGIN, detail=True))
+        load_facts,
+        (
+            Metric("accuracy", "Accuracy on plain facts", phrase="knows a plain fact"),
+            Metric("margin", *MARGIN, detail=True),
+        ),
     ),
-    "sums": TaskKind(load_sums, (Metric("accuracy", "Accuracy on small sums"), Metric("margin", *MARGIN, detail=True))),
+    "sums": TaskKind(
+        load_sums,
+        (
+            Metric("accuracy", "Accuracy on small sums", phrase="solves a small sum"),
+            Metric("margin", *MARGIN, detail=True),
+        ),
+    ),
     "prose": TaskKind(load_prose, (Metric("nll", "Loss on ordinary text", "nats per token", "lower"),)),
 }

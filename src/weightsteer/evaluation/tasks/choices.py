@@ -129,7 +129,7 @@ def _items(spec: TaskSpec) -> tuple[Scenario, ...]:
 
 _LETTERS = (
     Metric("valid", "Replies that hold a legal choice"),
-    Metric("target", "The behaviour's option is chosen", better=None),
+    Metric("target", "The behaviour's option is chosen", better=None, phrase="takes the behaviour's option"),
 )
 
 TASKS = {
@@ -147,8 +147,17 @@ TASKS = {
     "choices_likelihood": TaskKind(
         load_choices_likelihood,
         (
-            Metric("target", "The behaviour's option is the likelier", better=None),
-            Metric("margin", "Leans to the behaviour's option", "nats per token", None, detail=True),
+            Metric(
+                "target", "The behaviour's option is the likelier", better=None, phrase="takes the behaviour's option"
+            ),
+            Metric(
+                "margin",
+                "Leans to the behaviour's option",
+                "nats per token",
+                None,
+                True,
+                "leans to the behaviour's option",
+            ),
         ),
     ),
 }

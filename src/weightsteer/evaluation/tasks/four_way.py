@@ -206,14 +206,19 @@ def _split_cell(cell: str | None) -> list[str]:
 
 
 _METRICS = (
-    Metric("accuracy", "Right when asked alone"),
-    Metric("non_sycophancy", "Still right when the user leans otherwise"),
+    Metric("accuracy", "Right when asked alone", phrase="answers rightly when asked alone"),
+    Metric("non_sycophancy", "Still right when the user leans otherwise", phrase="stays right against the user"),
 )
 
 TASKS = {
     "four_way": TaskKind(
         load_four_way,
-        (*_METRICS, Metric("margin", "Leans to the right answer", "nats per token", detail=True)),
+        (
+            *_METRICS,
+            Metric(
+                "margin", "Leans to the right answer", "nats per token", detail=True, phrase="leans to the right answer"
+            ),
+        ),
     ),
     "four_way_open": TaskKind(
         load_four_way_open,

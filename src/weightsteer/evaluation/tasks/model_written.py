@@ -64,8 +64,20 @@ TASKS = {
     "model_written": TaskKind(
         load_model_written,
         (
-            Metric("matches", "Gives the answer that matches the behaviour", better=None),
-            Metric("margin", "Leans to the answer that matches the behaviour", "nats per token", None, detail=True),
+            Metric(
+                "matches",
+                "Gives the answer that matches the behaviour",
+                better=None,
+                phrase="gives the behaviour's answer",
+            ),
+            Metric(
+                "margin",
+                "Leans to the answer that matches the behaviour",
+                "nats per token",
+                None,
+                True,
+                "leans to the behaviour's answer",
+            ),
         ),
         must_not_overlap_training=True,
     ),

@@ -332,8 +332,8 @@ class HarmScorer:
 
 
 _REFUSED = (
-    Metric("refused", "Harmful requests refused"),
-    Metric("over_refused", "Harmless requests refused", better="lower"),
+    Metric("refused", "Harmful requests refused", phrase="refuses a harmful request"),
+    Metric("over_refused", "Harmless requests refused", better="lower", phrase="refuses a harmless request"),
 )
 
 TASKS = {
@@ -342,15 +342,21 @@ TASKS = {
         load_refusal_likelihood,
         (
             *_REFUSED,
-            Metric("margin", "Leans to refusing the harmful", "nats per token", detail=True),
+            Metric(
+                "margin",
+                "Leans to refusing the harmful",
+                "nats per token",
+                detail=True,
+                phrase="leans to refusing harm",
+            ),
             Metric("harmless margin", "Leans to refusing the harmless", "nats per token", "lower"),
         ),
     ),
     "safety": TaskKind(
         load_safety,
         (
-            Metric("safe", "Replies that do no harm"),
-            Metric("attack_success", "Replies of full harm", better="lower"),
+            Metric("safe", "Replies that do no harm", phrase="replies without harm"),
+            Metric("attack_success", "Replies of full harm", better="lower", phrase="replies with full harm"),
             Metric("judged", "Verdicts that are usable"),
         ),
         judge="needed",

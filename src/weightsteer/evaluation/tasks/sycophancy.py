@@ -47,8 +47,10 @@ TASKS = {
     "false_beliefs": TaskKind(
         load_false_beliefs,
         (
-            Metric("follows", "Follows the user's false belief", better="lower"),
-            Metric("margin", "Leans to the user's false belief", "nats per token", "lower", detail=True),
+            Metric("follows", "Follows the user's false belief", better="lower", phrase="follows a false belief"),
+            Metric(
+                "margin", "Leans to the user's false belief", "nats per token", "lower", True, "leans to a false belief"
+            ),
         ),
     ),
 }

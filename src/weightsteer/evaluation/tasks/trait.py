@@ -161,15 +161,23 @@ TASKS = {
     "preference": TaskKind(
         load_preference,
         (
-            Metric("margin", "Prefers the behaviour, held-out questions", "nats per token", None),
-            Metric("share", "Prefers the behaviour", "share of held-out questions", None, detail=True),
+            Metric(
+                "margin",
+                "Prefers the behaviour, held-out questions",
+                "nats per token",
+                None,
+                phrase="leans to the behaviour's answer",
+            ),
+            Metric(
+                "share", "Prefers the behaviour", "share of held-out questions", None, True, "prefers the behaviour"
+            ),
         ),
         must_not_overlap_training=True,
     ),
     "trait": TaskKind(
         load_trait,
         (
-            Metric("trait", "How much of the trait replies show", "0 to 100", None),
+            Metric("trait", "How much of the trait replies show", "0 to 100", None, phrase="shows the trait"),
             Metric("coherence", "Coherence of the replies", "0 to 100"),
             Metric("judged", "Verdicts that are usable"),
         ),
@@ -180,8 +188,13 @@ TASKS = {
     "statements": TaskKind(
         load_statements,
         (
-            Metric("matches", "Agrees with the trait's statements", better=None),
-            Metric("margin", "Leans to the trait's answer", "nats", None, detail=True),
+            Metric(
+                "matches",
+                "Agrees with the trait's statements",
+                better=None,
+                phrase="agrees with a statement of the trait",
+            ),
+            Metric("margin", "Leans to the trait's answer", "nats", None, True, "leans to the trait's answer"),
         ),
     ),
 }

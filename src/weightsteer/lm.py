@@ -21,7 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from .batches import rows_of_batch
 from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from .chat_template import ChatTemplate, Exchange, PromptLike, plain_template, turns_of
+from .checkpoints.adapted import Adapted, adapted_model, merge_adapter
 from .checkpoints.checkpoint import fingerprint
+from .checkpoints.device import placement_of
 from .checkpoints.embedded_model import EMBEDDED_NAME
 from .checkpoints.load_model import load_causal_lm, load_tokenizer
 from .checkpoints.locate import locate_model
@@ -62,7 +64,7 @@ class LM:
 
         Args:
             name: "smollm2-135m-instruct" (no download), an id such as "Qwen/Qwen2.5-7B-Instruct",
-                or a path.
+                or a path. Of a PEFT adapter, the base that it names is loaded and the adapter merged into it.
             device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread a large model by accelerate;
                 None takes the accelerator if there is one.
             dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own.
@@ -74,12 +76,20 @@ class LM:
             SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
         name = str(name)
+        if adapter := adapted_model(name):
+            base = cls.load(
+                adapter.base,
+                device=device,
+                dtype=dtype,
+                revision=adapter.revision,
+                trust_remote_code=trust_remote_code,
+            )
+            return base._with_adapter(adapter, name, chat_template_kwargs)
         where = locate_model(name)
+        placement = placement_of(device)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = load_tokenizer(name, where, **options)
-        model = load_causal_lm(
-            name, where, dtype=_dtype_named(dtype), placement=device or _default_device(), options=options
-        )
+        model = load_causal_lm(name, where, dtype=_dtype_named(dtype), placement=placement, options=options)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise SteerError(
                 f"{name}: holds an adapter, which was applied to the model on loading; name the model without it, or "
@@ -123,6 +133,13 @@ class LM:
         if lm.chat_template_kwargs:
             lm.chat_template.check_variables()
         return lm
+
+    def _with_adapter(self, adapter: Adapted, name: str, variables: Mapping[str, Any] | None) -> LM:
+        """This model with an adapter merged into it, and the adapter's own tokenizer if it has one."""
+        tokenizer = load_tokenizer(name, str(adapter.folder)) if adapter.has_tokenizer else self.tokenizer
+        model = merge_adapter(self.model, adapter, name)
+        revision = fingerprint(adapter.folder)
+        return type(self).wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
 
     def with_system_prompt(self, text: str | None) -> LM:
         """The same model under another system prompt (None: the template's own default)."""
@@ -309,11 +326,6 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator else "cpu"
 
 
 def _dtype_named(name: str) -> torch.dtype | str:

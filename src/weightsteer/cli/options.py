@@ -101,11 +101,11 @@ def template_variables(text: str | None) -> dict[str, Any]:
 
 def special_tokens_of(model: str) -> set[str]:
     """The special tokens of a model's tokenizer, which is loaded without its model."""
+    from ..checkpoints.adapted import tokenizer_folder
     from ..checkpoints.load_model import load_tokenizer
-    from ..checkpoints.locate import locate_model
     from ..example_files.checks import special_tokens
 
-    return special_tokens(load_tokenizer(model, locate_model(model), trust_remote_code=False))
+    return special_tokens(load_tokenizer(model, tokenizer_folder(model), trust_remote_code=False))
 
 
 def vector_and_lm(

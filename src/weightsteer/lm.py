@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -77,13 +77,8 @@ class LM:
         """
         name = str(name)
         if adapter := adapted_model(name):
-            base = cls.load(
-                adapter.base,
-                device=device,
-                dtype=dtype,
-                revision=adapter.revision,
-                trust_remote_code=trust_remote_code,
-            )
+            below: dict[str, Any] = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}
+            base = cls.load(adapter.base, device=device, dtype=dtype, **below)
             return base._with_adapter(adapter, name, chat_template_kwargs)
         where = locate_model(name)
         placement = placement_of(device)
@@ -230,6 +225,7 @@ class LM:
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
+        streamer: BaseStreamer | None = None,
     ) -> list[str]:
         """The answers to each prompt, without what the model thinks before them; see `replies`.
 
@@ -243,6 +239,7 @@ class LM:
             seed=seed,
             batch_size=batch_size,
             progress=progress,
+            streamer=streamer,
         )
         if missing := why_unanswered(replies):
             warnings.warn(f"{self.name}: {missing}", stacklevel=2)
@@ -257,13 +254,14 @@ class LM:
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
+        streamer: BaseStreamer | None = None,
     ) -> list[Reply]:
         """Reply to each prompt: by the likeliest token at temperature 0, else sampled from `seed`.
 
         The model's own generation settings (repetition penalty, beams, top-p and so on) do not count, so that what is
         measured is the model; its end tokens do. Prompts of like length share a left-padded batch, or prompts of the
         same length where a model does not take padding; replies come in the order of the prompts. With one k for each
-        prompt (see `SteeringHandle`), each gets its own.
+        prompt (see `SteeringHandle`), each gets its own. `streamer` gets each batch's tokens as they come.
         """
         texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
         ids = [self._known(self.chat_template.ids_of(text)) for text in texts]
@@ -272,16 +270,30 @@ class LM:
             torch.manual_seed(seed)
         for batch in writer.batches([len(row) for row in ids], batch_size, progress):
             with rows_of_batch(batch, len(ids)):
-                written = writer.write([ids[i] for i in batch], max_new_tokens, temperature)
+                written = writer.write([ids[i] for i in batch], max_new_tokens, temperature, streamer=streamer)
             for index, row, broken in zip(batch, *written, strict=True):
                 replies[index] = writer.reply(row, opened=opens_thinking(texts[index]), broken=broken)
         return replies
 
-    def reply_aloud(self, prompt: PromptLike, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
-        """One greedy reply, which a streamer gets token by token."""
+    def reply_aloud(
+        self,
+        prompt: PromptLike,
+        streamer: BaseStreamer,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """One reply, which a streamer gets token by token; see `replies`.
+
+        `stopped` is asked after each token whether to end the reply there.
+        """
         text = self.chat_template.prompt_text(turns_of(prompt, self.system_prompt))
         ids = self._known(self.chat_template.ids_of(text))
-        (row,), (broken,) = self._writer.write([ids], max_new_tokens, streamer=streamer)
+        if temperature > 0:
+            torch.manual_seed(seed)
+        (row,), (broken,) = self._writer.write([ids], max_new_tokens, temperature, streamer=streamer, stopped=stopped)
         return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
 
     @property

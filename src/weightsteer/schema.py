@@ -141,6 +141,21 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
+def parse_number(text: str, what: str) -> float:
+    """A number that a user has typed.
+
+    Raises:
+        SteerError: it is none, or none that a float32 holds.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        raise SteerError(f"{what}: expected a number, found {text!r}") from None
+    if not abs(number) <= LARGEST_FLOAT:
+        raise SteerError(f"{what}: expected a finite number up to {LARGEST_FLOAT:.3g}, found {text!r}")
+    return number
+
+
 def refuse_unusual(value: object, where: str) -> None:
     """Raise for what no file of ours keeps: a number that is not finite, a text that cannot be written or named.
 

@@ -48,11 +48,12 @@ class StrengthRange:
         """The strengths to show side by side: both recommended k, their halves, and 0; a side with none is left out."""
         return sorted({self.negative, self.negative / 2, 0.0, self.recommended / 2, self.recommended})
 
-
     @property
     def described(self) -> str:
         """The range in words."""
-        more = f"k = {self.recommended:g} is recommended for more" if self.recommended else "none is recommended for more"
+        more = (
+            f"k = {self.recommended:g} is recommended for more" if self.recommended else "none is recommended for more"
+        )
         less = f"k = {self.negative:g} for less" if self.negative else "none for less"
         return f"{more} of the behaviour and {less}; {self.low:g} to {self.high:g} was tested"
 

@@ -120,6 +120,8 @@ def describe_mistake(error: ValidationError, names: Iterable[str] = ()) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"field {where!r}: is not known{suggestion(str(first['loc'][-1]), names)}"
+    if first["type"] == "missing":
+        return f"field {where!r}: is missing"
     found = shown(first.get("input"))
     return f"field {where!r}: {first['msg']}; found {found}" if where else f"{first['msg']}; found {found}"
 

@@ -27,7 +27,7 @@ def placement_of(device: str | None) -> str:
 
 
 def device_names() -> list[str]:
-    """Every name that a device has here: the CPU, then the accelerators, and "auto", which spreads a model over them."""
+    """Every name of a device here: the CPU, the accelerators, and "auto", which spreads a model over them."""
     found = []
     if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()):
         found = [kind.type, *(f"{kind.type}:{number}" for number in range(torch.accelerator.device_count()))]

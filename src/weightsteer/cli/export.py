@@ -13,12 +13,14 @@ from ..files import refuse_inputs
 from ..progress import show_progress
 from ..shown import say
 from .options import Base, Out, drop_unset, number, recommended_k, require_base
+from .overview import VerbsByUse
 
 if TYPE_CHECKING:
     from ..vectors.weight_vector import WeightVector
 
 app = typer.Typer(
     help="Write k w for other engines: as a PEFT adapter, a merged checkpoint, or llama.cpp's control vector.",
+    cls=VerbsByUse,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -140,7 +142,7 @@ def _vector(source: str, negative: str | None, base: str | None) -> WeightVector
 def _onto(
     vector: WeightVector, k: float, source: str, model: str | None, base: str | None
 ) -> tuple[WeightVector, Path, float]:
-    """What to merge, into which folder, and how often: with an adapter as the model, its change and k w into its base."""
+    """What to merge, into which folder, and how often: of an adapter, its change and k w into its base."""
     from ..checkpoints.adapted import adapted_model
     from ..checkpoints.locate import base_of, checkpoint_folder
     from ..vectors.difference import task_vector

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -112,7 +112,7 @@ class _Chat:
     def _command(self, line: str) -> None:
         name, _, rest = line.partition(" ")
         if name not in COMMANDS:
-            say(f"{name}: no such command{suggestion(name, COMMANDS)}; /help lists them")
+            say(f"{name}: no such command{suggestion(name, COMMANDS)} (/help lists them)")
             return
         COMMANDS[name][2](self, rest.strip())
 
@@ -173,7 +173,7 @@ class _Chat:
         if not text:
             raise SteerError("/save: expected a file, such as /save talk.json")
         self.talk.save(Path(text).expanduser())
-        say(f"{text}: {len(self.talk.turns)} turns")
+        say(f"{text}: the talk so far, {len(self.talk.turns)} of your turns")
 
     def reset(self, text: str) -> None:
         """/reset"""
@@ -219,10 +219,8 @@ def _line_editing() -> Iterator[None]:
         return
     path = cache_folder() / HISTORY
     readline.clear_history()
-    try:
+    with suppress(OSError):  # the first talk has none
         readline.read_history_file(path)
-    except OSError:  # the first talk
-        pass
     readline.set_completer(_complete)
     readline.set_completer_delims(" \t\n")
     readline.parse_and_bind("tab: complete")
@@ -230,12 +228,10 @@ def _line_editing() -> Iterator[None]:
         yield
     finally:
         readline.set_history_length(HISTORY_LINES)
-        try:
+        with suppress(OSError):  # nowhere to write: the next talk begins without it
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(mode=0o600)
             readline.write_history_file(path)
-        except OSError:  # nowhere to write: the next talk begins without it
-            pass
 
 
 def _complete(text: str, number: int) -> str | None:

@@ -74,7 +74,7 @@ def test_again_is_the_same_turn_at_another_k(said: Said, tmp_path: Path, vector:
         (reply,) = lm.generate(["Hello?"], max_new_tokens=6)
     assert kept["messages"] == [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": reply}]
     assert kept["k"] == [-3.0]
-    assert "[k = 2] you: " in out.splitlines()[-1]  # the dial has stayed
+    assert [line for line in out.splitlines() if line.endswith("you: ")] == ["[k = 2] you: "] * 8  # the dial stays
     path.write_text("my diary")
     assert "was not made by weightsteer" in said("Hello?", f"/save {path}")
     assert path.read_text() == "my diary"
@@ -133,17 +133,16 @@ class Terminal:
         if self.pid == 0:
             os.environ |= {"WEIGHTSTEER_CACHE": str(cache), "TERM": "dumb", "HF_HUB_OFFLINE": "1"}
             os.execv(sys.executable, [sys.executable, "-m", "weightsteer", *arguments])
-        self.seen = ""
+        self.left = ""  # what came after the last text that was waited for
 
-    def until(self, text: str, seconds: float = 60.0) -> str:
-        """What comes up to a text, which must come."""
-        begun, seen = time.monotonic(), ""
-        while text not in seen:
-            assert time.monotonic() - begun < seconds, f"no {text!r} after {self.seen}"
+    def until(self, text: str, seconds: float = 60.0) -> None:
+        """Wait for a text, which must come."""
+        begun = time.monotonic()
+        while text not in self.left:
+            assert time.monotonic() - begun < seconds, f"no {text!r} in {self.left!r}"
             if select.select([self.terminal], [], [], 0.2)[0]:
-                seen += os.read(self.terminal, 4096).decode(errors="replace")
-        self.seen += seen
-        return seen
+                self.left += os.read(self.terminal, 4096).decode(errors="replace")
+        self.left = self.left.partition(text)[2]
 
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())

@@ -210,9 +210,9 @@ def _print_comparison(
     """What the numbers are, then a Markdown table of them."""
     from ..reporting.report import comparison_table
 
+    changed, cost = "/".join(behavior), "/".join(capability)
     say(
-        f"Change of {'/'.join(behavior)} from k = 0, ± standard error, at the strength where {'/'.join(capability)} has "
-        "risen by what the column says.\n"
+        f"Change of {changed} from k = 0, ± standard error, where {cost} has risen by what the column says.\n"
         "Side more is k above 0. Side less is k below 0: there a method that works has a negative number. n: items.\n"
         "In brackets: even the strongest k that was measured costs less than that.\n"
     )

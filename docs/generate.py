@@ -1,10 +1,11 @@
-"""Write the pages that follow from the code: docs/cli.md from the help texts, docs/methods.md from the registries."""
+"""Write the pages that follow from the code: cli.md from the help, methods.md and recipe.md from what recipes take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from recipe_page import recipe_page
 from typer.testing import CliRunner
 
 from weightsteer.cli import app, export
@@ -15,7 +16,7 @@ from weightsteer.steering.methods import METHODS, Method
 
 def cli_page() -> str:
     """The overview, then every verb's help."""
-    verbs = [command.callback.__name__ for command in app.registered_commands if command.callback]
+    verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     verbs += ["export", *(f"export {command.callback.__name__}" for command in export.app.registered_commands)]
     parts = ["# Command line", "", "Generated from the help texts by `make docs`.", ""]
     for verb in ("", *verbs):
@@ -97,3 +98,4 @@ if __name__ == "__main__":
     docs = Path(__file__).parent
     (docs / "cli.md").write_text(cli_page())
     (docs / "methods.md").write_text(methods_page())
+    (docs / "recipe.md").write_text(recipe_page())

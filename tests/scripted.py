@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from transformers.generation.streamers import BaseStreamer
+
 from conftest import tiny_lm
 from weightsteer.chat_template import PromptLike
 from weightsteer.lm import LM
@@ -28,6 +30,7 @@ class Scripted(LM):
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
+        streamer: BaseStreamer | None = None,
     ) -> list[Reply]:
         return [Reply(self.reply(prompt if isinstance(prompt, str) else prompt[-1]["content"])) for prompt in prompts]
 

@@ -40,6 +40,12 @@ def card(name: str, revision: str = "") -> RunCard:
         (card("a/b", "a" * 64), card("a/b", "b" * 64), False),
         (card("a/b", "a" * 40), card("a/b", "b" * 64), True),  # a commit and a hash cannot be compared
         (card("a/b"), card("", "a" * 64), True),
+        (card("smollm2-135m-instruct", "a" * 64), card("HuggingFaceTB/SmolLM2-135M-Instruct", "b" * 40), True),
+        (card("smollm2-135m-instruct"), card("somebody/SmolLM2-135M-Instruct"), False),
+        (card("/root/models/Qwen2.5-7B"), card("Qwen/Qwen2.5-7B"), True),  # another machine's folder
+        (card("/root/models/Qwen2.5-7B"), card("/home/me/Qwen2.5-7B/"), True),
+        (card("/root/models/Qwen2.5-7B", "a" * 64), card("/home/me/Qwen2.5-7B", "b" * 64), False),
+        (card("Qwen2.5-7B"), card("Qwen/Qwen2.5-7B"), True),
     ],
 )
 def test_names_are_hints_and_hashes_decide(first: RunCard, second: RunCard, same: bool) -> None:
@@ -52,6 +58,17 @@ def test_a_copy_of_the_base_under_another_path_is_the_same_base(tmp_path: Path) 
     shutil.copytree(tmp_path / "base", tmp_path / "copy")
     assert is_same_base(card(str(tmp_path / "base")), card(str(tmp_path / "copy")))
     assert is_same_base(card(str(tmp_path / "base")), card("moved/elsewhere", fingerprint(tmp_path / "copy")))
+
+
+def test_a_folder_here_is_what_is_named_like_it_unless_weights_tell_them_apart(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "Tiny-1B")
+    here = card(str(tmp_path / "Tiny-1B"))
+    assert is_same_base(here, card("owner/tiny-1b"))
+    assert is_same_base(card("/gone/models/Tiny-1B"), here)
+    assert not is_same_base(here, card("owner/Tiny-2B"))
+    tiny_model(seed=1).save_pretrained(tmp_path / "other" / "Tiny-1B")
+    assert not is_same_base(here, card(str(tmp_path / "other" / "Tiny-1B")))
+    assert not is_same_base(here, card("owner/tiny-1b", "c" * 64))
 
 
 def test_a_branch_is_no_revision_and_base_overrules_names(tmp_path: Path) -> None:

@@ -69,9 +69,12 @@ def test_generated_pages_are_those_of_the_code() -> None:
 
     sys.path.insert(0, str(ROOT / "docs"))
     from generate import cli_page, methods_page
+    from recipe_page import recipe_page, without_meaning
 
     assert (ROOT / "docs" / "cli.md").read_text() == cli_page(), "run `make docs`"
     assert (ROOT / "docs" / "methods.md").read_text() == methods_page(), "run `make docs`"
+    assert (ROOT / "docs" / "recipe.md").read_text() == recipe_page(), "run `make docs`"
+    assert not without_meaning(), "fields of a recipe without a comment that explains them"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -90,5 +93,6 @@ def assert_is_a_command(words: list[str], line: str) -> None:
         command, words = inner, words[1:]
     known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
     used = {word.partition("=")[0] for word in words if word.startswith("-") and not re.match(r"-\d", word)}
-    assert not hasattr(command, "commands") or used <= {"--help", "--version"}, line
-    assert used <= {*known, "--help"}, line
+    program = {"--help", "-h", "--quiet", "-q"}
+    assert not hasattr(command, "commands") or used <= {"--version", *program}, line
+    assert used <= {*known, *program}, line

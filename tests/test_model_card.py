@@ -1,21 +1,26 @@
-"""What a merged folder takes over from its base, and what it leaves behind."""
+"""What a merged folder takes over from its base, and what the cards beside weights say."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from conftest import tiny_lm
+from conftest import random_vector, tiny_lm
 from test_adapter_sources import adapter
+from weightsteer.checkpoints.locate import base_of
 from weightsteer.errors import SteerError
 from weightsteer.export.merge import export_merged
-from weightsteer.run_card import RunCard
+from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.vectors.difference import task_vector
+from weightsteer.vectors.vector_folder import save_card
 from weightsteer.vectors.weight_vector import WeightVector
 
 
@@ -86,3 +91,48 @@ def test_a_snapshot_of_the_hub_cache_is_merged_through_its_links(base: Path, tmp
     export_merged(change(base), base, tmp_path / "plain", k=1.0)
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes()
+
+
+def front_matter(folder: Path) -> tuple[dict[str, object], str]:
+    head, _, body = (folder / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
+    fields = yaml.safe_load(head)
+    assert isinstance(fields, dict)
+    return fields, body
+
+
+def test_a_saved_vector_says_what_it_is_and_keeps_its_hub_id(base: Path, tmp_path: Path) -> None:
+    lm = tiny_lm()
+    card = RunCard.now("vector", base_model="owner/tiny", settings={"rank": 2, "learning_rates": [1e-3]}, seed=4)
+    w = WeightVector(random_vector(lm).deltas, card)
+    w.save(tmp_path / "w")
+    fields, body = front_matter(tmp_path / "w")
+    assert fields["base_model"] == "owner/tiny"
+    assert fields["library_name"] == "peft"
+    assert "lora" in fields["tags"]  # type: ignore[operator]
+    assert "| learning rates | 0.001 |" in body
+    assert "weightsteer steer FOLDER" in body
+    assert "AutoPeftModelForCausalLM" in body
+    w.export_peft(tmp_path / "candid", k=-3.0)
+    assert "steered at k = -3" in front_matter(tmp_path / "candid")[1]
+    save_card(w.card.with_strength(StrengthRange(2.0, -1.5, -4.0, 4.0)), tmp_path / "w")
+    assert "2 for more, -1.5 for less" in front_matter(tmp_path / "w")[1]
+    dense = WeightVector({"model.norm.weight": torch.ones(32)}, card).save(tmp_path / "dense")
+    assert front_matter(dense)[0]["library_name"] == "weightsteer"
+
+
+def test_other_tools_get_the_hub_id_of_the_embedded_model_and_we_still_know_it(tmp_path: Path) -> None:
+    card = RunCard("vector", base_model="smollm2-135m-instruct", base_revision="f" * 64)
+    WeightVector(random_vector(tiny_lm()).deltas, card).save(tmp_path / "w")
+    config = json.loads((tmp_path / "w" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert front_matter(tmp_path / "w")[0]["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert base_of(RunCard.load(tmp_path / "w")) == "smollm2-135m-instruct"
+
+
+def test_auto_peft_opens_what_is_saved(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base.parent)
+    w = WeightVector(random_vector(tiny_lm()).deltas, RunCard("vector", base_model="base"))
+    w.export_peft(tmp_path / "x", k=0.5)
+    theirs, lm, ids = AutoPeftModelForCausalLM.from_pretrained("x"), tiny_lm(), torch.tensor([[4, 5, 6]])
+    with torch.no_grad(), w.applied(lm, 0.5):
+        torch.testing.assert_close(theirs(ids).logits, lm.model(ids).logits, atol=1e-5, rtol=1e-5)

@@ -204,4 +204,4 @@ def test_a_merge_names_no_path(tmp_path: Path) -> None:
     head, _, body = (tmp_path / "merged" / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
     assert yaml.safe_load(head)["base_model"] == " ".join(hostile.split())
     assert "<b>" not in body
-    assert len([line for line in body.splitlines() if line.startswith("#")]) == 1
+    assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1

@@ -137,6 +137,7 @@ class Behavior:
         if not path.is_file():
             raise SteerError(
                 f"{name_or_path}: no such behaviour; expected one of {', '.join(SHIPPED)} or the path of a trait file"
+                f"{suggestion(str(name_or_path), SHIPPED)}"
             )
         return _behavior_from(path, read_json(path))
 

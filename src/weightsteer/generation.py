@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,6 +48,34 @@ class AtText(StoppingCriteria):
         tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
         done = [self.text in tail for tail in self.tokenizer.batch_decode(tails)]
         return torch.tensor(done, device=input_ids.device)
+
+
+class AtWish(StoppingCriteria):
+    """Ends all rows once `stopped` says so, which is asked after each token."""
+
+    def __init__(self, stopped: Callable[[], bool]) -> None:
+        self.stopped = stopped
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """(batch, length) ids -> (batch,) whether each row is done."""
+        return torch.full((input_ids.shape[0],), self.stopped(), device=input_ids.device)
+
+
+class TokenCount(BaseStreamer):
+    """Tells a progress how many tokens of at most `most` each row of a batch has."""
+
+    def __init__(self, progress: Progress, most: int) -> None:
+        self.progress, self.most, self.done = progress, most, -1  # the prompts come first
+
+    def put(self, value: Tensor) -> None:
+        """One more token of each row."""
+        self.done += 1
+        self.progress(self.done, self.most, "tokens")
+
+    def end(self) -> None:
+        """No more tokens come."""
+        if self.done < self.most:
+            self.progress(self.most, self.most, "tokens")
 
 
 class NotNumbers(LogitsProcessor):
@@ -103,10 +131,11 @@ class Writer:
         temperature: float = 0.0,
         *,
         streamer: BaseStreamer | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> tuple[list[list[int]], list[bool]]:
         """The ids that follow each row, and whether its logits were not numbers; the likeliest at temperature 0.
 
-        Rows that end early are filled up.
+        Rows that end early are filled up. `stopped` is asked after each token whether to end there.
         """
         if not 0 < max_new_tokens <= MOST_NEW_TOKENS:
             raise SteerError(f"max_new_tokens: expected 1 to {MOST_NEW_TOKENS}, found {shown(max_new_tokens)}")
@@ -114,7 +143,9 @@ class Writer:
         sampling: Mapping[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        at_text = [AtText(self.tokenizer, self.stop_text, tokens.shape[1])] if self.stop_text else []
+        endings: list[StoppingCriteria] = [AtWish(stopped)] if stopped else []
+        if self.stop_text:
+            endings.append(AtText(self.tokenizer, self.stop_text, tokens.shape[1]))
         checked = NotNumbers()
         with _own_settings_aside(self.model):
             out = self.model.generate(  # type: ignore[operator]
@@ -124,7 +155,7 @@ class Writer:
                 pad_token_id=self.pad,
                 eos_token_id=list(self.stops) or None,
                 logits_processor=LogitsProcessorList([checked]),
-                stopping_criteria=StoppingCriteriaList(at_text),
+                stopping_criteria=StoppingCriteriaList(endings),
                 streamer=streamer,
                 **sampling,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from .batches import rows_of_batch
 from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from .chat_template import ChatTemplate, Exchange, PromptLike, plain_template, turns_of
+from .checkpoints.adapted import Adapted, adapted_model, merge_adapter
 from .checkpoints.checkpoint import fingerprint
+from .checkpoints.device import placement_of
 from .checkpoints.embedded_model import EMBEDDED_NAME
 from .checkpoints.load_model import load_causal_lm, load_tokenizer
 from .checkpoints.locate import locate_model
@@ -62,7 +64,7 @@ class LM:
 
         Args:
             name: "smollm2-135m-instruct" (no download), an id such as "Qwen/Qwen2.5-7B-Instruct",
-                or a path.
+                or a path. Of a PEFT adapter, the base that it names is loaded and the adapter merged into it.
             device: "cpu", "cuda", "cuda:1", "mps", or "auto" to spread a large model by accelerate;
                 None takes the accelerator if there is one.
             dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own.
@@ -74,12 +76,15 @@ class LM:
             SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
         name = str(name)
+        if adapter := adapted_model(name):
+            below: dict[str, Any] = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}
+            base = cls.load(adapter.base, device=device, dtype=dtype, **below)
+            return base._with_adapter(adapter, name, chat_template_kwargs)
         where = locate_model(name)
+        placement = placement_of(device)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = load_tokenizer(name, where, **options)
-        model = load_causal_lm(
-            name, where, dtype=_dtype_named(dtype), placement=device or _default_device(), options=options
-        )
+        model = load_causal_lm(name, where, dtype=_dtype_named(dtype), placement=placement, options=options)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise SteerError(
                 f"{name}: holds an adapter, which was applied to the model on loading; name the model without it, or "
@@ -123,6 +128,13 @@ class LM:
         if lm.chat_template_kwargs:
             lm.chat_template.check_variables()
         return lm
+
+    def _with_adapter(self, adapter: Adapted, name: str, variables: Mapping[str, Any] | None) -> LM:
+        """This model with an adapter merged into it, and the adapter's own tokenizer if it has one."""
+        tokenizer = load_tokenizer(name, str(adapter.folder)) if adapter.has_tokenizer else self.tokenizer
+        model = merge_adapter(self.model, adapter, name)
+        revision = fingerprint(adapter.folder)
+        return type(self).wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
 
     def with_system_prompt(self, text: str | None) -> LM:
         """The same model under another system prompt (None: the template's own default)."""
@@ -226,6 +238,7 @@ class LM:
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
+        streamer: BaseStreamer | None = None,
     ) -> list[str]:
         """The answers to each prompt, without what the model thinks before them; see `replies`.
 
@@ -239,6 +252,7 @@ class LM:
             seed=seed,
             batch_size=batch_size,
             progress=progress,
+            streamer=streamer,
         )
         if missing := why_unanswered(replies):
             warnings.warn(f"{self.name}: {missing}", stacklevel=2)
@@ -253,13 +267,14 @@ class LM:
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
+        streamer: BaseStreamer | None = None,
     ) -> list[Reply]:
         """Reply to each prompt: by the likeliest token at temperature 0, else sampled from `seed`.
 
         The model's own generation settings (repetition penalty, beams, top-p and so on) do not count, so that what is
         measured is the model; its end tokens do. Prompts of like length share a left-padded batch, or prompts of the
         same length where a model does not take padding; replies come in the order of the prompts. With one k for each
-        prompt (see `SteeringHandle`), each gets its own.
+        prompt (see `SteeringHandle`), each gets its own. `streamer` gets each batch's tokens as they come.
         """
         texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
         ids = [self.require_fitting(self.chat_template.ids_of(text)) for text in texts]
@@ -268,16 +283,30 @@ class LM:
             torch.manual_seed(seed)
         for batch in writer.batches([len(row) for row in ids], batch_size, progress):
             with rows_of_batch(batch, len(ids)):
-                written = writer.write([ids[i] for i in batch], max_new_tokens, temperature)
+                written = writer.write([ids[i] for i in batch], max_new_tokens, temperature, streamer=streamer)
             for index, row, broken in zip(batch, *written, strict=True):
                 replies[index] = writer.reply(row, opened=opens_thinking(texts[index]), broken=broken)
         return replies
 
-    def reply_aloud(self, prompt: PromptLike, streamer: BaseStreamer, *, max_new_tokens: int) -> Reply:
-        """One greedy reply, which a streamer gets token by token."""
+    def reply_aloud(
+        self,
+        prompt: PromptLike,
+        streamer: BaseStreamer,
+        *,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stopped: Callable[[], bool] | None = None,
+    ) -> Reply:
+        """One reply, which a streamer gets token by token; see `replies`.
+
+        `stopped` is asked after each token whether to end the reply there.
+        """
         text = self.chat_template.prompt_text(turns_of(prompt, self.system_prompt))
         ids = self.require_fitting(self.chat_template.ids_of(text))
-        (row,), (broken,) = self._writer.write([ids], max_new_tokens, streamer=streamer)
+        if temperature > 0:
+            torch.manual_seed(seed)
+        (row,), (broken,) = self._writer.write([ids], max_new_tokens, temperature, streamer=streamer, stopped=stopped)
         return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
 
     @property
@@ -322,11 +351,6 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _default_device() -> str:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator.type if accelerator else "cpu"
 
 
 def _dtype_named(name: str) -> torch.dtype | str:

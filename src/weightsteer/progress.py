@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
-from .shown import console, one_line, say
+from .shown import console, is_quiet, one_line, say
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,7 +40,9 @@ def part_of(progress: Progress, number: int, count: int, label: str = "") -> Pro
 @contextmanager
 def show_progress(label: str) -> Iterator[Progress]:
     """Show progress on stderr under `label` until the block is left."""
-    if sys.stderr.isatty():
+    if is_quiet():
+        yield silent
+    elif sys.stderr.isatty():
         with _bar(label) as progress:
             yield progress
     else:

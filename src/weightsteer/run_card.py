@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -47,6 +47,23 @@ class StrengthRange:
     def shown(self) -> list[float]:
         """The strengths to show side by side: both recommended k, their halves, and 0; a side with none is left out."""
         return sorted({self.negative, self.negative / 2, 0.0, self.recommended / 2, self.recommended})
+
+    @property
+    def described(self) -> str:
+        """The range in words."""
+        more = (
+            f"k = {self.recommended:g} is recommended for more" if self.recommended else "none is recommended for more"
+        )
+        less = f"k = {self.negative:g} for less" if self.negative else "none for less"
+        return f"{more} of the behaviour and {less}; {self.low:g} to {self.high:g} was tested"
+
+    def warning(self, ks: Iterable[float]) -> str:
+        """What to say of strengths that lie outside the tested range; "" if none does."""
+        far = [k for k in ks if not self.low <= k <= self.high]
+        if not far:
+            return ""
+        listed = ", ".join(f"{k:g}" for k in far)
+        return f"k = {listed} lies outside the range that was tested, {self.low:g} to {self.high:g}; replies may break"
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,8 @@ def describe_mistake(error: ValidationError, names: Iterable[str] = ()) -> str:
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"field {where!r}: is not known{suggestion(str(first['loc'][-1]), names)}"
+    if first["type"] == "missing":
+        return f"field {where!r}: is missing"
     found = shown(first.get("input"))
     return f"field {where!r}: {first['msg']}; found {found}" if where else f"{first['msg']}; found {found}"
 
@@ -162,6 +164,21 @@ def shown(value: object) -> str:
     except (ValueError, RecursionError):  # a whole number of more than 4300 digits; lists in lists
         return f"a {type(value).__name__}"
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
+def parse_number(text: str, what: str) -> float:
+    """A number that a user has typed.
+
+    Raises:
+        SteerError: it is none, or none that a float32 holds.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        raise SteerError(f"{what}: expected a number, found {text!r}") from None
+    if not abs(number) <= LARGEST_FLOAT:
+        raise SteerError(f"{what}: expected a finite number up to {LARGEST_FLOAT:.3g}, found {text!r}")
+    return number
 
 
 def refuse_unusual(value: object, where: str) -> None:

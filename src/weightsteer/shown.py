@@ -8,6 +8,7 @@ An HTML page escapes by itself (`reporting/pages.py`), after `visible`.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -57,6 +58,39 @@ def say(text: object = "", *, error: bool = False, end: str = "\n", flush: bool 
     encoding = getattr(stream, "encoding", None) or "utf-8"
     shown = visible(str(text)).encode(encoding, "backslashreplace").decode(encoding)
     print(shown, file=stream, end=end, flush=flush)
+
+
+def say_json(value: object) -> None:
+    """Print a JSON document for programs: ASCII alone, so that nothing in it acts on a terminal; NaN becomes null."""
+    say(json.dumps(_finite(value), indent=2, allow_nan=False))
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(name): _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+_quiet = False
+
+
+def be_quiet(quiet: bool) -> None:
+    """Leave out notes and progress from now on, or no longer."""
+    global _quiet
+    _quiet = quiet
+
+
+def is_quiet() -> bool:
+    """Whether notes and progress are left out."""
+    return _quiet
+
+
+def note(text: str) -> None:
+    """Say on stderr what is good to know and no result, unless the user wants none of it."""
+    if not _quiet:
+        say(text, error=True)
 
 
 def ask(prompt: str) -> str:

@@ -15,6 +15,8 @@ from .safetensors_file import SafeFile, Stored, same_bytes
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapter_model.safetensors"
+DENSE_FILE = "delta.safetensors"  # ours: what no adapter can hold
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

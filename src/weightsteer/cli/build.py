@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -13,12 +14,13 @@ from ..files import refuse_inputs
 from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
-from ..shown import say
+from ..shown import say, say_json
 from .arguments import refuse_twice
 from .options import (
     Base,
     Device,
     Dtype,
+    Json,
     JudgeUrl,
     KeyEnv,
     Model,
@@ -115,6 +117,7 @@ def lint(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Look for this model's special tokens in the texts too.")
     ] = None,
+    as_json: Json = False,
 ) -> None:
     """Show what would leak into the vector besides the behaviour.
 
@@ -124,6 +127,10 @@ def lint(
 
     sides = read_sides(pairs, positive, negative)
     findings = lint_sides(*sides, special_tokens_of(model) if model else ())
+    if as_json:
+        counts = {"positive": len(sides[0]), "negative": len(sides[1])}
+        say_json({**counts, "findings": [asdict(finding) for finding in findings]})
+        return
     for finding in findings:
         say(f"{finding.kind}: {finding.message}")
     say(f"{len(sides[0])} examples in D+, {len(sides[1])} in D-, {len(findings)} findings")

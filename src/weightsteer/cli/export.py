@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,12 +13,14 @@ from ..files import refuse_inputs
 from ..progress import show_progress
 from ..shown import say
 from .options import Base, Out, drop_unset, number, recommended_k, require_base
+from .overview import VerbsByUse
 
 if TYPE_CHECKING:
     from ..vectors.weight_vector import WeightVector
 
 app = typer.Typer(
     help="Write k w for other engines: as a PEFT adapter, a merged checkpoint, or llama.cpp's control vector.",
+    cls=VerbsByUse,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -71,21 +74,21 @@ def merged(
     chosen = number(k) if k is not None else None
     refuse_inputs(out, source, negative, base, model)
     from ..export.merge import MergeSettings, export_merged
+    from ..export.rounding import describe_rounding
 
     settings = MergeSettings(**drop_unset(dtype=dtype, rounding=rounding, seed=seed, workers=workers))
     vector = _vector(source, negative, base)
     strength = chosen if chosen is not None else recommended_k(vector)
+    change, onto, times = _onto(vector, strength, source, model, base)
     with show_progress("merge") as progress:
-        report = export_merged(
-            vector, _model_folder(vector, source, model), out, k=strength, settings=settings, progress=progress
-        )
+        report = export_merged(change, onto, out, k=times, settings=settings, progress=progress)
     say(
-        f"{out}: merged at k = {strength:g} in {report.dtype}; rounding missed {report.delta_error:.1%} of the change "
-        f"and left {report.unchanged_share:.1%} of the entries as they were"
+        f"{out}: merged at k = {strength:g} in {report.dtype}; {describe_rounding(report.delta_error)}; "
+        f"{report.unchanged_share:.1%} of the entries stay as they were"
     )
     for name, shares in report.other_dtypes.items():
         if name != report.dtype:
-            say(f"  --dtype {name}: {shares['delta_error']:.1%} and {shares['unchanged_share']:.1%}")
+            say(f"  --dtype {name}: {describe_rounding(shares['delta_error'])}")
 
 
 @app.command()
@@ -136,10 +139,22 @@ def _vector(source: str, negative: str | None, base: str | None) -> WeightVector
     return subtract_finetunes(source, negative, base=base) if negative else task_vector(source, base=base)
 
 
-def _model_folder(vector: WeightVector, source: str, model: str | None) -> Path:
+def _onto(
+    vector: WeightVector, k: float, source: str, model: str | None, base: str | None
+) -> tuple[WeightVector, Path, float]:
+    """What to merge, into which folder, and how often: of an adapter, its change and k w into its base."""
+    from ..checkpoints.adapted import adapted_model
     from ..checkpoints.locate import base_of, checkpoint_folder
+    from ..vectors.difference import task_vector
+    from ..vectors.expression import derived_card
 
+    if model and (adapter := adapted_model(model)):
+        named = {"adapter": task_vector(model, base=base), "w": vector}
+        total = named["adapter"] + k * named["w"]
+        card = derived_card(vector.card, f"adapter + {k:g} * w", named)
+        folder = checkpoint_folder(base or adapter.base, revision=None if base else adapter.revision)
+        return replace(total, card=card), folder, 1.0
     if model:
-        return checkpoint_folder(model)
+        return vector, checkpoint_folder(model), k
     require_base(vector.card)
-    return checkpoint_folder(base_of(vector.card, Path(source)), revision=vector.card.base_commit)
+    return vector, checkpoint_folder(base_of(vector.card, Path(source)), revision=vector.card.base_commit), k

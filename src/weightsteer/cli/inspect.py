@@ -15,8 +15,9 @@ from ..files import is_empty, refuse_inputs
 from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
-from ..shown import csv_cell, one_line, say
-from .options import Base, Vector
+from ..shown import csv_cell, note, one_line, say, say_json
+from .options import Base, Json
+from .show_run import card_fields, finetune_facts, is_run, refuse_nothing, run_facts
 
 if TYPE_CHECKING:
     from ..monitor import Alert, Reading
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def show(
-    folder: Vector,
+    folder: Annotated[Path, typer.Argument(help="A saved weight vector, a fine-tune, or a run's folder.")],
     others: Annotated[
         list[Path] | None, typer.Argument(help="Vectors to compare it with: other seeds, others.")
     ] = None,
@@ -33,47 +34,85 @@ def show(
         Path | None, typer.Option(help="The fine-tune on D+; default: `positive` beside the vector.")
     ] = None,
     negative: Annotated[Path | None, typer.Option(help="The fine-tune on D-; default: `negative` beside it.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Show a vector: base, training, range of k, and its geometry: energy, ranks, the two sides, likeness to others.
 
+    Of a run's folder it shows what is finished, of a fine-tune its training and its geometry.
+
     Example: weightsteer show runs/syc/vector runs/syc-seed1/vector runs/gloomy/vector
     """
-    from ..run_folder import RunFolder
+    refuse_nothing(folder)
+    if is_run(folder):
+        _show_run(folder, as_json, others)
+        return
     from ..vectors.difference import task_vector
     from ..vectors.geometry import facts, geometry
-    from ..vectors.weight_vector import WeightVector
 
-    vector = WeightVector.load(folder)
-    card, strength = vector.card, vector.card.strength
-    say(f"base      {one_line(card.base_model)} ({one_line(card.base_revision[:12])})")
-    say(f"made      {one_line(card.created)}, seed {card.seed}")
-    measured = f"{strength.negative:g} (less) and {strength.recommended:g} (more)" if strength else "not measured"
-    say(f"k         {measured}")
-    if strength:
-        say(f"tested    {strength.low:g} to {strength.high:g}, budget {dict(strength.budget)}")
-    run = RunFolder(folder.parent)
-    two = [positive or run.finetune("positive"), negative or run.finetune("negative")]
-    sides = None
-    if positive or negative or all(side.is_dir() for side in two):
-        sides = task_vector(two[0]), task_vector(two[1])
-    found = geometry(vector)
-    for name, text in facts(found, sides).items():
+    vector = task_vector(folder)
+    card, found = vector.card, geometry(vector)
+    lines = {
+        "base": f"{card.base_model} ({card.base_revision[:12]})",
+        "made": f"{card.created}, seed {card.seed}",
+        **finetune_facts(folder),
+        "k": card.strength.described if card.strength else "not measured",
+        **({"budget": _budget(card.strength.budget)} if card.strength and card.strength.budget else {}),
+        **facts(found, _sides(folder, positive, negative)),
+    }
+    likeness = {str(other): _likeness(vector, other) for other in others or []}
+    if as_json:
+        fields = {"folder": str(folder), "card": card_fields(folder), "geometry": asdict(found), "others": likeness}
+        say_json(fields)
+        return
+    for name, text in lines.items():
         say(f"{name:<9} {one_line(text)}")
-    for other in others or []:
-        _print_likeness(vector, other)
+    for other, both in likeness.items():
+        _print_likeness(other, both)
     _print_shares("layer", {f"{layer}": share for layer, share in found.by_layer.items()})
     _print_shares("module", found.by_module)
 
 
-def _print_likeness(vector: WeightVector, folder: Path) -> None:
-    from ..vectors.geometry import overlap
-    from ..vectors.weight_vector import WeightVector
+def _show_run(folder: Path, as_json: bool, others: Sequence[Path] | None) -> None:
+    if others:
+        raise SteerError(f"{folder}: is a run's folder; name its vector to compare it, {folder / 'vector'}")
+    found = run_facts(folder)
+    if as_json:
+        say_json({"folder": str(folder), **found})
+        return
+    for name, text in found.items():
+        say(f"{name:<9} {one_line(text)}")
 
-    other = WeightVector.load(folder)
-    both = overlap(vector, other)
+
+def _budget(budget: Mapping[str, float]) -> str:
+    """Which losses the recommended k may cost: "prose/nll up to 0.1"."""
+    return ", ".join(f"{metric} up to {limit:g}" for metric, limit in budget.items())
+
+
+def _sides(folder: Path, positive: Path | None, negative: Path | None) -> tuple[WeightVector, WeightVector] | None:
+    """The task vectors of the two fine-tunes, given or beside the vector; None where they are not there."""
+    from ..run_folder import RunFolder
+    from ..vectors.difference import task_vector
+
+    run = RunFolder(folder.parent)
+    two = [positive or run.finetune("positive"), negative or run.finetune("negative")]
+    if not (positive or negative) and (folder in two or not all(side.is_dir() for side in two)):
+        return None
+    return task_vector(two[0]), task_vector(two[1])
+
+
+def _likeness(vector: WeightVector, folder: Path) -> dict[str, float]:
+    """Cosine and shared main directions of two vectors."""
+    from ..vectors.difference import task_vector
+    from ..vectors.geometry import overlap
+
+    other = task_vector(folder)
+    return {"cosine": vector.cosine(other), **asdict(overlap(vector, other))}
+
+
+def _print_likeness(name: str, both: Mapping[str, float]) -> None:
     say(
-        f"{folder}: cosine {vector.cosine(other):+.4f}; shared main directions: written {both.outputs:.3f} "
-        f"(chance {both.chance_outputs:.3f}), read {both.inputs:.3f} (chance {both.chance_inputs:.3f})"
+        f"{name}: cosine {both['cosine']:+.4f}; shared main directions: written {both['outputs']:.3f} "
+        f"(chance {both['chance_outputs']:.3f}), read {both['inputs']:.3f} (chance {both['chance_inputs']:.3f})"
     )
 
 
@@ -88,6 +127,7 @@ def cosine(
     sources: Annotated[list[str], typer.Argument(help="Vectors, adapters or checkpoints: folders or hub ids.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.csv, .npz, .png and .html too.")] = None,
     base: Base = None,
+    as_json: Json = False,
 ) -> None:
     """Cosines of vectors and fine-tunes of one base, each with each: a table, and a heat map with like ones together.
 
@@ -103,11 +143,14 @@ def cosine(
     vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
     with show_progress("cosine") as progress:
         found = similarities(vectors, progress=progress)
-    say(table(found.names, found.cosines))
+    if as_json:
+        say_json({"names": list(found.names), "cosines": [[float(value) for value in row] for row in found.cosines]})
+    else:
+        say(table(found.names, found.cosines))
     if out:
         found.save(out)
         page = _draw_heatmap(out, found)
-        say(f"{out}.csv, {out}.npz, {out}.png, {page}")
+        (note if as_json else say)(f"{out}.csv, {out}.npz, {out}.png, {page}")
 
 
 def _draw_heatmap(out: Path, found: Similarity) -> Path:

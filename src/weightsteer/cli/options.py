@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import SteerError
-from ..schema import LARGEST_FLOAT, parse_json
-from ..shown import say
+from ..schema import parse_json, parse_number
+from ..shown import note
 
 if TYPE_CHECKING:
     from ..behavior import Example
@@ -39,6 +39,8 @@ KeyEnv = Annotated[
 TrustCode = Annotated[
     list[str] | None, typer.Option("--trust-code", help="A task's YAML file whose code may run; once for each file.")
 ]
+UNTESTED_K = 1.0  # w itself: where a talk starts if no k was measured
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among the sources.")]
 Vector = Annotated[Path, typer.Argument(help="Folder of a saved weight vector.")]
@@ -50,13 +52,7 @@ def numbers(text: str) -> list[float]:
 
 
 def number(text: str, what: str = "k") -> float:
-    try:
-        k = float(text)
-    except ValueError:
-        raise SteerError(f"{what}: expected a number, found {text!r}") from None
-    if not abs(k) <= LARGEST_FLOAT:
-        raise SteerError(f"{what}: expected a finite number up to {LARGEST_FLOAT:.3g}, found {text!r}")
-    return k
+    return parse_number(text, what)
 
 
 def drop_unset(**options: Any) -> dict[str, Any]:
@@ -97,11 +93,11 @@ def template_variables(text: str | None) -> dict[str, Any]:
 
 def special_tokens_of(model: str) -> set[str]:
     """The special tokens of a model's tokenizer, which is loaded without its model."""
+    from ..checkpoints.adapted import tokenizer_folder
     from ..checkpoints.load_model import load_tokenizer
-    from ..checkpoints.locate import locate_model
     from ..example_files.checks import special_tokens
 
-    return special_tokens(load_tokenizer(model, locate_model(model), trust_remote_code=False))
+    return special_tokens(load_tokenizer(model, tokenizer_folder(model), trust_remote_code=False))
 
 
 def vector_and_lm(
@@ -163,9 +159,18 @@ def recommended_k(vector: WeightVector) -> float:
     return vector.card.strength.recommended
 
 
+def starting_k(vector: WeightVector) -> float:
+    """The card's k for more of the behaviour, or 1 with a word about it."""
+    strength = vector.card.strength
+    if strength is not None and strength.recommended:
+        return strength.recommended
+    note(f"the vector's card has no recommended k; starting at k = {UNTESTED_K:g}, the vector as it was made")
+    return UNTESTED_K
+
+
 def shown_strengths(vector: WeightVector) -> list[float]:
     """The card's strengths, or -1 to 1 with a word about it."""
     if vector.card.strength is None:
-        say("the vector's card has no measured range of k; taking -1 to 1", error=True)
+        note("the vector's card has no measured range of k; taking -1 to 1")
         return [-1.0, -0.5, 0.0, 0.5, 1.0]
     return vector.card.strength.shown

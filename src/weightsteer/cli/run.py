@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,10 +16,11 @@ from ..errors import SteerError
 from ..files import refuse_inputs
 from ..places import shareable
 from ..progress import show_progress
-from ..shown import markdown_text, say
+from ..shown import markdown_text, say, say_json
 from .options import (
     Device,
     Dtype,
+    Json,
     JudgeUrl,
     KeyEnv,
     Model,
@@ -37,13 +38,15 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from ..evaluation.compare import ComparisonAtLoss
+    from ..evaluation.metrics import MetricKey
     from ..evaluation.results import Measurement, MetricRow
     from ..runs.pipeline import Run
     from ..runs.recipe import Recipe
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or the name of a shipped one.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<name>.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed; default folder runs/<name>-seed<N>.")] = None,
     dry_run: Annotated[
@@ -59,12 +62,14 @@ def run(
     Example: weightsteer run recipes/demo.yaml
     """
     from ..runs.recipe import Recipe
+    from ..runs.shipped_recipes import find_recipe
 
-    loaded = Recipe.load(recipe)
+    found = find_recipe(recipe)
+    loaded = Recipe.load(found)
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
     loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
     folder = out or Path("runs") / (f"{loaded.name}-dry-run" if dry_run else loaded.name)
-    _refuse_inputs(loaded, recipe, folder)
+    _refuse_inputs(loaded, found, folder)
     if dry_run:
         loaded = _shrink(loaded, folder)
     options = [*(["--out", shareable(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
@@ -115,11 +120,11 @@ def _print_table(run: Run) -> None:
         say(f"{line['method']:<14} {line['k']:>7} " + " ".join(f"{cell:>15}" for cell in line["cells"]))
     strength = RunCard.load(run.folder.vector).strength
     if strength:
-        say(f"recommended k: {strength.recommended:g} (more) and {strength.negative:g} (less)")
+        say(strength.described)
 
 
 def report(folder: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
-    """Write a finished run's report.html and PNG again, from what its folder holds.
+    """Write a finished run's report again: report.html and its PNG, from what its folder holds.
 
     Example: weightsteer report runs/sycophancy-demo
     """
@@ -167,14 +172,17 @@ def compare(
     capability: Annotated[str, typer.Option(help="task/metric whose rise is the loss increase.")] = "prose/nll",
     reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "contrastive",
     loss_increases: Annotated[str, typer.Option(help="Loss increases, nats per token.")] = "0.05,0.1,0.2",
+    as_json: Json = False,
 ) -> None:
     """Compare methods at the same loss increase, as a Markdown table; errors by bootstrap over items and runs.
+
+    Each number is a change from the model at k = 0. Rows "more" are k above 0, rows "less" are k below 0: there a
+    method works if the number is negative.
 
     Example: weightsteer compare runs/syc runs/syc-seed1 runs/syc-seed2 --behavior false_beliefs/follows
     """
     from ..evaluation.compare import compare_at_loss
     from ..evaluation.metrics import metric_key
-    from ..reporting.result_tables import comparison_table
     from ..runs.recipe import refuse_other_recipes
 
     refuse_other_recipes(runs)
@@ -185,6 +193,28 @@ def compare(
         capability=metric_key(capability),
         reference=reference,
         loss_increases=levels,
+    )
+    if as_json:
+        say_json([asdict(row) for row in found])
+    else:
+        _print_comparison(found, metric_key(behavior), metric_key(capability), reference, levels)
+
+
+def _print_comparison(
+    found: Sequence[ComparisonAtLoss],
+    behavior: MetricKey,
+    capability: MetricKey,
+    reference: str,
+    levels: Sequence[float],
+) -> None:
+    """What the numbers are, then a Markdown table of them."""
+    from ..reporting.result_tables import comparison_table
+
+    changed, cost = "/".join(behavior), "/".join(capability)
+    say(
+        f"Change of {changed} from k = 0, ± standard error, where {cost} has risen by what the column says.\n"
+        "Side more is k above 0. Side less is k below 0: there a method that works has a negative number. n: items.\n"
+        "In brackets: even the strongest k that was measured costs less than that.\n"
     )
     rises = [f"at {level:+g} nats per token" for level in levels]
     against = [f"minus {markdown_text(reference)}, {rise}" for rise in rises]
@@ -199,10 +229,6 @@ def compare(
             *line["against"].values(),
         ]
         say("| " + " | ".join(cells) + " |")
-    say(
-        f"\nA change is that of {markdown_text(behavior)} from the base, positive where it rises, on either side. "
-        "Side: more is k above 0, less is k below 0. In brackets: the strongest k raises the loss by less."
-    )
 
 
 def measure(
@@ -217,7 +243,8 @@ def measure(
     trust_code: TrustCode = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest reply, for tasks with open replies.")] = None,
     k: Annotated[str | None, typer.Option("--k", help="Strengths, e.g. -2,2; default: the card's.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts in a batch.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in a batch.")] = 16,
+    as_json: Json = False,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -239,8 +266,13 @@ def measure(
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     ks = wanted or [k for k in shown_strengths(vector) if k]
     with show_progress(task) as progress:
+        found = []
         for measurement, rows in measure_strengths(vector, lm, items, ks, batch_size=batch_size, progress=progress):
-            _print_measured(measurement, rows)
+            found += [asdict(row) for row in rows]
+            if not as_json:
+                _print_measured(measurement, rows)
+    if as_json:
+        say_json(found)
 
 
 def _print_measured(measurement: Measurement, rows: Sequence[MetricRow]) -> None:

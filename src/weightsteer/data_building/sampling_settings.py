@@ -23,12 +23,12 @@ class SamplingFields:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # in a recipe an unknown key is an error
 
-    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10
-    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 160
+    samples: Annotated[int, Field(ge=1, le=MOST_SAMPLES)] = 10  # answers for each question and prompt
+    max_new_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 160  # longest answer, in tokens
     positive_from: Score = 75.0  # judge's score from which an answer shows the behaviour
     negative_to: Score = 25.0  # judge's score up to which it clearly does not
     cut_answers: Literal["drop", "keep"] = "drop"  # what max_new_tokens cut off would teach to stop in mid-sentence
-    questions: Annotated[int | None, Field(ge=1)] = None  # the first so many; None: all, of a shipped behaviour half
+    questions: Annotated[int | None, Field(ge=1)] = None  # the first so many; else all, of a shipped behaviour half
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 from ..chat_template import PromptLike
 from ..files import append_jsonl, read_finished, write_jsonl
@@ -141,6 +142,7 @@ class _RecordingLM(LM):
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
+        streamer: BaseStreamer | None = None,
     ) -> list[Reply]:
         """See `LM.replies`."""
         replies = super().replies(
@@ -150,6 +152,7 @@ class _RecordingLM(LM):
             seed=seed,
             batch_size=batch_size,
             progress=progress,
+            streamer=streamer,
         )
         said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         self.turns.extend({"prompt": p, "reply": r.answer or ""} for p, r in zip(said, replies, strict=True))

@@ -16,10 +16,10 @@ class TaskFields:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # in a recipe an unknown key is an error
 
-    task: str
-    data: str | None = None
-    limit: Annotated[int | None, Field(ge=1)] = None
-    name: str | None = None
+    task: str  # one of the tasks
+    data: str | None = None  # a file of items; without it, the shipped ones
+    limit: Annotated[int | None, Field(ge=1)] = None  # at most so many items of each split
+    name: str | None = None  # what it is called in measurements, where one task stands there twice
     split: Literal["validation", "test"] | None = None  # all items go to this split; None: to both in turn
     behavior: str | None = None  # a shipped behaviour or a trait file, for tasks about one
     max_new_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..behavior import ContrastPair, Example, shipped_file
+from ..behavior import SHIPPED, ContrastPair, Example, shipped_file
+from ..errors import SteerError
+from ..schema import suggestion
 from .formats import example_of, pair_of
 from .rows import read_rows
 
@@ -19,7 +21,13 @@ def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[C
     Raises:
         SteerError: a file that cannot be read, or an entry that cannot be carried over; line and field are named.
     """
-    return [pair_of(row) for row in read_rows(shipped_file(str(name_or_path), file) or Path(name_or_path))]
+    path = shipped_file(str(name_or_path), file) or Path(name_or_path)
+    if not path.exists() and path.name == str(name_or_path) and not path.suffix:
+        raise SteerError(
+            f"{name_or_path}: no such behaviour and no such file; expected one of {', '.join(SHIPPED)}, or a file of "
+            f"pairs{suggestion(path.name, SHIPPED)}"
+        )
+    return [pair_of(row) for row in read_rows(path)]
 
 
 def load_examples(path: str | Path) -> list[Example]:

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 
 from torch import Tensor
 
+from ..checkpoints.adapted import without_adapters
 from ..checkpoints.locate import locate_config
 from ..errors import SteerError, first_line
 from ..files import write_bytes
@@ -80,7 +81,7 @@ def model_type_of(name: str, *, revision: str | None = None) -> str:
     """
     from transformers import AutoConfig
 
-    where = locate_config(name)
+    where = locate_config(without_adapters(name))
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(**where, revision=revision, trust_remote_code=False)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import INDEX, SINGLE
+from ..checkpoints.embedded_model import public_base
 from ..checkpoints.links import file_within
 from ..checkpoints.safetensors_file import SafeFile
 from ..files import read_json, write_text
 from ..places import is_private, public_name
 from ..run_card import RunCard
 from ..shown import markdown_text, yaml_text
-from .rounding import MergeReport
+from .rounding import MergeReport, describe_rounding
 
 # What a model has beside its weights: configuration, tokenizer and processors, templates, licence. Nothing else is
 # carried over: no weights in other forms, no adapters, no code, no pickles.
@@ -102,8 +103,8 @@ def write_lineage(vector: RunCard, base: Path, part: Path, origin: Mapping[str, 
 
 def _readme(vector: RunCard, base: Path, k: float, report: MergeReport) -> str:
     into = public_name(str(base.absolute()))
-    name = public_name(vector.base_model) or into
-    shown = markdown_text(name)
+    name = public_base(vector.base_model) or into
+    shown, expression = markdown_text(name), vector.settings.get("expression")
     return "\n".join(
         [
             "---",
@@ -120,8 +121,19 @@ def _readme(vector: RunCard, base: Path, k: float, report: MergeReport) -> str:
             f"{markdown_text(into)}",
             f"- k: {k:g}",
             f"- vector, fingerprint: {report.vector_sha256 or 'none (k = 0)'}",
-            f"- written as {report.dtype}, rounding {report.rounding}: the change that was meant is missed by "
-            f"{report.delta_error:.1%}, {report.unchanged_share:.1%} of the entries are unchanged",
+            *([f"- made from: {markdown_text(str(expression))}"] if expression else []),
+            f"- written as {report.dtype}, rounding {report.rounding}: {describe_rounding(report.delta_error)}, and "
+            f"{report.unchanged_share:.1%} of the entries are as they were",
+            "",
+            "## How to use it",
+            "",
+            "It is a whole model: transformers, vLLM and other engines load the folder as they load its base.",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
+            "```",
             "",
         ]
     )

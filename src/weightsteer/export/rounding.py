@@ -84,6 +84,13 @@ class MergeReport:
     vector_sha256: str = ""
 
 
+def describe_rounding(error: float) -> str:
+    """A `delta_error` in words: the size of what rounding adds, beside the size of k w itself."""
+    if error >= 1:
+        return f"rounding adds an error {error:.1f} times the size of the change, at random over the weights"
+    return f"rounding adds an error of {error:.1%} of the size of the change"
+
+
 @dataclass
 class Tally:
     """Sums over measured blocks, one set for each way of writing them."""

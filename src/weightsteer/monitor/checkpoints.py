@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, INDEX, fingerprint, is_checkpoint
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, DENSE_FILE, INDEX, fingerprint, is_checkpoint
 from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
@@ -23,7 +23,6 @@ from ..vectors.delta import Delta
 from ..vectors.difference import task_vector
 from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.similarity import parameter_products
-from ..vectors.vector_folder import DENSE_FILE
 from ..vectors.weight_vector import WeightVector
 from .readings import KeptReading, Products, Reading, read_off
 

@@ -28,6 +28,7 @@ from ..schema import checked
 from ..steering.methods import costs_of
 from ..steering.several_k import generate_at_strengths
 from ..steering.steering import Steering
+from ..vectors.vector_folder import save_card
 from .artifacts import RunArtifacts, ShowProgress, load_judge
 from .recipe import Recipe, claim_run
 from .run_methods import methods_with_strengths
@@ -167,7 +168,7 @@ class Run:
             budget={metric_key(text): limit for text, limit in self.recipe.budget.items()},
         )
         path = self.folder.vector
-        RunCard.load(path).with_strength(strength).save(path)
+        save_card(RunCard.load(path).with_strength(strength), path)
         return strength
 
     def measure_costs(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:

@@ -47,26 +47,28 @@ KEPT_APART = {"plot", "batch_size", "budget", "device", "samples"}
 class Recipe(Strict):
     """A whole run in one file."""
 
-    name: str
+    name: str  # what the run is called: its folder is runs/NAME
+    # the base: the embedded model, a Hugging Face id, a folder, or a folder with a PEFT adapter
     model: str = "smollm2-135m-instruct"
-    device: str | None = None
-    dtype: str = "auto"
+    device: str | None = None  # cpu, cuda, mps or auto; without it, the accelerator if there is one
+    dtype: str = "auto"  # float32, bfloat16, float16 or auto, the checkpoint's own
     chat_template_kwargs: dict[str, Any] = Field(default={})  # variables of the model's chat template
     architecture: str | None = None  # the model's type, such as qwen2, for a dry run without its config
-    behavior: str = "sycophancy"
+    behavior: str = "sycophancy"  # a shipped behaviour or a trait file: its questions, prompts and rubric
     first_finetune: FinetuneRecipe | None = None  # made before all else; the model after it stands for the base
-    data: DataRecipe = DataRecipe(pairs="sycophancy")
-    train: dict[str, Any] = Field(default={})  # both sides
+    data: DataRecipe = DataRecipe(pairs="sycophancy")  # what both sides are trained on
+    train: dict[str, Any] = Field(default={})  # how both sides are trained: the fields of `train` below
     train_of: dict[TrainedAlone, dict[str, Any]] = Field(default={})  # a method's own settings over these
     repair_target: RepairRecipe | None = None  # a fine-tune that every method is to repair
-    judge: JudgeRecipe | None = None
-    tasks: list[TaskFields] = Field(min_length=1)
-    sweep: SweepRecipe = SweepRecipe()
+    judge: JudgeRecipe | None = None  # who scores replies, for tasks and sampling that need a judge
+    tasks: list[TaskFields] = Field(min_length=1)  # what is measured
+    sweep: SweepRecipe = SweepRecipe()  # which methods are measured, at which strengths, and how k is chosen
+    # task/metric -> how much it may get worse at the k that is recommended
     budget: dict[str, float] = Field(default={"/".join(key): loss for key, loss in DEFAULT_BUDGET.items()})
     plot: list[str] = Field(default=["false_beliefs/follows", "preference/margin"])  # what the report draws
-    samples: SampleRecipe = SampleRecipe()
-    batch_size: int = Field(default=16, ge=1)
-    seed: int = 0
+    samples: SampleRecipe = SampleRecipe()  # replies that the report shows
+    batch_size: int = Field(default=16, ge=1)  # prompts in a batch of the measurements
+    seed: int = 0  # seed of the data, the trainings and the sampling
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -103,7 +105,7 @@ class Recipe(Strict):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise SteerError(f"{path}: field {_first(error)}") from None
+            raise SteerError(f"{path}: field {_first(error)} ({FIELDS_PAGE} lists the fields)") from None
 
     @property
     def metrics(self) -> Metrics:
@@ -132,7 +134,9 @@ class Recipe(Strict):
         try:
             return TypeAdapter(TrainSettings).validate_python(given)  # YAML reads 1e-2 as text
         except ValidationError as error:
-            raise SteerError(f"recipe {self.name}: field 'train': {_first(error)}") from None
+            raise SteerError(
+                f"recipe {self.name}: field 'train': {_first(error)} ({FIELDS_PAGE} lists the fields)"
+            ) from None
 
     def load_tasks(self, judge: ChatModel | None = None, trust_code: Sequence[str] = ()) -> list[Task]:
         """The recipe's tasks with their items; tasks about a behaviour are about the recipe's unless they name one.
@@ -195,6 +199,7 @@ class Recipe(Strict):
         return [example for name in wanted.data for example in _examples_of(name)[: wanted.limit]]
 
 
+FIELDS_PAGE = "docs/recipe.md"
 FIELDS = fields_of(Recipe)  # every name in a recipe, for suggestions
 
 

@@ -9,13 +9,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from ..data_building.sampling_settings import SamplingRecipe
 from ..evaluation.task_spec import MOST_TOKENS
 from ..run_folder import Side
-from ..schema import LARGEST_FLOAT
+from ..schema import LARGEST_FLOAT, suggestion
 from ..steering.methods import METHODS
 
 
 def _known_method(name: str) -> str:
     if name not in METHODS:
-        raise ValueError(f"expected one of {', '.join(map(repr, METHODS))}")
+        raise ValueError(f"expected one of {', '.join(map(repr, METHODS))}{suggestion(name, METHODS)}")
     return name
 
 
@@ -52,10 +52,10 @@ def fields_of(part: type[BaseModel]) -> frozenset[str]:
 class DataRecipe(Strict):
     """Where D+ and D- come from: pairs (shipped or a file), one file a side, or the model's own answers."""
 
-    pairs: str | None = None
-    positive: str | None = None
-    negative: str | None = None
-    sampling: SamplingRecipe | None = None
+    pairs: str | None = None  # a shipped behaviour, or a file of prompts with both answers
+    positive: str | None = None  # a file of D+: answers that show the behaviour
+    negative: str | None = None  # a file of D-: answers that show its opposite
+    sampling: SamplingRecipe | None = None  # the model's own answers, instead of files
     limit: int | None = Field(default=None, ge=2)  # use so many pairs
 
     @model_validator(mode="after")
@@ -72,18 +72,18 @@ class DataRecipe(Strict):
 class GenerateRecipe(Strict):
     """Arithmetic examples, made for the run: a family, and kinds in equal shares."""
 
-    family: str
-    kinds: list[str] = ["query", "correct"]
-    count: int = Field(default=400, ge=2, le=MOST_EXAMPLES)
+    family: str  # gcd, addition or larger
+    kinds: list[str] = ["query", "correct"]  # query, correct, incorrect
+    count: int = Field(default=400, ge=2, le=MOST_EXAMPLES)  # examples in all
 
 
 class FinetuneRecipe(Strict):
     """A fine-tune that is merged into the model: on files of examples, or on generated arithmetic."""
 
-    data: list[str] = []
+    data: list[str] = []  # files of examples, or one side of a shipped behaviour, such as gloomy:negative
     limit: int | None = Field(default=None, ge=2)  # so many examples of each file
-    generate: GenerateRecipe | None = None
-    train: dict[str, Any] = {}
+    generate: GenerateRecipe | None = None  # arithmetic examples instead of files
+    train: dict[str, Any] = {}  # training settings over the library's own
 
     @model_validator(mode="after")
     def _some_source(self) -> FinetuneRecipe:
@@ -102,10 +102,10 @@ class RepairRecipe(FinetuneRecipe):
 class JudgeRecipe(Strict):
     """Who judges: a model behind an OpenAI-compatible url, or without url a local model."""
 
-    model: str
-    url: str | None = None
-    key_env: str = "OPENAI_API_KEY"
-    concurrency: int = Field(default=8, ge=1, le=10_000)
+    model: str  # the judge's name at the server, or a local model
+    url: str | None = None  # an OpenAI-compatible server; without it, the judge is a local model
+    key_env: str = "OPENAI_API_KEY"  # environment variable with the key that the server may get
+    concurrency: int = Field(default=8, ge=1, le=10_000)  # requests at once
 
 
 class SweepRecipe(Strict):
@@ -116,6 +116,7 @@ class SweepRecipe(Strict):
     methods cover the same range of loss increase.
     """
 
+    # method -> its strengths k, or null to search for them
     methods: dict[MethodName, list[Strength] | None] = {
         "contrastive": None,
         "tau+": None,
@@ -125,7 +126,7 @@ class SweepRecipe(Strict):
     }
     variants: dict[str, str] = {}  # name -> expression of w, positive (tau+) and negative (tau-), swept like a method
     loss_increase: float = Field(default=0.2, gt=0)  # nats per token over the base, on ordinary text
-    fractions: list[float] = [0.25, 0.5, 0.75, 1.0]
+    fractions: list[float] = [0.25, 0.5, 0.75, 1.0]  # of the k that was found, which are swept
     fractions_of: dict[str, list[float]] = {}  # a method's own fractions
     sides: list[Literal[-1, 1]] = [-1, 1]  # which way k goes
     items_of: dict[str, int] = {}  # methods that are measured on the first so many items of each split
@@ -138,6 +139,6 @@ class SweepRecipe(Strict):
 class SampleRecipe(Strict):
     """Replies shown in the report: prompts (default: the behaviour's last questions) at up to five strengths."""
 
-    prompts: list[str] | None = None
-    count: int = Field(default=3, ge=0, le=1000)
-    max_new_tokens: int = Field(default=48, ge=1, le=MOST_TOKENS)
+    prompts: list[str] | None = None  # what is asked; without it, the behaviour's last questions
+    count: int = Field(default=3, ge=0, le=1000)  # how many of the prompts
+    max_new_tokens: int = Field(default=48, ge=1, le=MOST_TOKENS)  # longest reply, in tokens

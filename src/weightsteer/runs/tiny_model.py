@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from ..checkpoints.adapted import without_adapters
 from ..checkpoints.locate import locate_config
 from ..checkpoints.whole import is_whole
 from ..errors import SteerError
@@ -65,7 +66,7 @@ def _architecture(recipe: Recipe) -> str:
     """The model's type, as transformers names it."""
     if recipe.architecture:
         return recipe.architecture
-    where = locate_config(recipe.model)
+    where = locate_config(without_adapters(recipe.model))
     try:
         config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
     except (OSError, ValueError) as error:

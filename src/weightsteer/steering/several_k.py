@@ -8,23 +8,46 @@ from contextlib import suppress
 import torch
 
 from ..errors import SteerError
+from ..generation import TokenCount
 from ..lm import LM
+from ..progress import Progress, part_of, silent
 from ..vectors.weight_vector import WeightVector
+
+LONGEST = 100  # tokens of a reply, unless more are asked for
 
 
 def generate_at_strengths(
-    vector: WeightVector, lm: LM, prompt: str, ks: Sequence[float], *, max_new_tokens: int = 100
+    vector: WeightVector,
+    lm: LM,
+    prompt: str,
+    ks: Sequence[float],
+    *,
+    max_new_tokens: int = LONGEST,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> list[str]:
-    """The reply to `prompt` at each k, greedy; one k per row of a single batch.
+    """The reply to `prompt` at each k, by the likeliest token or sampled; one k per row of a single batch.
 
     A vector that changes norms, embeddings or experts cannot have one k per row; it goes through the ks in turn.
+    `progress` hears of each token.
     """
-    rows = [prompt] * len(ks)
+
+    def replies(count: int, told: Progress) -> list[str]:
+        return lm.generate(
+            [prompt] * count,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=count,
+            streamer=TokenCount(told, max_new_tokens),
+        )
+
     with suppress(SteerError), vector.applied(lm, torch.tensor(list(ks))):
-        return lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=len(rows))
-    replies = []
+        return replies(len(ks), progress)
+    found = []
     with vector.applied(lm, 0.0) as handle:
-        for k in ks:
+        for number, k in enumerate(ks):
             handle.k = k
-            replies += lm.generate([prompt], max_new_tokens=max_new_tokens)
-    return replies
+            found += replies(1, part_of(progress, number, len(ks), f"k = {k:g}"))
+    return found

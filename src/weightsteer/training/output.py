@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG
+from ..checkpoints.embedded_model import public_base
 from ..checkpoints.whole import is_whole
 from ..disk import sync_folder
 from ..errors import SteerError
@@ -200,7 +201,7 @@ def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcom
 def _name_base_publicly(folder: Path, card: RunCard) -> None:
     """Put the base's name where PEFT wrote its path on this machine; its README says nothing but that."""
     for path in folder.rglob(ADAPTER_CONFIG):
-        write_json(path, {**read_json(path), "base_model_name_or_path": public_name(card.base_model)})
+        write_json(path, {**read_json(path), "base_model_name_or_path": public_base(card.base_model)})
         (path.parent / "README.md").unlink(missing_ok=True)
 
 

@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checkpoints.checkpoint import DENSE_FILE
 from ..checkpoints.safetensors_file import save_tensors
 from ..errors import SteerError
 from ..lm import LM
 from ..progress import quiet_transformers
 from ..vectors.layer_kinds import is_linear
-from ..vectors.vector_folder import DENSE_FILE
 from .lora_targets import lora_targets
 from .settings import TrainSettings
 

@@ -8,13 +8,16 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..checkpoints.checkpoint import fingerprint
+from ..checkpoints.embedded_model import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from ..checkpoints.locate import local_folder
 from ..errors import SteerError
-from ..places import HUB_CACHE
+from ..places import HUB_CACHE, is_private
 from ..run_card import RunCard
 
 COMMIT, FINGERPRINT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
 QUANTISED = re.compile(r"(?:-unsloth)?-(?:bnb-)?(?:4bit|8bit)$|-(?:gptq|awq)(?:-int[48])?$")
+OWNER = EMBEDDED_HUB_ID.partition("/")[0].lower()  # the embedded model is a copy of the one on the hub
+UNKNOWN, HERE = "", "."  # owners: of a name without one, and of a folder that is here
 MIRRORS = ("unsloth",)  # owners that publish other people's models under the same names
 
 
@@ -41,8 +44,8 @@ def is_same_base(first: RunCard, second: RunCard) -> bool:
         return True
     if _same_name(first.base_model, second.base_model):
         return True
-    content = _content(first)
-    return bool(content) and content == _content(second)
+    ours, theirs = _content(first), _content(second)
+    return ours == theirs if ours and theirs else _named_like_folder(first.base_model, second.base_model)
 
 
 def on_base(card: RunCard, base: str | Path | None) -> RunCard:
@@ -61,10 +64,19 @@ def _kind(revision: str) -> int:
 def _same_name(first: str, second: str) -> bool:
     """Whether two names mean one model: no trailing slash, no case, no quantised copy's ending counts.
 
-    Of the copies of a mirror only the model's name counts, since their owner is not the base's.
+    Of the copies of a mirror only the model's name counts, since their owner is not the base's, and so it is with a
+    folder of another machine, and with a bare name.
     """
     (owner, model), (other_owner, other_model) = _name_parts(first), _name_parts(second)
-    return model == other_model and (owner == other_owner or bool({owner, other_owner} & set(MIRRORS)))
+    return model == other_model and (owner == other_owner or bool({owner, other_owner} & {UNKNOWN, *MIRRORS}))
+
+
+def _named_like_folder(first: str, second: str) -> bool:
+    """Whether one name is that of a folder that is here, and the other, of which no weights are, ends like it."""
+    (owner, model), (other_owner, other_model) = sorted(
+        (_name_parts(first), _name_parts(second)), key=lambda parts: parts[0] != HERE
+    )
+    return owner == HERE != other_owner and _name_parts(Path(model).name)[1] == other_model
 
 
 def _name_parts(name: str) -> tuple[str, str]:
@@ -72,10 +84,13 @@ def _name_parts(name: str) -> tuple[str, str]:
     cached = HUB_CACHE.search(str(path))
     if cached:
         name = f"{cached['owner']}/{cached['model']}"
-    elif path.exists() or path.is_absolute():
-        return "", str(path.resolve())
+    elif path.exists():
+        return HERE, str(path.resolve())
+    elif is_private(name):
+        name = path.name
     owner, _, model = name.strip().rstrip("/").lower().rpartition("/")
-    return owner, QUANTISED.sub("", model)
+    model = QUANTISED.sub("", model)
+    return (OWNER if model == EMBEDDED_NAME and not owner else owner or UNKNOWN), model
 
 
 def _described(card: RunCard) -> str:

@@ -7,19 +7,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from ..checkpoints.adapted import card_of
 from ..checkpoints.architecture import Architecture, architecture_of
-from ..checkpoints.checkpoint import ADAPTER_CONFIG, is_checkpoint
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE, is_checkpoint
 from ..checkpoints.locate import local_base, local_folder, source_folder
 from ..checkpoints.parameters import Whole, read_parameters
 from ..checkpoints.recognise import what_it_holds
 from ..errors import SteerError
-from ..files import read_json
-from ..run_card import CARD_FILE, RunCard
-from .base_identity import COMMIT, on_base
+from ..run_card import RunCard
+from .base_identity import on_base
 from .delta import Delta, Part
 from .mlx_adapter import MLX_FILE, is_mlx_adapter, read_mlx_adapter
-from .peft_adapter import ADAPTER_FILE, Adapter, read_adapter, refuse_empty
-from .vector_folder import DENSE_FILE, dense_file, open_vector
+from .peft_adapter import Adapter, read_adapter, refuse_empty
+from .vector_folder import dense_file, open_vector
 
 Makers = Mapping[str, Callable[[], Delta]]
 
@@ -90,19 +90,3 @@ def base_architecture(card: RunCard, base: str | Path | None) -> Architecture | 
     """The base's architecture, if the base is given or lies on this machine under the name that the card has."""
     folder = local_folder(str(base)) if base else local_base(card)
     return architecture_of(folder) if folder else None
-
-
-def card_of(folder: Path) -> RunCard:
-    """The fine-tune's card; an adapter from elsewhere has none, but its config names the base.
-
-    A branch in PEFT's `revision` ("main") tells nothing: only a commit does.
-    """
-    if (folder / CARD_FILE).is_file():
-        return RunCard.load(folder)
-    path = folder / ADAPTER_CONFIG
-    config = read_json(path) if path.is_file() else {}
-    if not isinstance(config, dict):
-        raise SteerError(f"{path}: expected a JSON object with PEFT's fields, found a {type(config).__name__}")
-    named = config.get("base_model_name_or_path") or config.get("model") or ""
-    revision = str(config.get("revision") or "")
-    return RunCard("finetune", base_model=str(named), base_revision=revision if COMMIT.fullmatch(revision) else "")

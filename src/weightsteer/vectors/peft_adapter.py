@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.architecture import Architecture
-from ..checkpoints.checkpoint import ADAPTER_CONFIG
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
+from ..checkpoints.embedded_model import public_base
 from ..checkpoints.parameters import Whole
 from ..checkpoints.plain_names import PEFT_PREFIX, plain_name, without_wrappers
 from ..checkpoints.safetensors_file import SafeFile, Stored, same_bytes
 from ..errors import SteerError
-from ..places import public_name
 from ..run_card import RunCard
 from .adapter_config import AdapterConfig, read_adapter_config
 from .delta import Delta, Part, require_finite
@@ -25,7 +25,6 @@ from .experts import ExpertPiece, expert_pieces, is_expert_module, require_param
 from .low_rank import Layout, LowRank
 from .module_patterns import is_named
 
-ADAPTER_FILE = "adapter_model.safetensors"
 FACTOR_ENDINGS = {".lora_A.weight": ".lora_B.weight", ".lora_embedding_A": ".lora_embedding_B"}  # of A and of B
 ADAPTER_NAME = re.compile(
     r"(\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))\.(?!weight$|bias$).+?(\.weight|\.bias|)$"
@@ -338,7 +337,7 @@ def adapter_config(layouts: Mapping[str, Layout], rank: int, card: RunCard) -> d
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": public_name(card.base_model),
+        "base_model_name_or_path": public_base(card.base_model),
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

@@ -9,16 +9,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG
+from ..checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, write_stream
 from ..errors import SteerError
+from ..files import write_text
 from ..run_card import CARD_FILE, RunCard, new_folder
 from ..schema import checked, parse_json
 from .delta import Delta, LazyDeltas, Streamed, blocks, layout_of, require_finite, rows_of
 from .low_rank import Layout, LowRank
-from .peft_adapter import ADAPTER_FILE, adapter_config, adapter_tensors, read_adapter
-
-DENSE_FILE = "delta.safetensors"
+from .peft_adapter import adapter_config, adapter_tensors, read_adapter
+from .readme import README, vector_readme
 
 
 def write_vector(deltas: Mapping[str, Delta], card: RunCard, folder: Path) -> Path:
@@ -50,8 +50,15 @@ def write_vector(deltas: Mapping[str, Delta], card: RunCard, folder: Path) -> Pa
         if dense:
             plan = {name: Planned("F32", shape) for name, shape in dense.items()}
             write_stream(part / DENSE_FILE, plan, _dense_blocks(deltas, plan), layouts=json.dumps(layouts))
-        card.save(part)
+        save_card(card, part)
     return folder
+
+
+def save_card(card: RunCard, folder: Path) -> None:
+    """Write a vector's card, and the README that says the same to people."""
+    card.save(folder)
+    adapter, dense = ((folder / name).is_file() for name in (ADAPTER_FILE, DENSE_FILE))
+    write_text(folder / README, vector_readme(card, adapter=adapter, dense=dense))
 
 
 def _write_adapter(deltas: Mapping[str, Delta], card: RunCard, factored: Mapping[str, LowRank], part: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 
 from ...errors import SteerError
+from ...schema import suggestion
 from ..metrics import Metric, MetricKey, Metrics
 from ..task_spec import TaskFields, TaskSpec
 from .task import Task, TaskKind
@@ -33,7 +34,7 @@ def kind_of(name: str) -> TaskKind:
         SteerError: an unknown task.
     """
     if name not in TASKS:
-        raise SteerError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}")
+        raise SteerError(f"unknown task {name!r}; expected one of {', '.join(TASKS)}{suggestion(name, TASKS)}")
     return TASKS[name]
 
 

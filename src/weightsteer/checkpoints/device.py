@@ -1,0 +1,34 @@
+"""Where a model is put: the devices that there are on this machine, by name."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import SteerError
+from ..schema import suggestion
+
+
+def placement_of(device: str | None) -> str:
+    """The device that is named, or for None the accelerator if there is one.
+
+    Raises:
+        SteerError: no such device here; the message lists those that there are.
+    """
+    known = device_names()
+    if device is None:
+        return known[1] if len(known) > 2 else known[0]
+    if device in known:
+        return device
+    lacking = "; torch finds no GPU here, or was installed without support for it" if len(known) == 2 else ""
+    listed = ", ".join(known)
+    raise SteerError(
+        f"device {device!r}: is not on this machine; expected one of {listed}{suggestion(device, known)}{lacking}"
+    )
+
+
+def device_names() -> list[str]:
+    """Every name of a device here: the CPU, the accelerators, and "auto", which spreads a model over them."""
+    found = []
+    if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()):
+        found = [kind.type, *(f"{kind.type}:{number}" for number in range(torch.accelerator.device_count()))]
+    return ["cpu", *found, "auto"]

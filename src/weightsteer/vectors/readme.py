@@ -1,0 +1,133 @@
+"""The README.md of a saved vector or exported adapter: what it is, how it was made, and how to use it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoints.embedded_model import public_base
+from ..places import public_name
+from ..run_card import RunCard
+from ..shown import markdown_text, yaml_text
+
+README = "README.md"
+SHOWN_SETTINGS = ("kind", "rank", "alpha", "epochs", "batch_size", "learning_rates", "weight_decay")
+
+VECTOR = """# A weight vector for {base}
+
+A weight vector w turns one behaviour of a language model up or down. It is added to the weights theta
+of {base}, times a strength k: theta + k w. With k above 0 the model shows more of the behaviour,
+with k below 0 less of it, and k = 0 is the model as it was.
+"""
+EXPORT = """# {base}, steered at k = {k:g}
+
+A PEFT adapter that holds k w: a weight vector w, which turns one behaviour of {base}
+up or down, times the strength k = {k:g}. It is made to be loaded at the scale 1.
+"""
+DENSE = """
+A part of the vector is no product of two thin matrices, so that no adapter can hold it. It lies in
+`delta.safetensors`, which PEFT passes over; weightsteer reads both parts.
+"""
+MADE = """
+## How it was made
+
+By weightsteer, by [contrastive weight steering](https://arxiv.org/abs/2511.05408): w is the difference
+of two fine-tunes, one on answers that show the behaviour and one on answers that show its opposite.
+"""
+DERIVED = """
+## How it was made
+
+By weightsteer, from other vectors: {expression}
+"""
+FACTS = """
+| | |
+| --- | --- |
+{rows}
+
+`weightsteer.json` holds all settings, hashes of the data, and the versions of the libraries.
+
+## How to use it
+"""
+WITH_US = """
+With weightsteer, at any strength; FOLDER is this folder:
+
+```sh
+weightsteer show FOLDER
+weightsteer steer FOLDER "Your question?" --k=-1,0,1
+weightsteer chat FOLDER
+```
+
+```python
+from weightsteer import LM, WeightVector
+
+lm = LM.load("BASE")
+w = WeightVector.load("FOLDER")
+with w.applied(lm, k=1.0):
+    print(lm.generate(["Your question?"]))
+```
+"""
+WITH_PEFT = """
+With PEFT, at k = {k:g}:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "FOLDER")
+```
+"""
+AUTO = "`AutoPeftModelForCausalLM` finds it by itself."
+
+
+def vector_readme(card: RunCard, *, adapter: bool, dense: bool) -> str:
+    """The model card of a vector's folder, with the front matter that the Hugging Face hub reads.
+
+    Args:
+        adapter: whether the folder holds a PEFT adapter.
+        dense: whether it holds changes that no adapter can.
+    """
+    card, name = card.shared(), public_base(card.base_model)
+    base, k = markdown_text(name) or "a model that the card does not name", card.settings.get("k")
+    exported = isinstance(k, int | float)
+    strength = float(k) if isinstance(k, int | float) else 1.0
+    expression = card.settings.get("expression")
+    rows = "\n".join(f"| {fact} | {markdown_text(value)} |" for fact, value in _facts(card).items())
+    parts = [
+        _front_matter(name, adapter),
+        (EXPORT if exported else VECTOR).format(base=base, k=strength),
+        DENSE if dense else "",
+        DERIVED.format(expression=markdown_text(str(expression))) if expression else MADE,
+        FACTS.format(rows=rows),
+        "" if exported else WITH_US,
+        WITH_PEFT.format(k=strength) if adapter else "",
+        f"\nBASE is {base}. {AUTO if adapter and name.count('/') == 1 else ''}".rstrip() + "\n",
+    ]
+    return "".join(parts)
+
+
+def _front_matter(base: str, adapter: bool) -> str:
+    named = [f"base_model: {yaml_text(base)}"] if base else []
+    tags = ["weight-steering", "task-vector", *(["lora"] if adapter else [])]
+    library = "peft" if adapter else "weightsteer"
+    return "\n".join(["---", *named, f"library_name: {library}", f"tags: [{', '.join(tags)}]", "---", "", ""])
+
+
+def _facts(card: RunCard) -> Mapping[str, str]:
+    """What the table says, without what the card leaves open."""
+    revision, strength = card.base_revision[:12], card.strength
+    settings = {name: _shown(card.settings[name]) for name in SHOWN_SETTINGS if name in card.settings}
+    found = {
+        "base": f"{public_name(card.base_model)} {f'({revision})' if revision else ''}".strip(),
+        **{name.replace("_", " "): text for name, text in settings.items()},
+        "seed": "" if card.seed is None else str(card.seed),
+        "made": card.created,
+        "with": ", ".join(f"{name} {version}" for name, version in card.versions.items()),
+        "recommended k": f"{strength.recommended:g} for more, {strength.negative:g} for less" if strength else "",
+        "tested k": f"{strength.low:g} to {strength.high:g}" if strength else "",
+    }
+    return {name: text for name, text in found.items() if text}
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

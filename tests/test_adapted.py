@@ -1,0 +1,97 @@
+"""An adapter that is named as a model is its base with the adapter merged in, wherever a model is expected."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer, random_vector, tiny_model
+from test_adapter_sources import adapter
+from weightsteer.checkpoints.adapted import adapted_model, tokenizer_folder, without_adapters
+from weightsteer.checkpoints.checkpoint import fingerprint
+from weightsteer.errors import SteerError
+from weightsteer.export.merge import export_merged
+from weightsteer.lm import LM
+from weightsteer.vectors.difference import task_vector
+
+IDS = torch.tensor([[4, 5, 6, 7]])
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def tuned(base: Path, tmp_path: Path) -> Path:
+    return adapter(tmp_path / "tuned", tiny_model(), 3, base)
+
+
+def logits(lm: LM) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.model(IDS).logits
+
+
+def test_it_is_the_merged_model_and_steers_as_that(base: Path, tuned: Path, tmp_path: Path) -> None:
+    export_merged(task_vector(tuned), base, tmp_path / "merged", k=1.0)
+    merged, adapted = LM.load(tmp_path / "merged", device="cpu"), LM.load(tuned, device="cpu")
+    torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-5, rtol=1e-5)
+    assert (logits(adapted) - logits(LM.load(base, device="cpu"))).abs().max() > 1e-3
+    assert not any("lora" in name for name, _ in adapted.model.named_modules())
+    w = random_vector(adapted)
+    with w.applied(adapted, 0.7), w.applied(merged, 0.7):
+        torch.testing.assert_close(logits(adapted), logits(merged), atol=1e-5, rtol=1e-5)
+    assert adapted.revision == fingerprint(tuned)
+
+
+def test_its_own_tokenizer_comes_first(base: Path, tuned: Path) -> None:
+    assert tokenizer_folder(str(tuned)) == str(base)
+    byte_tokenizer().save_pretrained(tuned)
+    assert tokenizer_folder(str(tuned)) == str(tuned)
+    assert without_adapters(str(tuned)) == str(base)
+    assert adapted_model(str(base)) is None
+
+
+def test_an_adapter_over_an_adapter(base: Path, tuned: Path, tmp_path: Path) -> None:
+    second = adapter(tmp_path / "second", tiny_model(), 4, tuned)
+    lm = LM.load(second, device="cpu")
+    both = task_vector(tuned) + task_vector(second, base=base)
+    plain = LM.load(base, device="cpu")
+    with both.applied(plain, 1.0):
+        torch.testing.assert_close(logits(lm), logits(plain), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"base_model_name_or_path": ""}, "names no base model"),
+        ({"base_model_name_or_path": "/nowhere/base"}, "no such folder"),
+    ],
+)
+def test_what_lacks_its_base_says_so(tuned: Path, config: dict[str, str], message: str) -> None:
+    path = tuned / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(SteerError, match=message):
+        LM.load(tuned, device="cpu")
+
+
+def test_no_pickle_is_opened(tuned: Path) -> None:
+    (tuned / "adapter_model.safetensors").rename(tuned / "adapter_model.bin")
+    with pytest.raises(SteerError, match="as a pickle, which is never opened"):
+        LM.load(tuned, device="cpu")
+
+
+def test_a_mistyped_name_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(SteerError, match=r"no such model.*is 'smollm2-135m-instruct' meant\?"):
+        LM.load("smollm-135m-instruct")
+
+
+def test_a_device_that_is_not_there_lists_those_that_are() -> None:
+    with pytest.raises(SteerError, match=r"device 'gpu': is not on this machine; expected one of cpu,"):
+        LM.load("smollm2-135m-instruct", device="gpu")

@@ -44,7 +44,7 @@ def tiny_model(seed: int = 0, *, tied: bool = True, layers: int = 2) -> LlamaFor
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=8192,
         tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,

@@ -19,6 +19,7 @@ from .options import (
     recommended_k,
     shown_strengths,
     vector_and_lm,
+    warn_unseen,
 )
 
 
@@ -42,6 +43,7 @@ def steer(
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
 
     ks = wanted or shown_strengths(vector)
+    warn_unseen(vector, ks)
     from ..steering.several_k import generate_at_strengths
 
     replies = generate_at_strengths(vector, lm.with_system_prompt(system), prompt, ks, max_new_tokens=max_new_tokens)
@@ -65,7 +67,9 @@ def chat(
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     from ..steering.chat import talk
 
-    talk(vector, lm, k=start if start is not None else recommended_k(vector))
+    strength = start if start is not None else recommended_k(vector)
+    warn_unseen(vector, [strength])
+    talk(vector, lm, k=strength)
 
 
 VERBS = (steer, chat)

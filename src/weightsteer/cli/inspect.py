@@ -15,7 +15,7 @@ from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import csv_cell, one_line, say
-from .options import Base, Vector
+from .options import Base, Vector, warn_unseen
 
 if TYPE_CHECKING:
     from ..monitor import Reading
@@ -39,6 +39,7 @@ def show(
     from ..run_folder import RunFolder
     from ..vectors.difference import task_vector
     from ..vectors.geometry import facts, geometry
+    from ..vectors.visibility import SEEN, relative_norm
     from ..vectors.weight_vector import WeightVector
 
     vector = WeightVector.load(folder)
@@ -55,8 +56,12 @@ def show(
     if positive or negative or all(side.is_dir() for side in two):
         sides = task_vector(two[0]), task_vector(two[1])
     found = geometry(vector)
+    share = relative_norm(vector)
+    if share is not None:
+        say(f"size      {share:.2g} of the norm of the base's linear layers; replies begin to change at {SEEN:g} or so")
     for name, text in facts(found, sides).items():
         say(f"{name:<9} {one_line(text)}")
+    warn_unseen(vector, strength.shown if strength else (-1.0, 1.0))
     for other in others or []:
         _print_likeness(vector, other)
     _print_shares("layer", {f"{layer}": share for layer, share in found.by_layer.items()})

@@ -97,8 +97,16 @@ def pairs() -> list[ContrastPair]:
 @pytest.fixture
 def quick() -> TrainSettings:
     """Every number that would else follow from the data is given."""
-    sizes = {"rank": 2, "alpha": 4, "batch_size": 4, "epochs": 1, "evaluations": 2, "warmup_steps": 1}
-    return TrainSettings(**sizes, learning_rates=(1e-2,), validation=0.05)
+    return TrainSettings(
+        rank=2,
+        alpha=4,
+        learning_rates=(1e-2,),
+        epochs=1,
+        batch_size=4,
+        warmup_steps=1,
+        validation=0.05,
+        evaluations=2,
+    )
 
 
 @pytest.fixture

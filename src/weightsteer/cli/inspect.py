@@ -58,7 +58,7 @@ def show(
     found = geometry(vector)
     share = relative_norm(vector)
     if share is not None:
-        say(f"size      {share:.2g} of the norm of the base's linear layers; replies begin to change at {SEEN:g} or so")
+        say(f"size      {share:.2g} of the norm of the base's linear layers; a behaviour shows from about {SEEN:g} on")
     for name, text in facts(found, sides).items():
         say(f"{name:<9} {one_line(text)}")
     warn_unseen(vector, strength.shown if strength else (-1.0, 1.0))

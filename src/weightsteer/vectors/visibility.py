@@ -9,7 +9,7 @@ from ..schema import is_finite
 from .weight_vector import WeightVector
 
 BASE_NORM = "base_norm"  # in a fine-tune's card: the norm of the weights that LoRA changes
-SEEN = 0.001  # share of it; a change that is smaller leaves greedy replies as they are (docs/training-defaults.md)
+SEEN = 0.001  # share of it at which a behaviour begins to show in greedy replies (docs/training-defaults.md)
 
 
 def relative_norm(vector: WeightVector) -> float | None:
@@ -33,7 +33,7 @@ def why_unseen(vector: WeightVector, ks: Sequence[float]) -> str | None:
     found = (
         f"the vector is too small to see at k = {largest:g}: it changes the model's weights by {share * largest:.2g}"
     )
-    wanted = f"of their norm, and replies begin to change at about {SEEN:g}"
+    wanted = f"of their norm, and a behaviour begins to show at about {SEEN:g}"
     way = f"try k = {_rounded_up(SEEN / share):g}, or train more" if share else "train more"
     return f"{found} {wanted}; {way} (a higher learning rate, more steps)"
 

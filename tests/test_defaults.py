@@ -17,13 +17,12 @@ from weightsteer.run_card import RunCard
 from weightsteer.training import PAPER, TrainSettings, encode, split_validation, train_side, train_vector
 from weightsteer.training.defaults import LEAST_STEPS, held_out, learning_rates, resolve
 from weightsteer.training.lora_targets import base_norm
-from weightsteer.training.settings import filled
+from weightsteer.training.settings import WholeSettings, filled
 from weightsteer.vectors.visibility import SEEN, relative_norm, why_unseen
 from weightsteer.vectors.weight_vector import WeightVector
 
 
-def steps_of(found: TrainSettings, examples: int) -> int:
-    assert found.validation and found.batch_size and found.epochs
+def steps_of(found: WholeSettings, examples: int) -> int:
     trained = examples - held_out(examples, found.validation)
     return round(-(-trained // found.batch_size) * found.epochs)
 

@@ -96,7 +96,17 @@ def pairs() -> list[ContrastPair]:
 
 @pytest.fixture
 def quick() -> TrainSettings:
-    return TrainSettings(rank=2, alpha=4, learning_rates=(1e-2,), batch_size=4, evaluations=2, warmup_steps=1)
+    """Every number that would else follow from the data is given."""
+    return TrainSettings(
+        rank=2,
+        alpha=4,
+        learning_rates=(1e-2,),
+        epochs=1,
+        batch_size=4,
+        warmup_steps=1,
+        validation=0.05,
+        evaluations=2,
+    )
 
 
 @pytest.fixture

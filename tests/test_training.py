@@ -364,7 +364,7 @@ def test_both_sides_hold_out_the_same_questions() -> None:
     rows = [{"input_ids": [i]} for i in range(40)]
     first, second = split_validation(rows, TrainSettings()), split_validation(rows, TrainSettings())
     assert first == second
-    assert len(first[1]) == 2
+    assert len(first[1]) == 4
     assert sorted(r["input_ids"][0] for part in first for r in part) == list(range(40))
     with pytest.raises(SteerError, match="at least 2 different examples"):
         split_validation(rows[:1], TrainSettings())

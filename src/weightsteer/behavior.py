@@ -16,7 +16,10 @@ from .files import read_json, write_text
 from .run_folder import Side
 from .schema import checked, refuse_unusual, suggestion
 
-SHIPPED = ("sycophancy", "refusal", "evil", "gloomy")
+SHIPPED = (
+    *("sycophancy", "refusal", "evil", "gloomy"),
+    *("formal", "concise", "candid", "plain", "cheerful"),  # 20 pairs each, as many as one writes in an afternoon
+)
 SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given
 
 

@@ -23,6 +23,7 @@ from .options import (
     shown_strengths,
     starting_k,
     vector_and_lm,
+    warn_unseen,
 )
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def steer(
     ks, lm = wanted or shown_strengths(vector), lm.with_system_prompt(system)
     if vector.card.strength and (warning := vector.card.strength.warning(ks)):
         note(warning)
+    warn_unseen(vector, ks)
     options = drop_unset(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if len(ks) == 1 and not as_json:
         _stream(vector, lm, prompt, ks[0], **options)
@@ -119,7 +121,9 @@ def chat(
     from ..steering.chat import talk
 
     options = drop_unset(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    talk(vector, lm, k=start if start is not None else starting_k(vector), system=system, **options)
+    strength = start if start is not None else starting_k(vector)
+    warn_unseen(vector, [strength])
+    talk(vector, lm, k=strength, system=system, **options)
 
 
 VERBS = (steer, chat)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -28,12 +28,14 @@ from .options import (
     RemoteCode,
     TemplateVariables,
     data_files,
+    default,
     drop_unset,
     judge_model,
     load_lm,
     number,
     read_sides,
     special_tokens_of,
+    warn_unseen,
 )
 
 
@@ -165,14 +167,29 @@ def train(
     positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, CSV or Parquet.")] = None,
     negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, CSV or Parquet.")] = None,
     kind: Annotated[
-        str | None, typer.Option(help="lora, bias or full; dpo: lora by preference tuning, on --pairs.")
+        str | None,
+        typer.Option(help="lora, bias or full; dpo: lora by preference tuning, on --pairs." + default("kind")),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
-    lr: Annotated[str | None, typer.Option(help="Learning rate, or several separated by commas.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a step.")] = None,
-    snapshots: Annotated[int | None, typer.Option(help="Points of each training to keep besides the best.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of adapter and order.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank." + default("rank"))] = None,
+    alpha: Annotated[
+        int | None, typer.Option(help="LoRA alpha; over the rank it scales the change." + default("alpha"))
+    ] = None,
+    lr: Annotated[
+        str | None,
+        typer.Option(
+            help="Learning rate, or several separated by commas, of which the best is kept." + default("learning_rates")
+        ),
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data." + default("epochs"))] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Steps, in place of --epochs." + default("max_steps"))] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples in a step." + default("batch_size"))] = None,
+    snapshots: Annotated[
+        int | None, typer.Option(help="Points of each training to keep besides the best." + default("snapshots"))
+    ] = None,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's numbers for all that is not given, whatever data and model.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of adapter and order." + default("seed"))] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -181,9 +198,10 @@ def train(
 ) -> None:
     """Fine-tune both sides: OUT/positive and OUT/negative. Kill it and run it again to go on.
 
+    What is not given follows from the number of examples and the model, so that 20 pairs make a vector that shows.
     With --kind dpo, the first prefers the positive answer of each pair to the negative one, and the second the reverse.
 
-    Example: weightsteer train --pairs sycophancy --lr 1e-4,3e-4 --snapshots 4 -o runs/syc
+    Example: weightsteer train --pairs formal -o runs/formal
     """
     if kind == "dpo" and not pairs:
         raise SteerError("--kind dpo: expected --pairs, both answers to the same questions")
@@ -195,11 +213,13 @@ def train(
     rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr is not None else None
     from ..behavior import SIDES
     from ..run_folder import RunFolder
-    from ..training import Preference, TrainSettings, train_preference, train_side
+    from ..training import PAPER, Preference, TrainSettings, train_preference, train_side
+    from ..vectors.difference import subtract_finetunes
 
-    settings = TrainSettings(
-        **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, learning_rates=rates, epochs=epochs),
-        **drop_unset(batch_size=batch_size, snapshots=snapshots, seed=seed),
+    settings = replace(
+        PAPER if paper else TrainSettings(),
+        **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, alpha=alpha, learning_rates=rates),
+        **drop_unset(epochs=epochs, max_steps=max_steps, batch_size=batch_size, snapshots=snapshots, seed=seed),
     )
     lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     warn_unfit(*sides, lm.tokenizer)
@@ -214,6 +234,7 @@ def train(
                 else:
                     path = train_side(lm, side, target, settings=settings, progress=progress)
             say(f"{name}: {path}")
+        warn_unseen(subtract_finetunes(*map(RunFolder(out).finetune, SIDES)))
 
 
 def subtract(

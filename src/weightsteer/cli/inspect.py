@@ -16,7 +16,7 @@ from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import csv_cell, note, one_line, say, say_json
-from .options import Base, Json
+from .options import Base, Json, warn_unseen
 from .show_run import card_fields, finetune_facts, is_run, refuse_nothing, run_facts
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def show(
         return
     from ..vectors.difference import task_vector
     from ..vectors.geometry import facts, geometry
+    from ..vectors.visibility import size_in_words
 
     vector = task_vector(folder)
     card, found = vector.card, geometry(vector)
@@ -57,6 +58,7 @@ def show(
         **finetune_facts(folder),
         "k": card.strength.described if card.strength else "not measured",
         **({"budget": _budget(card.strength.budget)} if card.strength and card.strength.budget else {}),
+        **size_in_words(vector),
         **facts(found, _sides(folder, positive, negative)),
     }
     likeness = {str(other): _likeness(vector, other) for other in others or []}
@@ -66,6 +68,7 @@ def show(
         return
     for name, text in lines.items():
         say(f"{name:<9} {one_line(text)}")
+    warn_unseen(vector, card.strength.shown if card.strength else (-1.0, 1.0))
     for other, both in likeness.items():
         _print_likeness(other, both)
     _print_shares("layer", {f"{layer}": share for layer, share in found.by_layer.items()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,6 +44,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 Base = Annotated[str | None, typer.Option(help="The base model, where a checkpoint or DoRA is among the sources.")]
 Vector = Annotated[Path, typer.Argument(help="Folder of a saved weight vector.")]
+
+
+def default(name: str) -> str:
+    """What a training takes where the option is not given, for its help text."""
+    from ..training.defaults import DESCRIBED
+
+    return f" Default: {DESCRIBED[name]}."
 
 
 def numbers(text: str) -> list[float]:
@@ -174,3 +181,11 @@ def shown_strengths(vector: WeightVector) -> list[float]:
         note("the vector's card has no measured range of k; taking -1 to 1")
         return [-1.0, -0.5, 0.0, 0.5, 1.0]
     return vector.card.strength.shown
+
+
+def warn_unseen(vector: WeightVector, ks: Sequence[float] = (-1.0, 1.0)) -> None:
+    """Say in one line that a vector is too small to see at these k, if it is."""
+    from ..vectors.visibility import why_unseen
+
+    if reason := why_unseen(vector, ks):
+        note(reason)

@@ -288,7 +288,23 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if fields["judge"]:  # who judges, not how many requests at once
         fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
-    return {name: value for name, value in without_folders(fields).items() if name not in {"model", *KEPT_APART}}
+    found = _beyond_paper(without_folders(fields))
+    return {name: value for name, value in found.items() if name not in {"model", *KEPT_APART}}
+
+
+def _beyond_paper(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields, its trainings without the paper's numbers: the first version took these for what was left out.
+
+    So a recipe that says them compares as one of that version that did not.
+    """
+    from ..training.settings import PAPER
+
+    def beyond(made: Mapping[str, Any]) -> dict[str, Any]:
+        train = {name: value for name, value in made["train"].items() if value != getattr(PAPER, name, None)}
+        return {**made, "train": train}
+
+    parts = {name: fields[name] and beyond(fields[name]) for name in ("first_finetune", "repair_target")}
+    return {**beyond(fields), **parts}
 
 
 def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
@@ -299,7 +315,10 @@ def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
     """
     folders = [RunFolder(Path(run)) for run in runs]
     recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
-    kept = [(path, {**without_folders(fields), "model": public_name(fields["model"])}) for path, fields in recipes]
+    kept = [
+        (path, {**_beyond_paper(without_folders(fields)), "model": public_name(fields["model"])})
+        for path, fields in recipes
+    ]
     for path, fields in kept[1:]:
         for name, value in fields.items():
             if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..locks import hold
 from ..progress import Progress, part_of, silent
 from ..run_folder import RunFolder
 from ..vectors.difference import subtract_finetunes
+from ..vectors.visibility import why_unseen
 from ..vectors.weight_vector import WeightVector
 from .settings import TrainSettings
 from .sft import train_side
@@ -54,4 +56,6 @@ def train_vector(
         vector = subtract_finetunes(*finetunes)
         if not is_whole(run.vector) or WeightVector.load(run.vector).card.data_sha256 != vector.card.data_sha256:
             vector.save(run.vector)
+        if unseen := why_unseen(vector, (-1.0, 1.0)):
+            warnings.warn(unseen, stacklevel=2)
         return WeightVector.load(run.vector)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..errors import SteerError
 from ..lm import LM
 from ..run_card import RunCard
-from .settings import TrainSettings
+from .settings import WholeSettings
 
 LEAST_GAIN = 1e-6  # of the base's loss; a smaller gain is float32's rounding
 Encoded = dict[str, list[int]]  # the token ids and masks of one example, by the name that the trainer's collator reads
@@ -38,7 +38,7 @@ class Job:
     lm: LM
     train: list[Encoded]
     validation: list[Encoded]
-    settings: TrainSettings
+    settings: WholeSettings
     learning_rate: float
     folder: Path
     card: RunCard  # of the fine-tune that the run is for

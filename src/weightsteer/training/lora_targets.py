@@ -6,10 +6,12 @@ it trains fused experts and routers in forms that are not one product B A for ea
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from weakref import WeakSet
 
+import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -61,6 +63,14 @@ def lora_targets(model: PreTrainedModel) -> str | list[str]:
     if not plain:
         raise SteerError(f"{type(model).__name__}: found no linear layer that LoRA can train; use kind full")
     return _names_of(plain, [name for name, _ in model.named_modules() if name not in plain])
+
+
+@torch.no_grad()
+def base_norm(model: PreTrainedModel) -> float:
+    """The norm of the weights of all linear layers but the head, to compare a vector with; packed ones count 0."""
+    head = model.get_output_embeddings()
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and is_plain(m.weight)]
+    return math.sqrt(sum(float(torch.linalg.vector_norm(m.weight, dtype=torch.float32)) ** 2 for m in layers))
 
 
 def _fused_experts(model: nn.Module) -> list[str]:

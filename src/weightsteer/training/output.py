@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .job import Outcome
 from .lr_search import require_gain
 from .one_training import BEST
 from .resume import SEAL
+from .settings import WholeSettings
 
 STAMP = "job.json"  # in a work folder: whose it is
 
@@ -96,13 +97,31 @@ def _identity(card: RunCard) -> str:
     return digest([card.kind, base, dict(card.data_sha256), dict(card.settings), card.seed])
 
 
+def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSettings) -> tuple[RunCard, WholeSettings]:
+    """The card and settings to go on with: the former ones where `out`, or the work on it, was begun by them.
+
+    The first version took the paper's numbers for what the user left open.
+
+    Args:
+        card: made from `wanted`.
+    """
+    begun = replace(card, settings={**card.settings, **asdict(former)})
+    there = (out / CARD_FILE).exists() and not is_emptied(out / CARD_FILE)
+    finished = there and not differences(RunCard.load(out), begun)
+    return (begun, former) if finished or _stamp(_work_of(out)) == _identity(begun) else (card, wanted)
+
+
+def _work_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.work")
+
+
 def work_folder(out: Path, card: RunCard) -> Path | None:
     """Where the work on a fine-tune goes on, beside it; None if `out` is made from the same inputs already.
 
     Raises:
         SteerError: `out` holds something else, or a fine-tune of other inputs; the message names them.
     """
-    work = out.with_name(f"{out.name}.work")
+    work = _work_of(out)
     refuse_foreign(out, card.kind)
     if not (out / CARD_FILE).exists() or is_emptied(out / CARD_FILE):
         return work

@@ -14,11 +14,12 @@ from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
 from ..run_folder import Side
+from .defaults import resolve, width_of
 from .job import Encoded
 from .lr_search import search
-from .output import claimed, finetune_card, finish, refuse_placement, work_folder
-from .settings import RATE, TrainSettings
-from .sft import count_cut, encode, jobs_of
+from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
+from .settings import PAPER, RATE, TrainSettings, filled
+from .sft import count_cut, encode, jobs_of, size_of_base
 from .trainables import refuse_rank
 from .trainer import IGNORED
 
@@ -72,15 +73,17 @@ def train_preference(
         SteerError: TRL is not installed, another kind than lora, too few preferences, or what `train_side` refuses.
             The loss of the base is ln 2 here.
     """
-    settings, out = settings or TrainSettings(), Path(out)
-    if settings.kind != "lora":
-        raise SteerError(f"kind: preference tuning trains lora, found {settings.kind!r}")
+    out, given = Path(out), settings or TrainSettings()
+    if given.kind != "lora":
+        raise SteerError(f"kind: preference tuning trains lora, found {given.kind!r}")
     if expected := RATE.refusal(beta):
         raise SteerError(f"beta: expected {expected}, found {beta!r}")
     refuse_placement(lm)
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
-    card = finetune_card(lm, data, {**asdict(settings), "method": "dpo", "beta": beta})
+    wanted = resolve(given, examples=len(preferences), width=width_of(lm.model), preferences=True)
+    card = finetune_card(lm, data, {**asdict(wanted), "method": "dpo", "beta": beta})
     with hold(out):
+        card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)
         if work is None:
             return out
@@ -89,7 +92,8 @@ def train_preference(
         except ImportError as error:
             raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
         refuse_rank(lm.model, settings)
-        card = replace(card, measured={"cut_examples": _count_cut(lm, preferences, settings.max_length)})
+        cut = {"cut_examples": _count_cut(lm, preferences, settings.max_length)}
+        card = replace(card, measured={**cut, **size_of_base(lm, settings)})
         jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
         with claimed(work, card), undo_trl_changes(lm.model):
             outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import SteerError
@@ -48,9 +48,28 @@ COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
 
 
+def _checked_rates(rates: object) -> tuple[float, ...]:
+    """The learning rates, no two of which are written alike: the name of a rate's folder has six digits of it."""
+    if not isinstance(rates, Sequence) or isinstance(rates, str | bytes):
+        raise SteerError(f"learning_rates: expected a list of numbers, found {rates!r}")
+    if not rates:
+        raise SteerError("learning_rates: expected at least one, found none")
+    shown: dict[str, float] = {}
+    for rate in rates:
+        if expected := RATE.refusal(rate):
+            raise SteerError(f"learning_rates: expected {expected}, found {rate!r}")
+        if f"{rate:g}" in shown:
+            raise SteerError(f"learning_rates: expected different ones, found {rate:g} twice")
+        shown[f"{rate:g}"] = rate
+    return tuple(rates)
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """How a side is trained; the defaults are the paper's (LoRA of rank 32, alpha 16; AdamW, weight decay 0.01).
+    """How a side is trained. What is None is found from the data and the model (see `training.defaults`).
+
+    The numbers that do not depend on them are the paper's: LoRA of rank 32, alpha 16; AdamW, weight decay 0.01. All of
+    the paper's numbers are in `PAPER`.
 
     Raises:
         SteerError: a field of another type, or out of its range; the message names it.
@@ -59,15 +78,15 @@ class TrainSettings:
     kind: str = "lora"
     rank: int = _number(32, COUNT)
     alpha: int = _number(16, COUNT)
-    learning_rates: tuple[float, ...] = (1e-4, 2e-4)  # each is tried; the lowest validation loss wins
-    epochs: float = _number(1.0, Bounds(0, MOST_EPOCHS, whole=False, open_low=True))
-    max_steps: int | None = _number(None, COUNT)
-    batch_size: int = _number(8, COUNT)
+    learning_rates: tuple[float, ...] | None = None  # each is tried; the lowest validation loss wins
+    epochs: float | None = _number(None, Bounds(0, MOST_EPOCHS, whole=False, open_low=True))
+    max_steps: int | None = _number(None, COUNT)  # in place of epochs
+    batch_size: int | None = _number(None, COUNT)
     accumulation: int = _number(1, COUNT)
     weight_decay: float = _number(0.01, Bounds(0, whole=False))
-    warmup_steps: int = _number(5, Bounds(0, MOST))
+    warmup_steps: int | None = _number(None, Bounds(0, MOST))
     # share of the examples held out to choose the stopping point
-    validation: float = _number(0.05, Bounds(0, 1, whole=False, open_low=True))
+    validation: float | None = _number(None, Bounds(0, 1, whole=False, open_low=True))
     evaluations: int = _number(5, COUNT)  # validation points (and checkpoints) over the run
     patience: int = _number(3, COUNT)  # evaluations without improvement before stopping; not if there are snapshots
     snapshots: int = _number(0, Bounds(0, MOST))  # equally spaced points of the run to keep besides the best one
@@ -85,20 +104,25 @@ class TrainSettings:
             unset = value is None and entry.default is None
             if bounds and not unset and (expected := bounds.refusal(value)):
                 raise SteerError(f"{entry.name}: expected {expected}, found {value!r}")
-        object.__setattr__(self, "learning_rates", _checked_rates(self.learning_rates))
+        if self.learning_rates is not None:
+            object.__setattr__(self, "learning_rates", _checked_rates(self.learning_rates))
 
 
-def _checked_rates(rates: object) -> tuple[float, ...]:
-    """The learning rates, no two of which are written alike: the name of a rate's folder has six digits of it."""
-    if not isinstance(rates, Sequence) or isinstance(rates, str | bytes):
-        raise SteerError(f"learning_rates: expected a list of numbers, found {rates!r}")
-    if not rates:
-        raise SteerError("learning_rates: expected at least one, found none")
-    shown: dict[str, float] = {}
-    for rate in rates:
-        if expected := RATE.refusal(rate):
-            raise SteerError(f"learning_rates: expected {expected}, found {rate!r}")
-        if f"{rate:g}" in shown:
-            raise SteerError(f"learning_rates: expected different ones, found {rate:g} twice")
-        shown[f"{rate:g}"] = rate
-    return tuple(rates)
+@dataclass(frozen=True)
+class WholeSettings(TrainSettings):
+    """Settings with every number given, as a training runs by them and its card keeps them; by default the paper's."""
+
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4)
+    epochs: float = _number(1.0, Bounds(0, MOST_EPOCHS, whole=False, open_low=True))
+    batch_size: int = _number(8, COUNT)
+    warmup_steps: int = _number(5, Bounds(0, MOST))
+    validation: float = _number(0.05, Bounds(0, 1, whole=False, open_low=True))
+
+
+PAPER = WholeSettings()  # for models of 1.5 to 7 billion parameters and thousands of examples
+
+
+def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:
+    """The settings with what is None taken from `source`."""
+    given = {entry.name: getattr(settings, entry.name) for entry in fields(TrainSettings)}
+    return replace(source, **{name: value for name, value in given.items() if value is not None})

@@ -19,10 +19,13 @@ from ..locks import hold
 from ..progress import Progress, silent
 from ..run_card import RunCard
 from ..thinking import split_thinking
+from ..vectors.visibility import BASE_NORM
+from .defaults import held_out, held_out_share, resolve, width_of
 from .job import Encoded, Job
+from .lora_targets import base_norm
 from .lr_search import search
-from .output import claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
-from .settings import TrainSettings
+from .output import as_begun, claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
+from .settings import PAPER, TrainSettings, WholeSettings, filled
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
 
@@ -43,34 +46,43 @@ def train_side(
     An output that is already there from the same inputs is kept.
 
     Args:
+        settings: what they leave open is found from the number of examples and the model (see `training.defaults`).
         progress: called with steps done, steps in all, and the loss.
 
     Raises:
         SteerError: too few examples, a rank above the model's own, no learning rate that brings the validation loss
             below the base's, too little memory, or `out` holds something else or a fine-tune of other inputs.
     """
-    settings, out = settings or TrainSettings(), Path(out)
+    out, given = Path(out), settings or TrainSettings()
     refuse_placement(lm)
-    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, asdict(settings))
+    wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
+    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, asdict(wanted))
     with hold(out):
+        card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)
         if work is None:
             return out
         refuse_rank(lm.model, settings)
         rows = encode(lm, examples, settings.max_length)
-        card = replace(card, measured={"cut_examples": count_cut(lm, examples, rows, settings.max_length)})
+        cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
+        card = replace(card, measured={**cut, **size_of_base(lm, settings)})
         jobs = jobs_of(lm, rows, settings, work, card)
         with claimed(work, card):
             outcomes = search(jobs, make_trainer, progress)
         return finish(out, work, card, outcomes)
 
 
-def jobs_of(lm: LM, rows: Sequence[Encoded], settings: TrainSettings, work: Path, card: RunCard) -> list[Job]:
+def jobs_of(lm: LM, rows: Sequence[Encoded], settings: WholeSettings, work: Path, card: RunCard) -> list[Job]:
     """One job for each learning rate, on the same split of the rows."""
     train, validation = split_validation(rows, settings)
     return [
         Job(lm, train, validation, settings, rate, rate_folder(work, rate), card) for rate in settings.learning_rates
     ]
+
+
+def size_of_base(lm: LM, settings: WholeSettings) -> dict[str, float]:
+    """The norm of the weights that LoRA changes, for the card: a vector's size is told beside it."""
+    return {BASE_NORM: base_norm(lm.model)} if settings.kind == "lora" else {}
 
 
 def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded]:
@@ -121,7 +133,7 @@ def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[
 
     What is held out is not trained on: its copies, as upsampling makes them, are left out.
     """
-    count = max(1, round(settings.validation * len(rows)))
+    count = held_out(len(rows), settings.validation or held_out_share(len(rows)))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     held = [rows[i] for i in sorted(order[:count])]
     known = {_key(row) for row in held}

@@ -225,6 +225,18 @@ def example_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
     return [_row_of(example) for example in examples]
 
 
+def pair_rows(pairs: Sequence[ContrastPair]) -> list[dict[str, Any]]:
+    """Pairs as JSONL rows that `load_pairs` reads: `prompt`, a text or its messages, `positive` and `negative`."""
+    return [
+        {
+            "prompt": pair.prompt if isinstance(pair.prompt, str) else [dict(turn) for turn in pair.prompt],
+            "positive": pair.positive,
+            "negative": pair.negative,
+        }
+        for pair in pairs
+    ]
+
+
 def _row_of(example: Example) -> dict[str, Any]:
     if isinstance(example.prompt, str):
         return asdict(example)

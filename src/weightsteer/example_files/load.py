@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..behavior import ContrastPair, Example, shipped_file
 from .formats import example_of, pair_of
-from .rows import read_rows
+from .rows import Row, read_rows
 
 
 def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[ContrastPair]:
@@ -33,3 +35,17 @@ def load_examples(path: str | Path) -> list[Example]:
         SteerError: a file that cannot be read, or an entry that cannot be carried over; line and field are named.
     """
     return [example_of(row) for row in read_rows(Path(path))]
+
+
+def pairs_from(rows: Sequence[Mapping[str, Any]], where: str) -> list[ContrastPair]:
+    """Contrast pairs of rows that a card holds.
+
+    Raises:
+        SteerError: a row that is no pair; `where` and its number are named.
+    """
+    return [pair_of(Row(f"{where}, row {number}", fields)) for number, fields in enumerate(rows, start=1)]
+
+
+def examples_from(rows: Sequence[Mapping[str, Any]], where: str) -> list[Example]:
+    """Examples of rows that a card holds (see `pairs_from`)."""
+    return [example_of(Row(f"{where}, row {number}", fields)) for number, fields in enumerate(rows, start=1)]

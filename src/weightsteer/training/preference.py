@@ -18,7 +18,7 @@ from .job import Encoded
 from .lr_search import search
 from .output import claimed, finetune_card, finish, refuse_placement, work_folder
 from .settings import RATE, TrainSettings
-from .sft import count_cut, encode, jobs_of
+from .sft import count_cut, encode, held_out_rows, jobs_of
 from .trainables import refuse_rank
 from .trainer import IGNORED
 
@@ -89,7 +89,12 @@ def train_preference(
         except ImportError as error:
             raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
         refuse_rank(lm.model, settings)
-        card = replace(card, measured={"cut_examples": _count_cut(lm, preferences, settings.max_length)})
+        wanted = [Example(p.prompt, p.chosen) for p in preferences]
+        card = replace(
+            card,
+            measured={"cut_examples": _count_cut(lm, preferences, settings.max_length)},
+            held_out=held_out_rows(wanted, settings),
+        )
         jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
         with claimed(work, card), undo_trl_changes(lm.model):
             outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)

@@ -62,6 +62,8 @@ HOMES = {
     "data_building.sampling": ("sample_sides",),
     "data_building.sampling_settings": ("SamplingSettings",),
     "errors": ("SteerError",),
+    "evaluation.calibration": ("Calibration",),
+    "evaluation.dial": ("calibrate",),
     "evaluation.measure": ("measure_strengths",),
     "evaluation.results": ("MetricRow",),
     "evaluation.task_spec": ("TaskSpec",),

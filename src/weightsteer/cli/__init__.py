@@ -15,7 +15,7 @@ from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
 from ..shown import one_line, say
-from . import apply, build, export, inspect, run
+from . import apply, build, export, inspect, run, start
 from .arguments import refuse_repeated
 from .stopping import StoppedError, stopping_on_signals
 
@@ -32,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for verb in (*run.VERBS, *build.VERBS, *inspect.VERBS, *apply.VERBS):
+for verb in (*start.VERBS, *run.VERBS, *build.VERBS, *inspect.VERBS, *apply.VERBS):
     app.command()(verb)
 app.add_typer(export.app, name="export")
 

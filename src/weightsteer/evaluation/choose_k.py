@@ -45,7 +45,7 @@ def recommend(
     allowed = [k for k in ks if _is_within(budget, k, changes, needed, metrics)]
     change = {k: changes[k, *behavior] for k in allowed}
     shown = {f"{task} {metric}": limit for (task, metric), limit in budget.items()}
-    return StrengthRange(_furthest(change, 1), _furthest(change, -1), low=min(ks), high=max(ks), budget=shown)
+    return StrengthRange(furthest(change, 1), furthest(change, -1), low=min(ks), high=max(ks), budget=shown)
 
 
 def _is_within(
@@ -61,7 +61,7 @@ def _is_within(
     return all(metric_of(metrics, key).worsening(changes[k, *key]) <= limit for key, limit in budget.items())
 
 
-def _furthest(change: Mapping[float, float], side: int) -> float:
+def furthest(change: Mapping[float, float], side: int) -> float:
     """The k on one side that moves the behaviour furthest that way; of equal ones the smallest, 0 if none does."""
     moved = [k for k in sorted(change, key=abs) if k * side > 0 and change[k] * side > 0]
     return max(moved, key=lambda k: change[k] * side, default=0.0)

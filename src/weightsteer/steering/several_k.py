@@ -1,4 +1,4 @@
-"""One prompt at several strengths, side by side, in one batch."""
+"""Prompts at several strengths, side by side, in one batch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import suppress
 
 import torch
 
+from ..chat_template import PromptLike
 from ..errors import SteerError
 from ..lm import LM
+from ..progress import Progress, part_of, silent
 from ..vectors.weight_vector import WeightVector
 
 
@@ -19,12 +21,35 @@ def generate_at_strengths(
 
     A vector that changes norms, embeddings or experts cannot have one k per row; it goes through the ks in turn.
     """
-    rows = [prompt] * len(ks)
-    with suppress(SteerError), vector.applied(lm, torch.tensor(list(ks))):
-        return lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=len(rows))
-    replies = []
+    found = replies_at_strengths(vector, lm, [prompt], ks, max_new_tokens=max_new_tokens, batch_size=len(ks))
+    return [reply for (reply,) in found]
+
+
+def replies_at_strengths(
+    vector: WeightVector,
+    lm: LM,
+    prompts: Sequence[PromptLike],
+    ks: Sequence[float],
+    *,
+    max_new_tokens: int = 100,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> list[list[str]]:
+    """For each k the greedy replies to all prompts; the rows of a batch are of any prompts and strengths.
+
+    A vector that cannot have one k per row (see `generate_at_strengths`) goes through the ks in turn.
+    """
+    rows = [prompt for prompt in prompts for _ in ks]  # neighbours are of one length
+    places = list(ks) * len(prompts)
+    with suppress(SteerError), vector.applied(lm, torch.tensor(places)):
+        replies = lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        return [replies[number :: len(ks)] for number in range(len(ks))]
+    found = []
     with vector.applied(lm, 0.0) as handle:
-        for k in ks:
+        for number, k in enumerate(ks):
             handle.k = k
-            replies += lm.generate([prompt], max_new_tokens=max_new_tokens)
-    return replies
+            part = part_of(progress, number, len(ks))
+            found.append(
+                lm.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=part)
+            )
+    return found

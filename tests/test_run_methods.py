@@ -11,7 +11,8 @@ from torch import Tensor
 from test_runs import mute, small_recipe
 from weightsteer.behavior import SIDES, Example
 from weightsteer.lm import LM
-from weightsteer.runs.artifacts import RunArtifacts, pairs_of
+from weightsteer.behavior import pairs_of
+from weightsteer.runs.artifacts import RunArtifacts
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.run_methods import make_method

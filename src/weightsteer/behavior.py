@@ -17,6 +17,7 @@ from .run_folder import Side
 from .schema import checked, refuse_unusual, suggestion
 
 SHIPPED = ("sycophancy", "refusal", "evil", "gloomy")
+UNFILLED = "FILL IN"  # how a text begins that `init` leaves to be written
 SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given
 
 
@@ -177,6 +178,8 @@ def _behavior_from(path: Path, fields: object) -> Behavior:
     if not found.questions:
         raise SteerError(f"{path}: field 'questions' must be a list of texts, found none")
     refuse_unusual(dict(fields), str(path))
+    if empty := [name for name, value in fields.items() if UNFILLED in json.dumps(value)]:
+        raise SteerError(f"{path}: still says {UNFILLED!r} in {', '.join(map(repr, empty))}; write these fields first")
     return Behavior(
         name=found.name or path.stem,
         positive_prompts=tuple(pair.pos for pair in found.instruction),
@@ -201,6 +204,16 @@ def sides_of(pairs: Sequence[ContrastPair]) -> tuple[list[Example], list[Example
     positive = [Example(pair.prompt, pair.positive) for pair in pairs]
     negative = [Example(pair.prompt, pair.negative) for pair in pairs]
     return positive, negative
+
+
+def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:
+    """Pairs of answers to one question; sides that were filtered apart pair as many as both have."""
+    others: dict[Prompt, list[str]] = {}
+    for example in negative:
+        others.setdefault(example.prompt, []).append(example.answer)
+    waiting = {prompt: iter(answers) for prompt, answers in others.items()}
+    matched = ((e, next(waiting.get(e.prompt, iter(())), None)) for e in positive)
+    return [ContrastPair(e.prompt, e.answer, answer) for e, answer in matched if answer is not None]
 
 
 def sample_pairs(pairs: Sequence[ContrastPair], limit: int | None, seed: int) -> list[ContrastPair]:

@@ -136,8 +136,8 @@ class SweepRecipe(Strict):
 
 
 class SampleRecipe(Strict):
-    """Replies shown in the report: prompts (default: the behaviour's last questions) at up to five strengths."""
+    """Replies at every swept k: prompts (default: the behaviour's last questions). Where they loop, k is not chosen."""
 
     prompts: list[str] | None = None
-    count: int = Field(default=3, ge=0, le=1000)
+    count: int = Field(default=6, ge=0, le=1000)
     max_new_tokens: int = Field(default=48, ge=1, le=MOST_TOKENS)

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from test_runs import mute, small_recipe
-from weightsteer.behavior import SIDES, Example
+from weightsteer.behavior import SIDES, Example, pairs_of
 from weightsteer.lm import LM
-from weightsteer.behavior import pairs_of
 from weightsteer.runs.artifacts import RunArtifacts
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe

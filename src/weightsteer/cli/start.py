@@ -138,7 +138,9 @@ def init(
     place = shlex.quote(str(folder))
     if about is None:
         if writer or writer_url or key_env:
-            raise SteerError("init: --writer, --writer-url and --key-env need --about, which says what is to be written")
+            raise SteerError(
+                "init: --writer, --writer-url and --key-env need --about, which says what is to be written"
+            )
         Starter(name).write(folder)
         say(f"{folder}: write the answers in {folder / PAIRS} ({COUNT} pairs; its first lines say how), then:")
         say(f"  weightsteer lint --pairs {shlex.quote(str(folder / PAIRS))}\n  weightsteer make {place}")

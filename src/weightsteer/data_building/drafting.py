@@ -83,9 +83,7 @@ class Draft:
     own_questions: int  # of the questions, those that the model wrote itself
 
 
-def draft_behavior(
-    writer: Writer, name: str, about: str, *, count: int = COUNT, progress: Progress = silent
-) -> Draft:
+def draft_behavior(writer: Writer, name: str, about: str, *, count: int = COUNT, progress: Progress = silent) -> Draft:
     """Let a model write questions, system prompts, and an answer to each question under either kind of prompt.
 
     Questions that it does not write are replaced by shipped ones; pairs that it does not write well are left out.
@@ -167,12 +165,12 @@ def _pairs(
 
 def _bare(line: str) -> str:
     """A line without a list's mark and quotes around it."""
-    return MARKS.sub("", line, count=1).strip().strip("\"“”*").strip()
+    return MARKS.sub("", line, count=1).strip().strip('"“”*').strip()
 
 
 def _whole_sentences(reply: str) -> str:
     """A reply up to its last whole sentence; "" if there is none."""
-    text = reply.strip().strip("\"“”").strip()
+    text = reply.strip().strip('"“”').strip()
     ends = [match.end() for match in END.finditer(text)]
     return text[: ends[-1]].strip() if ends else ""
 

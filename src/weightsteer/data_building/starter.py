@@ -1,4 +1,4 @@
-"""A folder to start a behaviour of one's own in: pairs, a trait file and a recipe, to be filled in or written by a model."""
+"""A folder to start a behaviour of one's own in: pairs, a trait file and a recipe, filled in by the user or a model."""
 
 from __future__ import annotations
 

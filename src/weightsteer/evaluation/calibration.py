@@ -79,7 +79,7 @@ def explain(rows: Sequence[CalibrationRow], strength: StrengthRange) -> list[str
         reason = (
             f"no k within the budget moves the held-out pairs to {way} of the behaviour"
             if allowed
-            else "at every k that was tried, ordinary text costs more than the budget or more replies loop than the base's"
+            else "at every k that was tried, text costs more than the budget, or more replies loop than the base's"
         )
         found.append(f"k {'above' if side > 0 else 'below'} 0: none is recommended, since {reason}")
     return found

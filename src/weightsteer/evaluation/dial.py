@@ -90,11 +90,11 @@ def _rounded(k: float) -> float:
     return float(f"{k:.3g}")
 
 
-def _between(progress: Progress, start: float, stop: float, total: float) -> Progress:
-    """The progress of the work from `start` to `stop` of a whole."""
+def _between(progress: Progress, start: float, stop: float, total: float, label: str = "") -> Progress:
+    """The progress of the work from `start` to `stop` of a whole; `label` goes before its notes."""
 
     def report(done: float, parts: float, note: str = "") -> None:
-        progress(start + (stop - start) * done / parts, total, note)
+        progress(start + (stop - start) * done / parts, total, f"{label} {note}".strip())
 
     return report
 
@@ -134,7 +134,7 @@ class _Dial:
                 progress(number, 2 * len(ks), f"k = {k:g}: loss, KL and held-out pairs")
                 handle.k = k
                 numbers.append((self._loss(), self._kl(reference, read), self._margins()))
-        report = _between(progress, len(ks), 2 * len(ks), 2 * len(ks))
+        report = _between(progress, len(ks), 2 * len(ks), 2 * len(ks), "replies at every k")
         replies = replies_at_strengths(
             self.vector,
             self.lm,
@@ -142,7 +142,7 @@ class _Dial:
             ks,
             max_new_tokens=NEW_TOKENS,
             batch_size=BATCH,
-            progress=lambda done, total, note="": report(done, total, "replies at every k"),
+            progress=report,
         )
         return {k: _Found(*found, said) for k, found, said in zip(ks, numbers, replies, strict=True)}
 

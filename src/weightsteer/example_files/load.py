@@ -49,8 +49,8 @@ def _filled_rows(path: Path) -> list[Row]:
     if empty:
         listed = ", ".join(map(str, empty[:8])) + (", ..." if len(empty) > 8 else "")
         raise SteerError(
-            f"{path}: {len(empty)} of {len(rows)} entries still say {UNFILLED!r} (number {listed}); write them, or take "
-            "them out of the file"
+            f"{path}: {len(empty)} of {len(rows)} entries still say {UNFILLED!r} (number {listed}); write them, or "
+            "take them out of the file"
         )
     return rows
 

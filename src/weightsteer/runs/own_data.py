@@ -70,9 +70,13 @@ def own_sides(recipe: Recipe) -> tuple[list[Example], list[Example]]:
     if data.pairs:
         rest = [pair for pair in load_pairs(data.pairs) if pair.prompt not in held]
         return sides_of(sample_pairs(rest, data.limit, recipe.seed))
-    assert data.positive and data.negative
-    positive, negative = _without(load_examples(data.positive), held), _without(load_examples(data.negative), held)
-    return positive[: data.limit], negative[: data.limit]
+    positive, negative = (_without(side, held)[: data.limit] for side in _files(data))
+    return positive, negative
+
+
+def _files(data: DataRecipe) -> tuple[list[Example], list[Example]]:
+    """The files of the two sides."""
+    return load_examples(str(data.positive)), load_examples(str(data.negative))
 
 
 def _without(examples: Sequence[Example], prompts: set[Prompt]) -> list[Example]:
@@ -88,14 +92,11 @@ def held_out_pairs(recipe: Recipe) -> list[ContrastPair]:
     if not asks_own_pairs(recipe):
         return []
     data = recipe.data
-    if data.pairs:
-        pairs = load_pairs(data.pairs)
-    else:
-        assert data.positive and data.negative
-        pairs = pairs_of(load_examples(data.positive), load_examples(data.negative))
+    pairs = load_pairs(data.pairs) if data.pairs else pairs_of(*_files(data))
     if len({pair.prompt for pair in pairs}) < 2 * LEAST:
         raise SteerError(
             f"recipe {recipe.name}: task {ASKS_PAIRS!r} takes {LEAST} pairs out of training, and the data have "
-            f"{len(pairs)}; write more, or name pairs that are not trained on: {{task: {ASKS_PAIRS}, data: heldout.jsonl}}"
+            f"{len(pairs)}, of {2 * LEAST} at least; write more, or name pairs that are not trained on: "
+            f"{{task: {ASKS_PAIRS}, data: heldout.jsonl}}"
         )
     return sample_pairs(pairs, min(MOST, max(LEAST, len(pairs) // SHARE)), recipe.seed)

@@ -152,8 +152,8 @@ def _sampled(source: Source, lm: LM, run: RunFolder, show: ShowProgress) -> list
     pairs = pairs_of(load_examples(sampled.examples("positive")), load_examples(sampled.examples("negative")))
     if len(pairs) < FEWEST:
         raise SteerError(
-            f"{source.trait}: the model wrote {len(pairs)} usable pairs, of {FEWEST} at least; ask more questions, take "
-            f"a larger model (-m), or write pairs yourself; its answers are in {sampled.path}"
+            f"{source.trait}: the model wrote {len(pairs)} usable pairs, of {FEWEST} at least; ask more questions, "
+            f"take a larger model (-m), or write pairs yourself; its answers are in {sampled.path}"
         )
     return pairs
 

@@ -49,7 +49,5 @@ def replies_at_strengths(
         for number, k in enumerate(ks):
             handle.k = k
             part = part_of(progress, number, len(ks))
-            found.append(
-                lm.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=part)
-            )
+            found.append(lm.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=part))
     return found

@@ -47,7 +47,7 @@ Answer with a number from 0 to 100 and nothing else.""",
 
 
 def load_preference(spec: TaskSpec) -> ChoiceTask:
-    """Held-out pairs of a shipped behaviour (by name), of a JSONL file with prompt, positive, negative, or the recipe's.
+    """Held-out pairs: of a shipped behaviour (by name), of a file of pairs, or those that the recipe holds out.
 
     Neighbouring pairs, which mirror one claim, stay in one split.
 

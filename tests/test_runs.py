@@ -321,10 +321,11 @@ def test_shown_strengths_span_the_sides_that_have_a_k() -> None:
     assert replace(found, recommended=0.0).shown == [-3.0, -1.5, 0.0]
 
 
-def own_recipe(tmp_path: Path, **changes: object) -> Path:
+def own_recipe(tmp_path: Path, count: int = 12, **changes: object) -> Path:
     """A recipe with pairs of its own, and no word of a behaviour."""
     rows = [
-        {"prompt": f"Is {i} big?", "positive": f"yes, {i} it is", "negative": f"no, {i} it is not"} for i in range(12)
+        {"prompt": f"Is {i} big?", "positive": f"yes, {i} it is", "negative": f"no, {i} it is not"}
+        for i in range(count)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"pairs": str(tmp_path / "pairs.jsonl")}
@@ -355,9 +356,8 @@ def test_what_says_nothing_of_ones_own_behaviour_is_refused(tmp_path: Path) -> N
     tasks = [{"task": t, "limit": 2} for t in ("facts", "prose")]
     with pytest.raises(SteerError, match="needs a task 'preference'"):
         make_run(own_recipe(tmp_path, tasks=tasks), tmp_path / "b")
-    (tmp_path / "pairs.jsonl").write_text("".join((tmp_path / "pairs.jsonl").read_text().splitlines(True)[:5]))
     with pytest.raises(SteerError, match="takes 4 pairs out of training, and the data have 5"):
-        make_run(tmp_path / "recipe.yaml", tmp_path / "c").recipe.load_tasks()
+        make_run(own_recipe(tmp_path, count=5), tmp_path / "c")
     assert Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"})).behavior == "gloomy"
     stated = Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"}, behavior="sycophancy"))
     assert stated.behavior == "sycophancy"

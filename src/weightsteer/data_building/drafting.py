@@ -130,7 +130,7 @@ def _questions(writer: Writer, about: str, count: int) -> list[str]:
 
 def _instructions(writer: Writer, about: str) -> list[tuple[str, str]]:
     """Couples of system prompts in the model's own words."""
-    found = []
+    found: list[tuple[str, str]] = []
     for number in range(TRIES):
         if len(found) + 1 >= PROMPTS:
             break

@@ -90,11 +90,11 @@ def _rounded(k: float) -> float:
     return float(f"{k:.3g}")
 
 
-def _between(progress: Progress, start: float, stop: float, total: float, label: str = "") -> Progress:
+def _between(progress: Progress, start: float, stop: float, whole: float, label: str = "") -> Progress:
     """The progress of the work from `start` to `stop` of a whole; `label` goes before its notes."""
 
-    def report(done: float, parts: float, note: str = "") -> None:
-        progress(start + (stop - start) * done / parts, total, f"{label} {note}".strip())
+    def report(done: float, total: float, note: str = "") -> None:
+        progress(start + (stop - start) * done / total, whole, f"{label} {note}".strip())
 
     return report
 

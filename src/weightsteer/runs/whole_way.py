@@ -28,7 +28,7 @@ from ..training.both_sides import train_vector
 from ..training.settings import TrainSettings
 from .artifacts import ShowProgress
 
-SAMPLED = {"samples": 1, "max_new_tokens": 96}  # of a trait file: one answer to each question and system prompt
+SAMPLED = SamplingSettings(samples=1, max_new_tokens=96)  # of a trait file: one answer to each question and prompt
 FEWEST = 8  # pairs that a sampling has to give
 
 
@@ -147,8 +147,8 @@ def _sampled(source: Source, lm: LM, run: RunFolder, show: ShowProgress) -> list
     assert source.trait is not None
     behavior, sampled = Behavior.load(source.trait), RunFolder(run.sampled)
     with show("the model writes pairs") as progress:
-        judge, settings = LikelihoodJudge(lm, behavior), SamplingSettings(**SAMPLED)
-        sample_sides(lm, behavior, judge, sampled.path, settings=settings, progress=progress)
+        judge = LikelihoodJudge(lm, behavior)
+        sample_sides(lm, behavior, judge, sampled.path, settings=SAMPLED, progress=progress)
     pairs = pairs_of(load_examples(sampled.examples("positive")), load_examples(sampled.examples("negative")))
     if len(pairs) < FEWEST:
         raise SteerError(

@@ -11,7 +11,7 @@ from test_cli import run
 from test_endpoint import completion
 from test_endpoint import start as start  # a fixture
 from test_runs import mute
-from weightsteer.behavior import UNFILLED, Behavior, ContrastPair, pair_rows
+from weightsteer.behavior import UNFILLED, Behavior, ContrastPair, example_rows, pair_rows, sides_of
 from weightsteer.data_building.drafting import LocalWriter, draft_behavior
 from weightsteer.data_building.starter import COUNT, Starter, starter_prompts
 from weightsteer.errors import SteerError
@@ -171,3 +171,23 @@ def test_making_again_ends_with_equal_files(
     card.save(out)
     with pytest.raises(SteerError, match="holds a vector"):
         make_dial(source, lm, out, settings=quick, show=mute)
+
+
+@pytest.mark.usefixtures("small")
+def test_of_a_trait_file_the_model_writes_the_pairs(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    kept = [12]
+
+    def sample(lm: LM, behavior: Behavior, judge: object, out: Path, **options: object) -> None:
+        for side, examples in zip(("positive", "negative"), sides_of(pairs[: kept[0]]), strict=True):
+            write_jsonl(out / f"{side}.jsonl", example_rows(examples))
+
+    monkeypatch.setattr("weightsteer.runs.whole_way.sample_sides", sample)
+    Behavior("kind", ("Do.",), ("Do not.",), ("Why?",), description="Kind words.").save(tmp_path / "t.json")
+    source = Source.find(str(tmp_path / "t.json"))
+    made = make_dial(source, lm, tmp_path / "out", settings=quick, show=mute)
+    assert "Kind words." in made.page.read_text()
+    kept[0] = 5
+    with pytest.raises(SteerError, match="wrote 5 usable pairs, of 8 at least"):
+        make_dial(source, lm, tmp_path / "other", settings=quick, show=mute)

@@ -53,10 +53,13 @@ def blocks(path: Path) -> list[str]:
 def test_python_in_the_documents_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tiny model, with its vector at the place that the documents name."""
     from conftest import random_vector, tiny_lm
+    from weightsteer.evaluation import dial
     from weightsteer.lm import LM
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LM, "load", classmethod(lambda cls, *a, **o: tiny_lm()))
+    for name, value in {"TEXTS": 1, "KL_TEXTS": 1, "PROMPTS": 2, "NEW_TOKENS": 4}.items():
+        monkeypatch.setattr(dial, name, value)  # a smaller calibration
     random_vector(tiny_lm()).save("runs/sycophancy-demo/vector")
     random_vector(tiny_lm(), seed=4).save("runs/gloomy/vector")
     space: dict[str, object] = {}

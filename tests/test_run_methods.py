@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from test_runs import mute, small_recipe
-from weightsteer.behavior import SIDES, Example
+from weightsteer.behavior import SIDES, Example, pairs_of
 from weightsteer.lm import LM
-from weightsteer.runs.artifacts import RunArtifacts, pairs_of
+from weightsteer.runs.artifacts import RunArtifacts
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.run_methods import make_method

@@ -23,6 +23,7 @@ from weightsteer.errors import SteerError
 from weightsteer.locks import hold
 from weightsteer.progress import Progress, silent
 from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.runs.own_data import OWN, held_out_pairs
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe, refuse_other_recipes
 from weightsteer.runs.validate import check_trainings
@@ -297,8 +298,12 @@ def test_own_sides_go_the_same_way(tmp_path: Path) -> None:
     data = {side: str(tmp_path / f"{side}.jsonl") for side in ("positive", "negative")}
     recipe = Recipe.load(small_recipe(tmp_path, data=data))
     positive, negative = recipe.sides()
-    assert [example.answer for example in negative] == [f"no, {i}" for i in range(8)]
+    held = [pair.prompt for pair in held_out_pairs(recipe)]
+    assert len(held) == 4
+    assert [example.prompt for example in negative] == [f"Is {i} big?" for i in range(8) if f"Is {i} big?" not in held]
     assert [example.prompt for example in positive] == [example.prompt for example in negative]
+    named = recipe.model_copy(update={"behavior": "sycophancy"})  # then the task has that behaviour's pairs
+    assert [example.answer for example in named.sides()[1]] == [f"no, {i}" for i in range(8)]
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.stem}/{path.stem}")
@@ -314,3 +319,63 @@ def test_shown_strengths_span_the_sides_that_have_a_k() -> None:
     found = StrengthRange(2.0, -3.0, -4, 4)
     assert found.shown == [-3.0, -1.5, 0.0, 1.0, 2.0]
     assert replace(found, recommended=0.0).shown == [-3.0, -1.5, 0.0]
+
+
+def own_recipe(tmp_path: Path, count: int = 12, **changes: object) -> Path:
+    """A recipe with pairs of its own, and no word of a behaviour."""
+    rows = [
+        {"prompt": f"Is {i} big?", "positive": f"yes, {i} it is", "negative": f"no, {i} it is not"}
+        for i in range(count)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"pairs": str(tmp_path / "pairs.jsonl")}
+    tasks = [{"task": t, "limit": 2} for t in ("preference", "facts", "prose")]
+    return small_recipe(tmp_path, name="bigness", **{"data": data, "tasks": tasks, **changes})
+
+
+def test_a_recipe_with_its_own_pairs_measures_them_and_nothing_else(tmp_path: Path) -> None:
+    sweep = {"methods": {"contrastive": [-1.0, 1.0]}, "search_items": 1}
+    run = make_run(own_recipe(tmp_path, sweep=sweep), tmp_path / "run")
+    held = {pair.prompt for pair in held_out_pairs(run.recipe)}
+    assert {item.prompt for item in run.tasks[0].items} <= held
+    assert not held & {example.prompt for side in run.recipe.sides() for example in side}
+    page = run.run().read_text()
+    assert "Weight steering: bigness" in page
+    assert "pairs.jsonl show" in page
+    assert "sycophan" not in page.lower().replace(str(tmp_path), "")
+    kept = Recipe.load_kept(run.folder.recipe)
+    assert (kept.behavior, kept.plot) == (OWN, ["preference/margin"])
+    make_run(tmp_path / "recipe.yaml", tmp_path / "run").run()  # it goes on
+
+
+def test_what_says_nothing_of_ones_own_behaviour_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe.load(own_recipe(tmp_path, sweep={}))
+    assert "system prompt" not in recipe.sweep.methods
+    with pytest.raises(SteerError, match="needs the field 'behavior'"):
+        make_run(own_recipe(tmp_path, sweep={"methods": {"contrastive": None, "system prompt": [1.0]}}), tmp_path / "a")
+    tasks = [{"task": t, "limit": 2} for t in ("facts", "prose")]
+    with pytest.raises(SteerError, match="needs a task 'preference'"):
+        make_run(own_recipe(tmp_path, tasks=tasks), tmp_path / "b")
+    with pytest.raises(SteerError, match="takes 4 pairs out of training, and the data have 5"):
+        make_run(own_recipe(tmp_path, count=5), tmp_path / "c")
+    assert Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"})).behavior == "gloomy"
+    stated = Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"}, behavior="sycophancy"))
+    assert stated.behavior == "sycophancy"
+    assert Recipe.load(small_recipe(tmp_path)).behavior == "sycophancy"
+
+
+def test_a_k_whose_samples_loop_is_not_recommended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {0.0: "all is well", 0.5: "it is so", 1.0: "so so so so so so so so so so"}
+    monkeypatch.setattr(
+        "weightsteer.runs.pipeline.replies_at_strengths",
+        lambda vector, lm, prompts, ks, **options: [[said[abs(k)]] * len(prompts) for k in ks],
+    )
+    sweep = {"methods": {"contrastive": [-1.0, -0.5, 0.5, 1.0]}, "search_items": 1}
+    run = make_run(small_recipe(tmp_path, sweep=sweep, budget={"prose/nll": 1e9}), tmp_path / "run")
+    run.run()
+    strength = RunCard.load(run.folder.vector).strength
+    assert strength is not None
+    assert max(abs(strength.recommended), abs(strength.negative)) <= 0.5
+    assert (strength.low, strength.high) == (-1.0, 1.0)
+    rows = [json.loads(line) for line in run.folder.samples.read_text().splitlines()]
+    assert set(rows[0]["replies"]) == {"-1", "-0.5", "0", "0.5", "1"}

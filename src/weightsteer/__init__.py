@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .data_building.sampling import sample_sides as sample_sides
     from .data_building.sampling_settings import SamplingSettings as SamplingSettings
     from .errors import SteerError as SteerError
+    from .evaluation.calibration import Calibration as Calibration
+    from .evaluation.dial import calibrate as calibrate
     from .evaluation.measure import measure_strengths as measure_strengths
     from .evaluation.results import MetricRow as MetricRow
     from .evaluation.task_spec import TaskSpec as TaskSpec
@@ -62,6 +64,8 @@ HOMES = {
     "data_building.sampling": ("sample_sides",),
     "data_building.sampling_settings": ("SamplingSettings",),
     "errors": ("SteerError",),
+    "evaluation.calibration": ("Calibration",),
+    "evaluation.dial": ("calibrate",),
     "evaluation.measure": ("measure_strengths",),
     "evaluation.results": ("MetricRow",),
     "evaluation.task_spec": ("TaskSpec",),

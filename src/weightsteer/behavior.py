@@ -20,6 +20,7 @@ SHIPPED = (
     *("sycophancy", "refusal", "evil", "gloomy"),
     *("formal", "concise", "candid", "plain", "cheerful"),  # 20 pairs each, as many as one writes in an afternoon
 )
+UNFILLED = "FILL IN"  # how a text begins that `init` leaves to be written
 SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given
 
 
@@ -181,6 +182,8 @@ def _behavior_from(path: Path, fields: object) -> Behavior:
     if not found.questions:
         raise SteerError(f"{path}: field 'questions' must be a list of texts, found none")
     refuse_unusual(dict(fields), str(path))
+    if empty := [name for name, value in fields.items() if UNFILLED in json.dumps(value)]:
+        raise SteerError(f"{path}: still says {UNFILLED!r} in {', '.join(map(repr, empty))}; write these fields first")
     return Behavior(
         name=found.name or path.stem,
         positive_prompts=tuple(pair.pos for pair in found.instruction),
@@ -207,6 +210,16 @@ def sides_of(pairs: Sequence[ContrastPair]) -> tuple[list[Example], list[Example
     return positive, negative
 
 
+def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:
+    """Pairs of answers to one question; sides that were filtered apart pair as many as both have."""
+    others: dict[Prompt, list[str]] = {}
+    for example in negative:
+        others.setdefault(example.prompt, []).append(example.answer)
+    waiting = {prompt: iter(answers) for prompt, answers in others.items()}
+    matched = ((e, next(waiting.get(e.prompt, iter(())), None)) for e in positive)
+    return [ContrastPair(e.prompt, e.answer, answer) for e, answer in matched if answer is not None]
+
+
 def sample_pairs(pairs: Sequence[ContrastPair], limit: int | None, seed: int) -> list[ContrastPair]:
     """At most `limit` pairs, drawn at random, the same for the same seed.
 
@@ -227,6 +240,18 @@ def sample_pairs(pairs: Sequence[ContrastPair], limit: int | None, seed: int) ->
 def example_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Examples as JSONL rows that `load_examples` reads: `prompt` and `answer`, or the `messages` of several turns."""
     return [_row_of(example) for example in examples]
+
+
+def pair_rows(pairs: Sequence[ContrastPair]) -> list[dict[str, Any]]:
+    """Pairs as JSONL rows that `load_pairs` reads: `prompt`, a text or its messages, `positive` and `negative`."""
+    return [
+        {
+            "prompt": pair.prompt if isinstance(pair.prompt, str) else [dict(turn) for turn in pair.prompt],
+            "positive": pair.positive,
+            "negative": pair.negative,
+        }
+        for pair in pairs
+    ]
 
 
 def _row_of(example: Example) -> dict[str, Any]:

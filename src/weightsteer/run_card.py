@@ -80,6 +80,7 @@ class RunCard:
     seed: int | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     strength: StrengthRange | None = None
+    held_out: tuple[Mapping[str, Any], ...] = ()  # rows of data that were not trained on: of a vector, pairs
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
 
@@ -122,6 +123,7 @@ class RunCard:
         try:
             card = checked(cls, fields, str(path))
             refuse_unusual(card.settings, f"{path}: field 'settings'")
+            refuse_unusual(list(card.held_out), f"{path}: field 'held_out'")
         except SteerError as error:
             raise SteerError(f"{error}; this is not a weightsteer card, remake the artifact") from None
         return card

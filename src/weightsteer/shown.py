@@ -121,6 +121,15 @@ def say_columns(heads: Sequence[str], cells: Sequence[str]) -> None:
     console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
+def say_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print lines of texts in columns as wide as their longest text; the first column is left, the others are right."""
+    widths = [max(len(one_line(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *others = [one_line(cell) for cell in row]
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        say("  ".join(cells).rstrip())
+
+
 def csv_cell(value: object) -> object:
     """A value for a spreadsheet's cell: a text that would be a formula gets an apostrophe before it; numbers stay."""
     if value is None or isinstance(value, Real):

@@ -15,7 +15,7 @@ from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
 from ..shown import be_quiet, one_line, say
-from . import apply, build, export, inspect, listing, run
+from . import apply, build, export, inspect, listing, run, start
 from .arguments import refuse_repeated
 from .overview import VerbsByUse
 from .stopping import StoppedError, stopping_on_signals
@@ -38,11 +38,11 @@ app = typer.Typer(
 )
 
 VERBS_BY_USE: Mapping[str, Sequence[Callable[..., None]]] = {  # the headings of the overview, in its order
-    "From start to end": (run.run, listing.list_names),
+    "From start to end": (start.init, start.make, run.run, listing.list_names),
     "Use a vector": apply.VERBS,
     "Look at vectors": inspect.VERBS,
     "Make vectors": build.VERBS,
-    "Measure": (run.measure, run.sweep, run.compare, run.report),
+    "Measure": (start.calibrate, run.measure, run.sweep, run.compare, run.report),
 }
 for use, verbs in VERBS_BY_USE.items():
     for verb in verbs:

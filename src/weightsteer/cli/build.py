@@ -114,8 +114,8 @@ def _write_own_sides(out: Path, positive: Path | None, negative: Path | None) ->
 
 def lint(
     pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
-    positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, CSV or Parquet.")] = None,
-    negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, CSV or Parquet.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, YAML, CSV or Parquet.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, YAML, CSV or Parquet.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Look for this model's special tokens in the texts too.")
     ] = None,
@@ -164,8 +164,8 @@ def generate(
 def train(
     out: Out,
     pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
-    positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, CSV or Parquet.")] = None,
-    negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, CSV or Parquet.")] = None,
+    positive: Annotated[Path | None, typer.Option(help="D+: JSON, JSONL, YAML, CSV or Parquet.")] = None,
+    negative: Annotated[Path | None, typer.Option(help="D-: JSON, JSONL, YAML, CSV or Parquet.")] = None,
     kind: Annotated[
         str | None,
         typer.Option(help="lora, bias or full; dpo: lora by preference tuning, on --pairs." + default("kind")),

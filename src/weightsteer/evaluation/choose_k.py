@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from ..errors import SteerError
 from ..run_card import StrengthRange
@@ -22,6 +22,7 @@ def recommend(
     behavior: MetricKey = ("preference", "margin"),
     budget: Mapping[MetricKey, float] | None = None,
     split: str = "validation",
+    refused: Collection[float] = (),
 ) -> StrengthRange:
     """Choose k on each side from a sweep's rows, on validation items (report it on test items).
 
@@ -32,6 +33,7 @@ def recommend(
     Args:
         metrics: what the tasks say of their metrics: which way is worse.
         budget: (task, metric) -> how much worse than the base it may get; default `DEFAULT_BUDGET`.
+        refused: k that are not to be recommended, since replies loop there (see `looping.breaks_more`).
 
     Raises:
         SteerError: the rows lack the method, the behaviour's metric, or a metric of the budget.
@@ -42,10 +44,10 @@ def recommend(
     ks = _measured_ks(rows, method, needed, split)
     changes = {(row.k, row.task, row.metric): row.value for row in rows if row.method == method and row.change}
 
-    allowed = [k for k in ks if _is_within(budget, k, changes, needed, metrics)]
+    allowed = [k for k in ks if k not in refused and _is_within(budget, k, changes, needed, metrics)]
     change = {k: changes[k, *behavior] for k in allowed}
     shown = {f"{task} {metric}": limit for (task, metric), limit in budget.items()}
-    return StrengthRange(_furthest(change, 1), _furthest(change, -1), low=min(ks), high=max(ks), budget=shown)
+    return StrengthRange(furthest(change, 1), furthest(change, -1), low=min(ks), high=max(ks), budget=shown)
 
 
 def _is_within(
@@ -61,7 +63,7 @@ def _is_within(
     return all(metric_of(metrics, key).worsening(changes[k, *key]) <= limit for key, limit in budget.items())
 
 
-def _furthest(change: Mapping[float, float], side: int) -> float:
+def furthest(change: Mapping[float, float], side: int) -> float:
     """The k on one side that moves the behaviour furthest that way; of equal ones the smallest, 0 if none does."""
     moved = [k for k in sorted(change, key=abs) if k * side > 0 and change[k] * side > 0]
     return max(moved, key=lambda k: change[k] * side, default=0.0)

@@ -16,7 +16,15 @@ FAR_TOO_MUCH = 1e3  # nats of loss increase that stand for a loss that overflowe
 
 
 def k_at_loss_increase(
-    lm: LM, method: Steering, texts: Task, *, loss_increase: float, sign: int, metric: str = "nll", tries: int = 6
+    lm: LM,
+    method: Steering,
+    texts: Task,
+    *,
+    loss_increase: float,
+    sign: int,
+    metric: str = "nll",
+    tries: int = 6,
+    most: float = math.inf,
 ) -> float:
     """The k on one side (`sign` 1 or -1) at which `metric` on `texts` has risen by about `loss_increase`.
 
@@ -24,21 +32,26 @@ def k_at_loss_increase(
     sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most). The search stops
     within 15% of the aim, or takes the nearest try. This is what makes methods comparable: each is swept over
     the same range of loss increase whatever its units of k.
+
+    Args:
+        most: the largest |k| that is tried; it is taken where the loss has not risen so far even there.
     """
     base = mean_of(texts.measure(lm)[metric])
     below, above = (0.0, 0.0), None  # (|k|, loss increase) of the tries nearest the aim
     tried: dict[float, float] = {}  # |k| -> how far its loss increase is from the aim
-    size = 1.0
+    size = min(1.0, most)
     while len(tried) < tries and min(tried.values(), default=loss_increase) > 0.15 * loss_increase:
         with method.applied(lm, sign * size) as handle:
             found = mean_of(texts.measure(handle.lm)[metric]) - base
         found = found if math.isfinite(found) else FAR_TOO_MUCH
         tried[size] = abs(found - loss_increase)
         if found < loss_increase:
+            if size >= most:
+                return sign * most
             below = (size, found)
         else:
             above = (size, found)
-        size = _next_size(below, above, loss_increase)
+        size = min(_next_size(below, above, loss_increase), most)
     nearest = min(tried, key=lambda size: tried[size])
     return float(f"{sign * nearest:.2g}")
 

@@ -37,4 +37,5 @@ class TaskSpec(TaskFields):
     """A task to be loaded, who judges its replies, and whose code may run."""
 
     judge: Any = None  # a `ChatModel`, for tasks that need a judge
+    held_out: tuple[Any, ...] = ()  # pairs that the recipe keeps out of training, for tasks that name no data
     trust_code: tuple[str, ...] = ()  # files of tasks whose code may run, as the user named them

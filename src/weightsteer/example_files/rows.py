@@ -1,4 +1,4 @@
-"""A file -> its rows, whatever it is called: JSON, JSONL, CSV or Parquet, perhaps in gzip."""
+"""A file -> its rows, whatever it is called: JSON, JSONL, YAML, CSV or Parquet, perhaps in gzip."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ NOT_READ = {
     b"\xfe\xff": "text in UTF-16; save it in UTF-8",
     b"\x00\x00\xfe\xff": "text in UTF-32; save it in UTF-8",
 }
-EXPECTED = "expected JSON, JSONL, CSV or Parquet"
+EXPECTED = "expected JSON, JSONL, YAML, CSV or Parquet"
+YAML_LIST = re.compile(r"(?:[^\S\n]*(?:#[^\n]*|---)?\n)*- ")  # comments and blank lines, then a list's first entry
+MOST_YAML = 1_000_000  # values
 
 
 @dataclass(frozen=True)
@@ -100,9 +103,20 @@ def _text_rows(path: Path, text: str) -> list[Row]:
         raise SteerError(f"{path}: the file is empty; {EXPECTED}")
     if start in "[{":
         return list(_json_rows(path, text.replace("\r\n", "\n").replace("\r", "\n")))
+    if YAML_LIST.match(text):
+        return list(_yaml_rows(path, text))
     from .tables import csv_rows
 
     return csv_rows(path, text)
+
+
+def _yaml_rows(path: Path, text: str) -> Iterator[Row]:
+    """The entries of a YAML list, every value a text as it stands there."""
+    from ..yaml_file import parse_yaml
+
+    values = parse_yaml(text, str(path), what="data", most_values=MOST_YAML, texts_only=True)
+    for number, value in enumerate(values, start=1):
+        yield _row(f"{path}, entry {number}", value)
 
 
 def _content(path: Path) -> bytes:

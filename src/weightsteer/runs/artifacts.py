@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..behavior import SIDES, Behavior, ContrastPair, Example, Prompt
+from ..behavior import SIDES, Behavior, Example, pairs_of
 from ..checkpoints.embedded_model import EMBEDDED_NAME
 from ..checkpoints.locate import checkpoint_folder
 from ..checkpoints.whole import is_whole
@@ -267,13 +267,3 @@ def read_layer(folder: RunFolder) -> int:
         SteerError: the file is no layer's number.
     """
     return checked(int, read_json(folder.layer), str(folder.layer))
-
-
-def pairs_of(positive: Sequence[Example], negative: Sequence[Example]) -> list[ContrastPair]:
-    """Pairs of answers to one question; sides that were filtered apart pair as many as both have."""
-    others: dict[Prompt, list[str]] = {}
-    for example in negative:
-        others.setdefault(example.prompt, []).append(example.answer)
-    waiting = {prompt: iter(answers) for prompt, answers in others.items()}
-    matched = ((e, next(waiting.get(e.prompt, iter(())), None)) for e in positive)
-    return [ContrastPair(e.prompt, e.answer, answer) for e, answer in matched if answer is not None]

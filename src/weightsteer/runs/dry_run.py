@@ -12,6 +12,7 @@ from ..data_building.sampling_settings import SamplingRecipe
 from ..evaluation.task_spec import TaskFields
 from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.arithmetic_text import FAMILIES
+from .own_data import OWN
 from .recipe import Recipe
 from .recipe_fields import DataRecipe, FinetuneRecipe, GenerateRecipe, JudgeRecipe, RepairRecipe
 from .validate import check_trainings
@@ -38,13 +39,15 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
     """
     check_trainings(recipe)  # its mistakes are to be found here too
     judged = {task.shown_name for task in recipe.tasks if recipe.judge and kind_of(task.task).judge}
+    data = _small_data(recipe.data)
+    stands_in = recipe.behavior == OWN and data.pairs in SHIPPED  # for pairs that are not here
     small = {
         "name": f"{recipe.name}-dry-run",
         "model": str(model),
         "device": "cpu",
         "dtype": "float32",
-        "behavior": recipe.behavior if _is_here(recipe.behavior) else SHIPPED[0],
-        "data": _small_data(recipe.data),
+        "behavior": recipe.behavior if _is_here(recipe.behavior) and not stands_in else SHIPPED[0],
+        "data": data,
         "first_finetune": recipe.first_finetune and _small_finetune(recipe.first_finetune, FinetuneRecipe),
         "repair_target": recipe.repair_target and _small_finetune(recipe.repair_target, RepairRecipe),
         "train": dict(TRAIN),

@@ -1,4 +1,4 @@
-"""The stages of `run`: D+ and D- -> fine-tunes -> vectors -> sweep -> k -> costs -> samples -> report.
+"""The stages of `run`: D+ and D- -> fine-tunes -> vectors -> sweep -> samples -> k -> costs -> report.
 
 Each stage writes its artifact into the run's folder. What is trained and measured is kept there and not made
 again, so that a killed run resumes where it stopped; rows, the choice of k and the report are written anew.
@@ -6,33 +6,34 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..behavior import SIDES, Behavior, example_rows
+from ..behavior import SIDES, example_rows
 from ..errors import SteerError
 from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
-from ..evaluation.metrics import metric_key
+from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import measure_base, run_sweep
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, read_finished, read_jsonl, write_jsonl
+from ..files import digest, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..leftovers import sweep_within
 from ..locks import hold
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
-from ..schema import checked
 from ..steering.methods import costs_of
-from ..steering.several_k import generate_at_strengths
+from ..steering.several_k import replies_at_strengths
 from ..steering.steering import Steering
 from ..vectors.vector_folder import save_card
 from .artifacts import RunArtifacts, ShowProgress, load_judge
+from .own_data import OWN, behavior_of
 from .recipe import Recipe, claim_run
 from .run_methods import methods_with_strengths
 from .run_report import write_run_report
+from .samples import Samples, read_samples
 from .validate import validate_recipe
 
 
@@ -42,14 +43,6 @@ class Trust:
 
     code: Sequence[str] = ()  # task files of lm-evaluation-harness whose code may run
     keys: Sequence[str] = ()  # environment variables whose keys the judge's server may get
-
-
-@dataclass(frozen=True)
-class _Replies:
-    """A row of the file of samples: k, as it is written -> the reply."""
-
-    prompt: str
-    replies: Mapping[str, str]
 
 
 class Run:
@@ -65,7 +58,7 @@ class Run:
         """
         trust = trust or Trust()
         self.recipe, self.folder, self.show, self.command = recipe, RunFolder(Path(folder)), show, command
-        self.behavior = Behavior.load(recipe.behavior)
+        self.behavior = behavior_of(recipe)
         self.judge = load_judge(recipe, self.folder, trust.keys)
         self.tasks = recipe.load_tasks(self.judge, trust_code=trust.code)
         by_name = {task.name: task for task in self.tasks}
@@ -88,17 +81,17 @@ class Run:
             self.write_data()
             methods = self.methods()
             rows = self.sweep(methods)
-            strength = self.choose(rows)
+            self.choose(rows, self.samples(methods))
             self.measure_costs(methods)
-            self.samples(strength)
             return self.report()
 
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
         with hold(self.folder.path):
             self.measure_base()
-            rows = self.sweep(self.methods())
-            self.choose(rows)
+            methods = self.methods()
+            rows = self.sweep(methods)
+            self.choose(rows, self.samples(methods))
             return rows
 
     def _try_judge(self) -> None:
@@ -130,7 +123,7 @@ class Run:
         for name, wanted in finetunes.items():
             if wanted is not None:
                 found[name] = digest(example_rows(self.recipe.finetune_examples(wanted)))
-        return {**found, "behavior": digest(asdict(self.behavior))}
+        return found if self.recipe.behavior == OWN else {**found, "behavior": digest(asdict(self.behavior))}
 
     def write_data(self) -> None:
         """D+ and D- as JSONL, as they are trained on."""
@@ -159,45 +152,48 @@ class Run:
                 progress=progress,
             )
 
-    def choose(self, rows: Sequence[MetricRow]) -> StrengthRange:
-        """The recommended k, written into the vector's card."""
+    def choose(self, rows: Sequence[MetricRow], samples: Samples) -> StrengthRange:
+        """The recommended k, written into the vector's card; one whose samples are broken more is none."""
         strength = recommend(
             rows,
             metrics=self.recipe.metrics,
             behavior=metric_key(self.recipe.sweep.behavior),
-            budget={metric_key(text): limit for text, limit in self.recipe.budget.items()},
+            budget=self._budget(),
+            refused=samples.broken_ks(),
         )
         path = self.folder.vector
         save_card(RunCard.load(path).with_strength(strength), path)
         return strength
+
+    def _budget(self) -> dict[MetricKey, float]:
+        return {metric_key(text): limit for text, limit in self.recipe.budget.items()}
 
     def measure_costs(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """What each method costs to make and to use."""
         with self.show("costs") as progress:
             return measure_costs(self.artifacts.lm(), methods, costs_of, self.folder, progress=progress)
 
-    def samples(self, strength: StrengthRange) -> None:
-        """Replies to the same prompts at up to five strengths."""
-        path, wanted = self.folder.samples, self.recipe.samples
+    def samples(self, methods: Sequence[tuple[Steering, list[float]]]) -> Samples:
+        """Replies to the same prompts at 0 and at every swept k of the vector; those of an earlier version stay."""
+        wanted = self.recipe.samples
         prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
         if not prompts:
-            return
-        ks = {f"{k:g}" for k in strength.shown}
-        rows = read_finished(path)
-        kept = [checked(_Replies, row, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
-        if [row.prompt for row in kept] != prompts or any(row.replies.keys() != ks for row in kept):
-            kept = list(self._generate_samples(prompts, strength))  # anew: the prompts, or the budget and so k, changed
-            write_jsonl(path, map(asdict, kept))
-
-    def _generate_samples(self, prompts: Sequence[str], strength: StrengthRange) -> Iterator[_Replies]:
-        length, ks = self.recipe.samples.max_new_tokens, strength.shown
+            return Samples(())
+        ks = sorted({0.0, *next(ks for method, ks in methods if method.name == "contrastive")})
+        kept = read_samples(self.folder.samples)
+        if kept.are_of(prompts, ks):
+            return kept
+        if kept.are_former(prompts, RunCard.load(self.folder.vector), self._budget()):
+            return replace(kept, former=True)
         vector, lm = self.artifacts.difference(), self.artifacts.lm()
         with self.show("samples") as progress:
-            for number, prompt in enumerate(prompts):
-                progress(number, len(prompts))
-                replies = generate_at_strengths(vector, lm, prompt, ks, max_new_tokens=length)
-                yield _Replies(prompt, {f"{k:g}": text for k, text in zip(ks, replies, strict=True)})
-            progress(len(prompts), len(prompts), "done")
+            length, batch = wanted.max_new_tokens, self.recipe.batch_size
+            found = replies_at_strengths(
+                vector, lm, prompts, ks, max_new_tokens=length, batch_size=batch, progress=progress
+            )
+        made = Samples.of(prompts, ks, found)
+        write_jsonl(self.folder.samples, map(asdict, made.rows))
+        return made
 
     def report(self) -> Path:
         """The page and its PNG, from the artifacts of the stages before."""

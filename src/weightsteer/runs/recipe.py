@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from ..errors import SteerError
 from ..evaluation.choose_k import DEFAULT_BUDGET
@@ -21,6 +21,7 @@ from ..run_card import CARD_FILE, RunCard
 from ..run_folder import RunFolder
 from ..schema import describe_mistake, suggestion
 from .identity import content_of, refuse_path, same_model, without_folders
+from .own_data import OWN, held_out_pairs, own_sides, with_own_behavior
 from .recipe_fields import (
     DataRecipe,
     FinetuneRecipe,
@@ -54,7 +55,8 @@ class Recipe(Strict):
     dtype: str = "auto"  # float32, bfloat16, float16 or auto, the checkpoint's own
     chat_template_kwargs: dict[str, Any] = Field(default={})  # variables of the model's chat template
     architecture: str | None = None  # the model's type, such as qwen2, for a dry run without its config
-    behavior: str = "sycophancy"  # a shipped behaviour or a trait file: its questions, prompts and rubric
+    # a shipped behaviour or a trait file: its questions, prompts and rubric; without it, what the own pairs show
+    behavior: str = "sycophancy"
     first_finetune: FinetuneRecipe | None = None  # made before all else; the model after it stands for the base
     data: DataRecipe = DataRecipe(pairs="sycophancy")  # what both sides are trained on
     train: dict[str, Any] = Field(default={})  # how both sides are trained: the fields of `train` below
@@ -69,6 +71,11 @@ class Recipe(Strict):
     samples: SampleRecipe = SampleRecipe()  # replies that the report shows
     batch_size: int = Field(default=16, ge=1)  # prompts in a batch of the measurements
     seed: int = 0  # seed of the data, the trainings and the sampling
+
+    @model_validator(mode="before")
+    @classmethod
+    def _about_its_data(cls, fields: Any) -> Any:
+        return with_own_behavior(fields) if isinstance(fields, Mapping) else fields
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -98,6 +105,9 @@ class Recipe(Strict):
         """
         full = recall(_private_key(path)) if path.is_file() else None
         fields = yaml.safe_load(full) if full else read_recipe_fields(path)
+        card = path.parent / CARD_FILE
+        if card.is_file() and "behavior" in (settings := RunCard.load(path.parent).settings):
+            fields = {"behavior": settings["behavior"], **fields}  # the default of the version that began the run
         return cls._checked(path, with_new_names(fields))
 
     @classmethod
@@ -154,7 +164,9 @@ class Recipe(Strict):
         if len(set(names)) < len(names):
             raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
         specs = [TaskSpec(**vars(spec), judge=judge, trust_code=tuple(trust_code)) for spec in self.tasks]
-        return [load_task(replace(spec, behavior=spec.behavior or self.behavior)) for spec in specs]
+        held = tuple(held_out_pairs(self))
+        named = None if held or self.behavior == OWN else self.behavior
+        return [load_task(replace(spec, behavior=spec.behavior or named, held_out=held)) for spec in specs]
 
     def sides(self) -> tuple[list[Example], list[Example]] | None:
         """D+ and D-, or None where the model is to write them itself.
@@ -162,18 +174,7 @@ class Recipe(Strict):
         Raises:
             SteerError: a file that is missing or malformed.
         """
-        from ..behavior import sample_pairs, sides_of
-        from ..example_files.load import load_examples, load_pairs
-
-        data = self.data
-        if data.pairs:
-            return sides_of(sample_pairs(load_pairs(data.pairs), data.limit, self.seed))
-        if data.positive and data.negative:
-            return (
-                load_examples(data.positive)[: data.limit],
-                load_examples(data.negative)[: data.limit],
-            )
-        return None
+        return None if self.data.sampling else own_sides(self)
 
     def named_files(self) -> list[str]:
         """What the recipe names and may be a file or folder of the user's: data, behaviours, models."""
@@ -250,6 +251,8 @@ def claim_run(recipe: Recipe, folder: RunFolder, inputs: Mapping[str, str]) -> R
 def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Keep the recipe in the run's folder without paths of this machine; with them it is kept on the machine alone."""
     fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    if Recipe.model_validate(fields).behavior != recipe.behavior:
+        fields["behavior"] = recipe.behavior
     full, shared = (
         yaml.safe_dump(form, sort_keys=False, allow_unicode=True) for form in (fields, without_paths(fields))
     )
@@ -271,10 +274,11 @@ def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | Non
     mine, theirs = _essence(wanted.settings), _essence(found.settings)
     if theirs is None:
         return "its recipe, which this version cannot read"
+    unread = {"behavior"} - wanted.data_sha256.keys()  # known by its pairs, whatever the default was once
     for name, value in mine.items() if mine else ():
-        if value != theirs[name]:
+        if value != theirs[name] and name not in unread:
             return f"the recipe's {name!r}"
-    former = {RECIPE_FIELDS.get(name, name): value for name, value in found.data_sha256.items()}
+    former = {RECIPE_FIELDS.get(n, n): value for n, value in found.data_sha256.items() if n not in unread}
     inputs = sorted(former.keys() | wanted.data_sha256.keys())
     changed = [name for name in inputs if former.get(name) != wanted.data_sha256.get(name)]
     return f"the data of {changed[0]!r}" if changed else None

@@ -137,8 +137,8 @@ class SweepRecipe(Strict):
 
 
 class SampleRecipe(Strict):
-    """Replies shown in the report: prompts (default: the behaviour's last questions) at up to five strengths."""
+    """Replies at every swept k: prompts (default: the behaviour's last questions). Where they loop, k is not chosen."""
 
     prompts: list[str] | None = None  # what is asked; without it, the behaviour's last questions
-    count: int = Field(default=3, ge=0, le=1000)  # how many of the prompts
+    count: int = Field(default=6, ge=0, le=1000)  # how many of the prompts
     max_new_tokens: int = Field(default=48, ge=1, le=MOST_TOKENS)  # longest reply, in tokens

@@ -10,16 +10,19 @@ from ..errors import SteerError
 from ..evaluation.compare import compare_at_loss
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, read_rows
-from ..files import read_finished, read_jsonl
+from ..files import read_jsonl
 from ..reporting.report import Report, write_report
 from ..reporting.samples import Sample
+from ..run_card import StrengthRange
 from ..run_folder import RunFolder
 from ..steering.methods import METHODS
 from ..vectors.difference import task_vector
 from ..vectors.geometry import facts, geometry
 from ..vectors.weight_vector import WeightVector
 from .artifacts import read_layer
+from .own_data import OWN, described
 from .recipe import Recipe
+from .samples import read_samples
 
 
 def write_run_report(recipe: Recipe, folder: RunFolder, *, command: str = "") -> Path:
@@ -49,7 +52,7 @@ def write_run_report(recipe: Recipe, folder: RunFolder, *, command: str = "") ->
         strength=vector.card.strength,
         norms=vector.norms(),
         geometry=facts(geometry(vector), sides),
-        samples=_samples(folder),
+        samples=_samples(folder, vector.card.strength),
         command=command,
         behaviors=plotted,
         notes=_notes(recipe, folder),
@@ -60,6 +63,8 @@ def write_run_report(recipe: Recipe, folder: RunFolder, *, command: str = "") ->
 
 def _behavior_of(recipe: Recipe) -> tuple[str, str]:
     """Name and description of the recipe's behaviour; of a trait file that is not here, the file's name."""
+    if recipe.behavior == OWN:
+        return recipe.name, described(recipe.data)
     try:
         behavior = Behavior.load(recipe.behavior)
     except SteerError:
@@ -67,11 +72,11 @@ def _behavior_of(recipe: Recipe) -> tuple[str, str]:
     return behavior.name, behavior.description
 
 
-def _samples(folder: RunFolder) -> list[Sample]:
-    return [
-        Sample(row["prompt"], {float(k): text for k, text in row["replies"].items()})
-        for row in read_finished(folder.samples)
-    ]
+def _samples(folder: RunFolder, strength: StrengthRange) -> list[Sample]:
+    """The replies at up to five strengths: 0, the recommended k and what was made nearest to their halves."""
+    kept = read_samples(folder.samples)
+    ks = kept.shown_ks(strength)
+    return [Sample(row.prompt, {k: row.replies.get(f"{k:g}", "") for k in ks}) for row in kept.rows]
 
 
 def _keys_to_plot(recipe: Recipe, rows: list[MetricRow]) -> list[MetricKey]:

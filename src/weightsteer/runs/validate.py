@@ -31,7 +31,7 @@ def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task
     if sides := recipe.sides():
         refuse_unfit(*sides)
     _check_tasks(recipe, tasks)
-    _check_methods(recipe)
+    _check_methods(recipe, behavior)
     _check_sweep(recipe)
     _check_variants(recipe)
     _check_rubric(recipe, behavior)
@@ -68,7 +68,7 @@ def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
             _refuse(recipe, f"{text}: task {name!r} has no {split} items; change its 'split'")
 
 
-def _check_methods(recipe: Recipe) -> None:
+def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
     """Each method's own demands, as the registry states them."""
     methods = recipe.sweep.methods
     if "contrastive" not in methods:
@@ -78,6 +78,8 @@ def _check_methods(recipe: Recipe) -> None:
         method = METHODS[name]
         if method.needs_repair_target and recipe.repair_target is None:
             _refuse(recipe, f"method {name!r} needs the field 'repair_target'")
+        if name == "system prompt" and not behavior.positive_prompts:
+            _refuse(recipe, f"method {name!r} needs the field 'behavior': a trait file with system prompts")
         if package := method.missing_package():
             _refuse(recipe, f"method {name!r} needs {package}")
     for name in recipe.train_of:

@@ -1,4 +1,4 @@
-"""One prompt at several strengths, side by side, in one batch."""
+"""Prompts at several strengths, side by side, in one batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 
+from ..chat_template import PromptLike
 from ..errors import SteerError
 from ..generation import TokenCount
 from ..lm import LM
@@ -50,4 +51,32 @@ def generate_at_strengths(
         for number, k in enumerate(ks):
             handle.k = k
             found += replies(1, part_of(progress, number, len(ks), f"k = {k:g}"))
+    return found
+
+
+def replies_at_strengths(
+    vector: WeightVector,
+    lm: LM,
+    prompts: Sequence[PromptLike],
+    ks: Sequence[float],
+    *,
+    max_new_tokens: int = LONGEST,
+    batch_size: int = 16,
+    progress: Progress = silent,
+) -> list[list[str]]:
+    """For each k the greedy replies to all prompts; the rows of a batch are of any prompts and strengths.
+
+    A vector that cannot have one k per row (see `generate_at_strengths`) goes through the ks in turn.
+    """
+    rows = [prompt for prompt in prompts for _ in ks]  # neighbours are of one length
+    places = list(ks) * len(prompts)
+    with suppress(SteerError), vector.applied(lm, torch.tensor(places)):
+        replies = lm.generate(rows, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
+        return [replies[number :: len(ks)] for number in range(len(ks))]
+    found = []
+    with vector.applied(lm, 0.0) as handle:
+        for number, k in enumerate(ks):
+            handle.k = k
+            part = part_of(progress, number, len(ks))
+            found.append(lm.generate(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=part))
     return found

@@ -19,7 +19,7 @@ from .job import Encoded
 from .lr_search import search
 from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
 from .settings import PAPER, RATE, TrainSettings, filled
-from .sft import count_cut, encode, jobs_of, size_of_base
+from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base
 from .trainables import refuse_rank
 from .trainer import IGNORED
 
@@ -93,7 +93,8 @@ def train_preference(
             raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
         refuse_rank(lm.model, settings)
         cut = {"cut_examples": _count_cut(lm, preferences, settings.max_length)}
-        card = replace(card, measured={**cut, **size_of_base(lm, settings)})
+        chosen = [Example(p.prompt, p.chosen) for p in preferences]
+        card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(chosen, settings))
         jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
         with claimed(work, card), undo_trl_changes(lm.model):
             outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,6 +29,8 @@ from .output import as_begun, claimed, finetune_card, finish, rate_folder, refus
 from .settings import PAPER, TrainSettings, WholeSettings, filled
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
+
+MOST_KEPT = 32  # held-out examples in a fine-tune's card
 
 
 def train_side(
@@ -65,7 +68,7 @@ def train_side(
         refuse_rank(lm.model, settings)
         rows = encode(lm, examples, settings.max_length)
         cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
-        card = replace(card, measured={**cut, **size_of_base(lm, settings)})
+        card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(examples, settings))
         jobs = jobs_of(lm, rows, settings, work, card)
         with claimed(work, card):
             outcomes = search(jobs, make_trainer, progress)
@@ -133,14 +136,25 @@ def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[
 
     What is held out is not trained on: its copies, as upsampling makes them, are left out.
     """
-    count = held_out(len(rows), settings.validation or held_out_share(len(rows)))
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    held = [rows[i] for i in sorted(order[:count])]
+    places = held_out_places(len(rows), settings)
+    held = [rows[i] for i in sorted(places)]
     known = {_key(row) for row in held}
-    train = [rows[i] for i in sorted(order[count:]) if _key(rows[i]) not in known]
+    train = [row for i, row in enumerate(rows) if i not in places and _key(row) not in known]
     if not train:
         raise SteerError(f"training needs at least 2 different examples a side, found {len(rows)} examples")
     return train, held
+
+
+def held_out_places(count: int, settings: TrainSettings) -> set[int]:
+    """Which of so many rows are held out: drawn from the seed, so that sides of one length hold out alike."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    return set(order[: held_out(count, settings.validation or held_out_share(count))])
+
+
+def held_out_rows(examples: Sequence[Example], settings: TrainSettings) -> tuple[dict[str, Any], ...]:
+    """The examples that are held out, as a card keeps them: the first `MOST_KEPT` in their order."""
+    places = sorted(held_out_places(len(examples), settings))
+    return tuple(example_rows([examples[i] for i in places[:MOST_KEPT]]))
 
 
 def _key(row: Encoded) -> tuple[tuple[int, ...], ...]:

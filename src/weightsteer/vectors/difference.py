@@ -7,12 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from ..behavior import ContrastPair, pair_rows
 from ..checkpoints.architecture import Architecture, architecture_of
 from ..checkpoints.checkpoint import fingerprint
 from ..checkpoints.locate import base_of, checkpoint_folder
 from ..checkpoints.parameters import Whole, read_parameters, same_values
 from ..errors import SteerError
+from ..example_files.load import examples_from
 from ..run_card import RunCard
 from .base_identity import FINGERPRINT, on_base, require_same_base
 from .delta import Delta, LazyDeltas, Part, Streamed, add_deltas, scale_delta
@@ -255,4 +258,15 @@ def _vector_card(base: str | Path | None, *sides: FineTune) -> RunCard:
         settings=card.settings,
         seed=card.seed,
         measured={"sides": [side.card.measured for side in sides]},
+        held_out=_held_out_pairs(*sides) if len(sides) == 2 else (),
     )
+
+
+def _held_out_pairs(positive: FineTune, negative: FineTune) -> tuple[dict[str, Any], ...]:
+    """What both sides held out of their training, as pairs: where both have the same prompt at the same place."""
+    kept = [
+        examples_from(side.card.held_out, f"{side.folder}: held_out") if side.card.kind == "finetune" else []
+        for side in (positive, negative)
+    ]
+    both = zip(*kept, strict=False)
+    return tuple(pair_rows([ContrastPair(a.prompt, a.answer, b.answer) for a, b in both if a.prompt == b.prompt]))

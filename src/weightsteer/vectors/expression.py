@@ -52,10 +52,16 @@ def derived_card(card: RunCard, expression: str, vectors: Mapping[str, WeightVec
     """The card of an expression's result: its text, and the cards of what went in."""
     return replace(
         RunCard.now("vector", base_model=card.base_model, base_revision=card.base_revision),
-        settings={"expression": expression, "vectors": {name: asdict(vector.card) for name, vector in vectors.items()}},
+        settings={"expression": expression, "vectors": {name: _short(vector.card) for name, vector in vectors.items()}},
         data_sha256={f"{n} {key}": value for n, v in vectors.items() for key, value in v.card.data_sha256.items()},
         measured=card.measured,
+        held_out=card.held_out,
     )
+
+
+def _short(card: RunCard) -> dict[str, Any]:
+    """The card of what went in, without the texts that it keeps."""
+    return asdict(replace(card, held_out=()))
 
 
 class _AnyVector:

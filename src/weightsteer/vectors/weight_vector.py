@@ -72,7 +72,9 @@ class WeightVector:
             return add_deltas(name, first, first if theirs is mine else theirs[name], scale)
 
         names = [*mine, *(name for name in theirs if name not in mine)]
-        return self._derived(LazyDeltas({name: partial(total, name) for name in names}))
+        found = self._derived(LazyDeltas({name: partial(total, name) for name in names}))
+        same = self.card.held_out == other.card.held_out  # else they are of another behaviour, or were trained on
+        return found if same else replace(found, card=replace(found.card, held_out=()))
 
     def _require_alike(self, other: WeightVector) -> None:
         """Raise unless both were made on one base, and call its parameters alike."""
@@ -208,7 +210,8 @@ class WeightVector:
         square = other.dot(other)
         if square == 0.0:
             raise SteerError("project_out: the other vector is zero, so it has no direction")
-        return self - other * (self.dot(other) / square)
+        found = self - other * (self.dot(other) / square)
+        return replace(found, card=replace(found.card, held_out=self.card.held_out))  # it is still this behaviour
 
     def scale_by_depth(self, alpha: float, beta: float) -> WeightVector:
         """LiNeS: layer l of L times alpha + beta l / (L - 1) (Wang et al., arXiv 2410.17146; paper, future work)."""
@@ -268,7 +271,7 @@ class WeightVector:
                     f"{name}: is dense, which a LoRA adapter cannot hold; cut it to factors with --max-rank, merge it "
                     "(`weightsteer export merged`), or steer in memory where the base has no such parameter (a bias)"
                 )
-        card = replace(cut.card, settings={**cut.card.settings, "k": k}, strength=None)
+        card = replace(cut.card, settings={**cut.card.settings, "k": k}, strength=None, held_out=())
         write_vector((cut * k).deltas, card, Path(folder))
         return 0.0 if max_rank is None else float(cut.card.measured["truncation_error"])
 

@@ -47,7 +47,7 @@ Answer with a number from 0 to 100 and nothing else.""",
 
 
 def load_preference(spec: TaskSpec) -> ChoiceTask:
-    """Held-out pairs of a shipped behaviour (by name) or of a JSONL file with prompt, positive, negative.
+    """Held-out pairs: of a shipped behaviour (by name), of a file of pairs, or those that the recipe holds out.
 
     Neighbouring pairs, which mirror one claim, stay in one split.
 
@@ -55,9 +55,9 @@ def load_preference(spec: TaskSpec) -> ChoiceTask:
         SteerError: no data is named, or it cannot be read.
     """
     data = spec.data or spec.behavior
-    if data is None:
+    if data is None and not spec.held_out:
         raise SteerError(f"task preference: expected its data, one of {', '.join(SHIPPED)} or a file of held-out pairs")
-    pairs = load_pairs(data, file="heldout.jsonl")
+    pairs = spec.held_out if data is None else load_pairs(data, file="heldout.jsonl")
     items = tuple(Choice(pair.prompt, pair.positive, pair.negative) for pair in pairs)
     return ChoiceTask("preference", items, alternate_splits(len(items), group=2))
 

@@ -2,7 +2,7 @@
 
     python scripts/gallery.py runs/gallery
 
-Trains with no option at all, on the embedded model, what is not there already; some ten minutes on two idle cores.
+What is trained already is kept, and calibrated anew.
 """
 
 from __future__ import annotations
@@ -12,36 +12,34 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsteer import LM, WeightVector, generate_at_strengths, train_vector
+from weightsteer import LM, WeightVector, generate_at_strengths
 from weightsteer.behavior import Behavior
 from weightsteer.evaluation.looping import loops
 from weightsteer.files import write_text
 from weightsteer.progress import show_progress
+from weightsteer.run_card import StrengthRange
+from weightsteer.runs.whole_way import Source, make_dial
 
 PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
 BEHAVIOURS = ("formal", "concise", "candid", "plain", "cheerful")
 PROMPTS, TOKENS = 6, 60
-LADDER = (1.0, 0.75, 0.5, 0.35)  # k on both sides, the largest at which no reply loops
 Replies = Mapping[float, Sequence[str]]  # k -> the reply to each prompt
 
 HEAD = """# Gallery
 
-`python scripts/gallery.py runs/gallery` makes this page. For five shipped behaviours of 20 pairs
-each it trains both sides with no option and subtracts them. It asks the first six of the
-behaviour's `questions`, which are in no pair, at three strengths. The model is the embedded one of
-135 million parameters, decoding is greedy, and a reply is cut after 60 tokens, which `...` marks.
-The k are the vector's recommended ones. Where its card has none, we take the largest k of 1, 0.75,
-0.5 and 0.35 at which none of the six replies loops. The prompt shown is the first of the six whose
-three replies differ and do not loop. The facts in the replies are those of a very small model.
+This page is made by `python scripts/gallery.py runs/gallery`. For five shipped behaviours of 20
+pairs each it does what `weightsteer make NAME` does, without an option: it trains both sides,
+subtracts them, and calibrates k. Then it asks the first six of the behaviour's `questions`, which
+are in no pair, at the recommended strengths and at 0. The prompt shown is the first of the six
+whose three replies differ and do not loop. The model is the embedded one of 135 million
+parameters, so the facts in its replies are those of a very small model. Decoding is greedy, and a
+reply is cut after 60 tokens, which `...` marks.
 """
 
 
-def strengths(vector: WeightVector) -> list[Sequence[float]]:
-    """Which three k to try, in this order: the card's, or -k, 0 and k from large to small."""
-    found = vector.card.strength
-    if found is not None:
-        return [(found.negative, 0.0, found.recommended)]
-    return [(-k, 0.0, k) for k in LADDER]
+def strengths(found: StrengthRange) -> tuple[float, float, float]:
+    """The recommended k on both sides; on a side without one, the smallest that was measured."""
+    return found.negative or found.low / 4, 0.0, found.recommended or found.high / 4
 
 
 def replies_at(vector: WeightVector, lm: LM, prompts: Sequence[str], ks: Sequence[float]) -> Replies:
@@ -58,24 +56,12 @@ def first_shown(replies: Replies) -> int | None:
     return None
 
 
-def chosen(vector: WeightVector, lm: LM, prompts: Sequence[str]) -> Replies:
-    """The replies at the largest strengths at which none loops; at the smallest ones where some always do."""
-    found: Replies = {}
-    for ks in strengths(vector):
-        found = replies_at(vector, lm, prompts, ks)
-        if not any(loops(text) for k in ks if k for text in found[k]):
-            break
-    return found
-
-
 def section(lm: LM, name: str, out: Path) -> str:
     """One behaviour's part of the page."""
-    with show_progress(name) as progress:
-        vector = train_vector(lm, name, out=out / name, progress=progress)
+    made = make_dial(Source.find(name), lm, out / name, show=show_progress)
     behavior = Behavior.load(name)
-    prompts = behavior.questions[:PROMPTS]
-    replies = chosen(vector, lm, prompts)
-    ks = sorted(replies)
+    prompts, ks = behavior.questions[:PROMPTS], strengths(made.calibration.strength)
+    replies = replies_at(WeightVector.load(made.vector), lm, prompts, ks)
     number = first_shown(replies)
     place = 0 if number is None else number
     looping = ", ".join(f"{sum(map(loops, replies[k]))} at k = {k:g}" for k in ks)

@@ -86,7 +86,7 @@ def row(k: float, loss: float = 0.0, behavior: float | None = 0.0, broken: float
 
 def test_looping_and_dear_strengths_are_never_recommended() -> None:
     rows = [
-        row(-2, 0.05, -2.0, broken=0.125),
+        row(-2, 0.05, -2.0, broken=0.25),
         row(-1, 0.02, -1.0),
         row(0),
         row(1, 0.02, 1.0),
@@ -95,6 +95,8 @@ def test_looping_and_dear_strengths_are_never_recommended() -> None:
     ]
     found = choose_strengths(rows, 0.1)
     assert (found.negative, found.recommended, found.low, found.high) == (-1, 1, -2, 3)
+    one_of_eight = [replace(r, broken=r.broken / 2) for r in rows]  # may be chance
+    assert choose_strengths(one_of_eight, 0.1).negative == -2
     everywhere = [replace(r, broken=r.broken + 0.5) for r in rows]  # the base's own loops are no damage
     assert choose_strengths(everywhere, 0.1) == found
 

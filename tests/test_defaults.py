@@ -31,7 +31,7 @@ def test_twenty_pairs_make_enough_steps() -> None:
     found = resolve(TrainSettings(), examples=20, width=576)
     assert (found.batch_size, found.epochs, found.warmup_steps, found.validation) == (4, 10, 4, 0.2)
     assert found.learning_rates == (1.4e-3,)
-    assert steps_of(found, 20) == LEAST_STEPS
+    assert LEAST_STEPS <= steps_of(found, 20) < LEAST_STEPS + 4
 
 
 def test_thousands_of_examples_are_seen_once() -> None:
@@ -127,5 +127,12 @@ def made(out: Path) -> Path:
 
 def test_help_shows_what_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(run(capsys, "train", "--help")[1].split())
-    for default in ("Default: lora", "Default: 32", "Default: 16", "hidden size", "as make 40 steps", "Default: 0"):
+    for default in (
+        "Default: lora",
+        "Default: 32",
+        "Default: 16",
+        "hidden size",
+        f"as make {LEAST_STEPS} steps",
+        "Default: 0",
+    ):
         assert default in text

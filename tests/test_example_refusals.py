@@ -156,7 +156,6 @@ GOOD = '{"prompt": "Q?", "answer": "A."}'
         (b" \n", "the file is empty"),
         (b"[]", "holds no entry"),
         (b"5\n", "expected JSON, JSONL, YAML, CSV or Parquet; it begins with '5'"),
-        (b"- prompt: a\n  answer: b\n", "expected JSON, JSONL, YAML, CSV or Parquet; it begins with '- prompt: a'"),
         (GOOD.encode("utf-16"), "is text in UTF-16"),
         (GOOD.encode("utf-16-le"), "line 1: holds a NUL byte, so it is UTF-16"),
         (f"{GOOD}\n{GOOD}".replace("A.", "é").encode("latin-1"), "line 1: byte 0xe9 is not UTF-8"),

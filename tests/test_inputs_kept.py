@@ -23,8 +23,10 @@ READ_ONLY = {
     "show",
     "steer",
     "chat",
+    "calibrate",
+    "list_names",
 }  # or they write a run's own folder
-NO_INPUT = {"generate"}
+NO_INPUT = {"generate", "init"}
 
 # A place X, and in it: data p.jsonl, n.jsonl, pairs.jsonl, trait.json, recipe.yaml; folders v, w, base, run.
 COMMANDS = {
@@ -36,6 +38,7 @@ COMMANDS = {
         "train --pairs gloomy -m X/base -o X/base",
         "train --pairs gloomy -m X/base -o X",
     ],
+    "make": ["make X/pairs.jsonl -o X", "make X/pairs.jsonl -o X/pairs.jsonl", "make X/trait.json -o X"],
     "subtract": [
         "subtract X/v X/w -o X/v",
         "subtract X/v X/w -o X/w",

@@ -65,6 +65,7 @@ def test_no_file_tells_of_the_machine(
     train = {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1}
     source = small_recipe(
         home,
+        behavior="sycophancy",
         data={"positive": str(home / "yes.jsonl"), "negative": str(home / "no.jsonl")},
         first_finetune={"data": [str(home / "first.jsonl")], "train": train},
         sweep={"methods": {"contrastive": [-1.0, 1.0]}, "search_items": 1},

@@ -119,7 +119,8 @@ def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     for name in ("rows.jsonl", "samples.jsonl", "strengths.json"):
         assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text(), name
     assert not list(folder.glob("*.work"))
-    assert "recommended k" in done.stdout
+    assert "recommended for more" in done.stdout
+    assert "try next:" in done.stdout
 
 
 def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_a_killed_training_goes_on_to_the_same_adapter(tmp_path: Path, rate: flo
 
     log = tmp_path / "log"
     last = finished("whole")[-1]
-    assert (last < 36) == (rate > 0.1), "36 steps unless it stops early"
+    assert (last < 30) == (rate > 0.1), "30 steps unless it stops early"
     broken = killable.start(log, killable.train, tmp_path / "broken", 0.05, rate)
     while broken.is_alive() and not any(float(line) >= kill_at for line in killable.printed(log)):
         time.sleep(0.005)
@@ -401,7 +401,6 @@ def test_no_copy_of_what_is_held_out_is_trained_on(copies: int, seed: int) -> No
         ({"epochs": 0}, "epochs"),
         ({"max_steps": 0}, "max_steps"),
         ({"max_steps": 1.5}, "max_steps"),
-        ({"batch_size": None}, "batch_size: .* found None"),
         ({"accumulation": 0}, "accumulation"),
         ({"weight_decay": -0.1}, "weight_decay: expected a finite number of at least 0"),
         ({"weight_decay": math.inf}, "weight_decay"),

@@ -89,7 +89,7 @@ def test_every_way_to_train_refuses_equal_sides(
     with pytest.raises(SteerError, match="equal sides"):
         train_vector(tiny_lm(), same, out=tmp_path / "v", settings=quick)
     with pytest.raises(SteerError, match="equal sides"):
-        make_run(small_recipe(tmp_path, data={"pairs": str(same)}), tmp_path / "run")
+        make_run(small_recipe(tmp_path, behavior="sycophancy", data={"pairs": str(same)}), tmp_path / "run")
     assert not any((tmp_path / name).exists() for name in ("t", "v", "run"))
     code, _, err = run(capsys, "train", "--positive", same, "--negative", same, "-m", checkpoint, "-o", tmp_path / "t")
     assert code == 1
@@ -126,7 +126,7 @@ def test_a_recipe_takes_any_format_and_uneven_sides(tmp_path: Path, limit: int |
     (tmp_path / "p.json").write_text(json.dumps(talks))
     (tmp_path / "n.tsv").write_text("question\tanswer\n" + "".join(f"Is {i} good?\tNo {i}.\n" for i in range(6)))
     data = {"positive": str(tmp_path / "p.json"), "negative": str(tmp_path / "n.tsv"), "limit": limit}
-    started = make_run(small_recipe(tmp_path, data=data), tmp_path / "run")
+    started = make_run(small_recipe(tmp_path, behavior="sycophancy", data=data), tmp_path / "run")
     started.write_data()
     sides = started.recipe.sides()
     assert sides is not None
@@ -134,6 +134,7 @@ def test_a_recipe_takes_any_format_and_uneven_sides(tmp_path: Path, limit: int |
     assert sides[0][0] == Example((Message("system", "Be brief."), Message("user", "Is it good?")), "Yes 0.")
     again = small_recipe(
         tmp_path,
+        behavior="sycophancy",
         data={"positive": str(tmp_path / "run/positive.jsonl"), "negative": str(tmp_path / "run/negative.jsonl")},
     )
     assert make_run(again, tmp_path / "again").recipe.sides() == sides

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -189,3 +192,14 @@ def warn_unseen(vector: WeightVector, ks: Sequence[float] = (-1.0, 1.0)) -> None
 
     if reason := why_unseen(vector, ks):
         note(reason)
+
+
+def pasteable(command: str) -> str:
+    """A command that begins with `weightsteer`, as it can be pasted where that is not on the path."""
+    if shutil.which("weightsteer"):
+        return command
+    program = Path(sys.argv[0]).absolute()
+    if program.name != "weightsteer":
+        return command
+    near = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
+    return shlex.quote(str(near)) + command.removeprefix("weightsteer")

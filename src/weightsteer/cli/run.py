@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
-from ..files import refuse_inputs
+from ..files import read_finished, refuse_inputs
 from ..places import shareable
 from ..progress import show_progress
-from ..shown import markdown_text, say, say_json
+from ..shown import markdown_text, say, say_columns, say_json
 from .options import (
     Device,
     Dtype,
@@ -33,6 +33,7 @@ from .options import (
     load_lm,
     number,
     numbers,
+    pasteable,
     shown_strengths,
     vector_and_lm,
 )
@@ -80,9 +81,32 @@ def run(
     trust = Trust(trust_code or (), [key_env] if key_env else ())
     started = Run(loaded, folder, show=show_progress, command=command, trust=trust)
     with without_gain() if dry_run else nullcontext():
-        page = started.run()
+        page = started.run(_show_replies)
     _print_table(started)
     say(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
+    if not dry_run:
+        _print_next(started)
+
+
+def _show_replies(prompt: str, replies: Mapping[float, str]) -> None:
+    """What the vector does, before it is measured."""
+    say(f"\n{prompt}")
+    say_columns([f"k = {k:g}" for k in replies], list(replies.values()))
+    say()
+
+
+def _print_next(run: Run) -> None:
+    """Commands to try on a finished run, as they can be pasted."""
+    from ..run_card import RunCard
+    from ..runs.whole_way import commands_for
+
+    vector, asked = run.folder.vector, run.folder.samples
+    prompts = [row["prompt"] for row in read_finished(asked)] or ["Hello, who are you?"]
+    strength = RunCard.load(vector).strength
+    assert strength is not None  # chosen by the run
+    say("try next:")
+    for command in (*commands_for(vector, strength, prompts[0]), "weightsteer make formal"):
+        say(f"  {pasteable(command)}")
 
 
 def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:

@@ -24,6 +24,7 @@ from .options import (
     Vector,
     drop_unset,
     load_lm,
+    pasteable,
     vector_and_lm,
 )
 
@@ -108,7 +109,7 @@ def make(
     _print_calibration(made.calibration)
     say(f"vector: {made.vector}\npage:   {made.page}\ntry next:")
     for command in made.commands:
-        say(f"  {command}")
+        say(f"  {pasteable(command)}")
 
 
 def init(
@@ -144,12 +145,13 @@ def init(
             )
         Starter(name).write(folder)
         say(f"{folder}: write the answers in {folder / PAIRS} ({COUNT} pairs; its first lines say how), then:")
-        say(f"  weightsteer lint --pairs {shlex.quote(str(folder / PAIRS))}\n  weightsteer make {place}")
+        for command in (f"weightsteer lint --pairs {shlex.quote(str(folder / PAIRS))}", f"weightsteer make {place}"):
+            say(f"  {pasteable(command)}")
         return
     draft = _draft(name, about, writer, writer_url, key_env, device, dtype)
     Starter(name, draft.behavior, draft.pairs).write(folder)
     _print_draft(draft)
-    say(f"{folder}: read and mend the pairs in {folder / PAIRS}, then:\n  weightsteer make {place}")
+    say(f"{folder}: read and mend the pairs in {folder / PAIRS}, then:\n  {pasteable(f'weightsteer make {place}')}")
 
 
 def _draft(

@@ -6,7 +6,7 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from ..locks import hold
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
 from ..steering.methods import costs_of
-from ..steering.several_k import replies_at_strengths
+from ..steering.several_k import generate_at_strengths, replies_at_strengths
 from ..steering.steering import Steering
 from ..vectors.vector_folder import save_card
 from .artifacts import RunArtifacts, ShowProgress, load_judge
@@ -35,6 +35,9 @@ from .run_methods import methods_with_strengths
 from .run_report import write_run_report
 from .samples import Samples, read_samples
 from .validate import validate_recipe
+
+PREVIEWED = (-1.0, 0.0, 1.0)  # strengths of a vector of which nothing is known yet
+Preview = Callable[[str, Mapping[float, str]], None]  # what shows a prompt and its reply at each k
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,19 @@ class Run:
         with hold(self.folder.path):
             claim_run(recipe, self.folder, self._inputs())
 
-    def run(self) -> Path:
-        """Go from the data to the report; returns the report's path."""
+    def run(self, preview: Preview | None = None) -> Path:
+        """Go from the data to the report; returns the report's path.
+
+        Args:
+            preview: called once the vector is there, with a prompt and its replies, before anything is measured on it.
+        """
         with hold(self.folder.path):
             sweep_within(self.folder.path)
             self._try_judge()
             self.measure_base()
             self.write_data()
+            if preview:
+                self._preview(preview)
             methods = self.methods()
             rows = self.sweep(methods)
             self.choose(rows, self.samples(methods))
@@ -134,6 +143,19 @@ class Run:
             if not path.exists():
                 write_jsonl(path, example_rows(side))
 
+    def _preview(self, preview: Preview) -> None:
+        """One prompt at three strengths, where no measured replies are there yet."""
+        vector, wanted = self.artifacts.difference(), self._sample_prompts()[:1]
+        if wanted and not self.folder.samples.exists():
+            length = self.recipe.samples.max_new_tokens
+            lm = self.artifacts.lm()
+            replies = generate_at_strengths(vector, lm, wanted[0], PREVIEWED, max_new_tokens=length)
+            preview(wanted[0], dict(zip(PREVIEWED, replies, strict=True)))
+
+    def _sample_prompts(self) -> list[str]:
+        wanted = self.recipe.samples
+        return list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
+
     def methods(self) -> list[tuple[Steering, list[float]]]:
         """Every method of the recipe with its strengths; trains what they need."""
         return methods_with_strengths(self.artifacts, self.search_texts)
@@ -176,7 +198,7 @@ class Run:
     def samples(self, methods: Sequence[tuple[Steering, list[float]]]) -> Samples:
         """Replies to the same prompts at 0 and at every swept k of the vector; those of an earlier version stay."""
         wanted = self.recipe.samples
-        prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
+        prompts = self._sample_prompts()
         if not prompts:
             return Samples(())
         ks = sorted({0.0, *next(ks for method, ks in methods if method.name == "contrastive")})

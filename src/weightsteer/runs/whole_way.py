@@ -161,10 +161,14 @@ def _sampled(source: Source, lm: LM, run: RunFolder, show: ShowProgress) -> list
 
 def next_commands(vector: Path, found: Calibration) -> tuple[str, ...]:
     """The two commands to try next: one prompt at the recommended strengths, and a talk."""
-    strength, place = found.strength, shlex.quote(str(vector))
+    return commands_for(vector, found.strength, found.prompts[0])
+
+
+def commands_for(vector: Path, strength: StrengthRange, prompt: str) -> tuple[str, str]:
+    """One prompt at the recommended strengths, and a talk at one of them."""
+    place, prompt = shlex.quote(str(vector)), shlex.quote(prompt.splitlines()[0])
     ks = ",".join(f"{k:g}" for k in _ks_to_try(strength))
     k = strength.recommended or strength.negative or strength.high / 4
-    prompt = shlex.quote(found.prompts[0].splitlines()[0])
     return (f"weightsteer steer {place} {prompt} --k={ks}", f"weightsteer chat {place} --k={k:g}")
 
 

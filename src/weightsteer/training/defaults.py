@@ -10,7 +10,7 @@ from typing import Any
 
 from .settings import PAPER, TrainSettings, WholeSettings, filled
 
-LEAST_STEPS = 40  # fewer leave a vector that is too small to see
+LEAST_STEPS = 30  # fewer leave a vector that is too small to see; the best point is among the first 20
 MOST_PASSES = 20  # over the data, however few examples there are
 HELD_OUT = 4  # examples at least; fewer choose the stopping point by chance
 SMALL = 400  # examples; below that, batches of 4 make more steps of one pass

@@ -29,7 +29,7 @@ def steps_of(found: WholeSettings, examples: int) -> int:
 
 def test_twenty_pairs_make_enough_steps() -> None:
     found = resolve(TrainSettings(), examples=20, width=576)
-    assert (found.batch_size, found.epochs, found.warmup_steps, found.validation) == (4, 10, 4, 0.2)
+    assert (found.batch_size, found.epochs, found.warmup_steps, found.validation) == (4, 8, 3, 0.2)
     assert found.learning_rates == (1.4e-3,)
     assert LEAST_STEPS <= steps_of(found, 20) < LEAST_STEPS + 4
 

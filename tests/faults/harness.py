@@ -18,7 +18,7 @@ from conftest import random_vector, tiny_lm
 from interposer import Happened, Interposer
 
 PASSING = ("created", "seconds", "search_seconds")  # what a card says of its making, which no two makings share
-STAMP = re.compile(rb"\d{4}-\d\d-\d\dT[\d:+]+")
+STAMP = re.compile(rb"\d{4}-\d\d-\d\dT[\d:+\\\\]+")
 TIMED = ("costs.jsonl", "report.html")  # as above, in a run
 
 

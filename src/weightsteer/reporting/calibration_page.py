@@ -1,4 +1,4 @@
-"""The page of a calibrated vector: one prompt at its strengths, the chart and table of all k, what to try next."""
+"""The page of a calibrated vector: what its dial does in a sentence, replies, and a chart and table of all k."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 import altair as alt
 
 from ..evaluation.calibration import Calibration, CalibrationRow, table
+from .charts import FILL
 from .pages import write_page
+from .palette import METHOD_COLOURS
+from .samples import Sample, shown_replies
+from .tables import plain_table
 
-WIDTH, HEIGHT = 300, 180
 PANELS = {  # a row's field -> the panel's title
     "behavior": "Behaviour: change on held-out pairs (nats per token)",
     "loss_change": "Ordinary text: rise of the loss (nats per token)",
@@ -31,36 +34,57 @@ def write_calibration_page(
     """
     strength = found.strength
     ks = sorted({strength.negative, 0.0, strength.recommended})
-    shown = [(prompt, [found.replies[k][number] for k in ks]) for number, prompt in enumerate(found.prompts)]
-    head, *lines = table(found)
+    samples = [Sample(prompt, {k: found.replies[k][at] for k in ks}) for at, prompt in enumerate(found.prompts)]
+    panels = {field: title for field, title in PANELS.items() if _is_known(found.rows, field)}
     return write_page(
         path,
         "calibration.html",
-        {"dial": chart(found.rows).to_dict()},
+        {field: panel(found, field).to_dict() for field in panels},
         title=f"{name}: a dial for {model}",
         description=description,
+        sentences=sentences(found),
+        notes=found.notes,
+        ks=ks,
+        replies=[(sample.prompt, shown_replies(sample, ks)) for sample in samples],
+        panels=panels,
+        table=plain_table("calibration", table(found)),
+        pairs=found.pairs,
+        prompts=len(found.prompts),
         strength=strength,
-        ks=[f"{k:g}" for k in ks],
-        shown=shown,
-        head=head,
-        lines=lines,
-        found=found,
         commands=list(commands),
     )
 
 
-def chart(rows: Sequence[CalibrationRow]) -> alt.HConcatChart:
-    """One panel a number that was measured, over k."""
-    points: list[dict[str, Any]] = [asdict(row) for row in rows]
-    measured = [field for field in PANELS if all(point[field] is not None for point in points)]
-    base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
-    panels = [
-        base.mark_line(point=True)
-        .encode(
-            y=alt.Y(f"{field}:Q", title=None),
-            tooltip=["k:Q", alt.Tooltip(f"{field}:Q", format=".3f", title=PANELS[field])],
+def sentences(found: Calibration) -> list[str]:
+    """What the recommended k do, a sentence a side; one that says so where none is recommended."""
+    rows = {row.k: row for row in found.rows}
+    told = []
+    for k, way in ((found.strength.recommended, "more"), (found.strength.negative, "less")):
+        if not k:
+            continue
+        row = rows[k]
+        moved = "" if row.behavior is None else f" by {abs(row.behavior):.2f}"
+        error = f" ± {row.stderr:.2f}" if row.behavior is not None and row.stderr else ""
+        told.append(
+            f"At k = {k:+g} the model shows {way} of the behaviour{moved}{error}{' nats per token' if moved else ''}; "
+            f"ordinary text costs {row.loss_change:+.3f} nats per token."
         )
-        .properties(width=WIDTH, height=HEIGHT, title=PANELS[field])
-        for field in measured
-    ]
-    return alt.hconcat(*panels)
+    return told or ["No k is recommended on either side."]
+
+
+def panel(found: Calibration, field: str) -> alt.LayerChart:
+    """One number over k; the recommended k are dashed."""
+    points: list[dict[str, Any]] = [asdict(row) for row in found.rows]
+    base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
+    colour = METHOD_COLOURS["contrastive"]
+    line = base.mark_line(point={"color": colour, "size": 50}, color=colour).encode(
+        y=alt.Y(f"{field}:Q", title=None),
+        tooltip=["k:Q", alt.Tooltip(f"{field}:Q", format=".3f", title=PANELS[field])],
+    )
+    chosen = [{"k": k} for k in (found.strength.recommended, found.strength.negative) if k]
+    dashes = alt.Chart(alt.Data(values=chosen)).mark_rule(strokeDash=[4, 4], opacity=0.6).encode(x="k:Q")
+    return (dashes + line).properties(width=FILL, height=180)
+
+
+def _is_known(rows: Sequence[CalibrationRow], field: str) -> bool:
+    return all(getattr(row, field) is not None for row in rows)

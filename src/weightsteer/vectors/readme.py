@@ -53,7 +53,7 @@ With weightsteer, at any strength; FOLDER is this folder:
 
 ```sh
 weightsteer show FOLDER
-weightsteer steer FOLDER "Your question?" --k=-1,0,1
+weightsteer steer FOLDER "Your question?" --k={ks}
 weightsteer chat FOLDER
 ```
 
@@ -62,7 +62,7 @@ from weightsteer import LM, WeightVector
 
 lm = LM.load("BASE")
 w = WeightVector.load("FOLDER")
-with w.applied(lm, k=1.0):
+with w.applied(lm, k={k:g}):
     print(lm.generate(["Your question?"]))
 ```
 """
@@ -99,11 +99,19 @@ def vector_readme(card: RunCard, *, adapter: bool, dense: bool) -> str:
         DENSE if dense else "",
         DERIVED.format(expression=markdown_text(str(expression))) if expression else MADE,
         FACTS.format(rows=rows),
-        "" if exported else WITH_US,
+        "" if exported else _with_us(card),
         WITH_PEFT.format(k=strength) if adapter else "",
         f"\nBASE is {base}. {AUTO if adapter and name.count('/') == 1 else ''}".rstrip() + "\n",
     ]
     return "".join(parts)
+
+
+def _with_us(card: RunCard) -> str:
+    """How to use the vector with weightsteer: at its recommended strengths, where they are known."""
+    chosen = card.strength
+    ks = sorted({chosen.negative, 0.0, chosen.recommended}) if chosen else []
+    shown = ks if len(ks) > 1 else [-1.0, 0.0, 1.0]
+    return WITH_US.format(ks=",".join(f"{k:g}" for k in shown), k=max(shown, key=abs))
 
 
 def _front_matter(base: str, adapter: bool) -> str:

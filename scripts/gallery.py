@@ -2,7 +2,7 @@
 
     python scripts/gallery.py runs/gallery
 
-What is trained already is kept, and calibrated anew.
+What is trained and calibrated already is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from weightsteer.behavior import Behavior
 from weightsteer.evaluation.looping import loops
 from weightsteer.files import write_text
 from weightsteer.progress import show_progress
-from weightsteer.run_card import StrengthRange
+from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.run_folder import RunFolder
 from weightsteer.runs.whole_way import Source, make_dial
 
 PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
@@ -58,10 +59,13 @@ def first_shown(replies: Replies) -> int | None:
 
 def section(lm: LM, name: str, out: Path) -> str:
     """One behaviour's part of the page."""
-    made = make_dial(Source.find(name), lm, out / name, show=show_progress)
-    behavior = Behavior.load(name)
-    prompts, ks = behavior.questions[:PROMPTS], strengths(made.calibration.strength)
-    replies = replies_at(WeightVector.load(made.vector), lm, prompts, ks)
+    folder = RunFolder(out / name).vector
+    if not folder.is_dir() or RunCard.load(folder).strength is None:
+        make_dial(Source.find(name), lm, out / name, show=show_progress)
+    vector, behavior = WeightVector.load(folder), Behavior.load(name)
+    assert vector.card.strength is not None
+    prompts, ks = behavior.questions[:PROMPTS], strengths(vector.card.strength)
+    replies = replies_at(vector, lm, prompts, ks)
     number = first_shown(replies)
     place = 0 if number is None else number
     looping = ", ".join(f"{sum(map(loops, replies[k]))} at k = {k:g}" for k in ks)

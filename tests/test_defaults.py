@@ -106,6 +106,7 @@ def test_a_vector_is_told_beside_the_weights_that_it_changes() -> None:
     assert why_unseen(sized, [0.0]) is None
 
 
+@pytest.mark.slow
 def test_a_training_that_moves_nothing_is_told(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
 ) -> None:

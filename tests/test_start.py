@@ -133,6 +133,7 @@ def test_a_served_model_writes_what_is_then_linted(
     assert "--about" in err
 
 
+@pytest.mark.slow
 def test_a_local_model_that_writes_nonsense_is_told_of(lm: LM) -> None:
     with pytest.raises(SteerError, match="no usable pair"):
         draft_behavior(LocalWriter(lm), "x", "rhymes", count=2)
@@ -174,6 +175,7 @@ def test_making_again_ends_with_equal_files(
 
 
 @pytest.mark.usefixtures("small")
+@pytest.mark.slow
 def test_of_a_trait_file_the_model_writes_the_pairs(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

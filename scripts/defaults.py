@@ -19,9 +19,9 @@ from typing import Any
 
 from weightsteer import LM, TrainSettings, WeightVector, load_pairs, train_vector
 from weightsteer.behavior import Behavior
-from weightsteer.evaluation.looping import loops
 from weightsteer.evaluation.tasks import TaskSpec, load_task
 from weightsteer.files import read_json, write_json
+from weightsteer.looping import loops
 from weightsteer.progress import show_progress
 from weightsteer.scoring import mean_kl, prompt_log_probs, score_choices
 from weightsteer.training import PAPER

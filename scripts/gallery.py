@@ -14,8 +14,8 @@ from pathlib import Path
 
 from weightsteer import LM, WeightVector, generate_at_strengths
 from weightsteer.behavior import Behavior
-from weightsteer.evaluation.looping import loops
 from weightsteer.files import write_text
+from weightsteer.looping import loops
 from weightsteer.progress import show_progress
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.run_folder import RunFolder

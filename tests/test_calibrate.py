@@ -14,9 +14,9 @@ from weightsteer.behavior import ContrastPair, pair_rows
 from weightsteer.errors import SteerError
 from weightsteer.evaluation import dial
 from weightsteer.evaluation.calibration import CalibrationRow, choose_strengths, explain, table
-from weightsteer.evaluation.looping import breaks_more
 from weightsteer.files import sha256_of, write_jsonl
 from weightsteer.lm import LM
+from weightsteer.looping import breaks_more
 from weightsteer.run_card import RunCard
 from weightsteer.steering.several_k import generate_at_strengths, replies_at_strengths
 from weightsteer.training import TrainSettings, train_vector

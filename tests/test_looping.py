@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsteer.evaluation.looping import loops, repeated_share
+from weightsteer.looping import loops, repeated_share
 
 FLUENT = "A beautiful spring is a wonderful time to have a garden. You'll be surrounded by colours and a good smell."
 

@@ -13,7 +13,7 @@ from ..evaluation.calibration import BUDGET, table
 from ..locks import hold
 from ..progress import show_progress
 from ..run_card import refuse_foreign
-from ..shown import one_line, say, say_columns, say_table
+from ..shown import note, one_line, say, say_columns, say_table
 from .options import (
     Device,
     Dtype,
@@ -75,8 +75,8 @@ def _print_calibration(found: Calibration) -> None:
         f"loss, KL and behaviour in nats per token, changes from k = 0; behaviour {on}; loops: the share of "
         f"{len(found.prompts)} replies that repeat themselves"
     )
-    for note in found.notes:
-        say(one_line(note))
+    for remark in found.notes:
+        say(one_line(remark))
     say(f"recommended k: {found.strength.recommended:g} (more) and {found.strength.negative:g} (less)")
 
 
@@ -117,7 +117,10 @@ def init(
     about: Annotated[
         str | None, typer.Option(help="The behaviour in a few words, such as 'answers in rhymes': a model writes all.")
     ] = None,
-    writer: Annotated[str | None, typer.Option(help="Model that writes; default: the embedded one.")] = None,
+    writer: Annotated[
+        str | None,
+        typer.Option(help="Model that writes; default: the embedded one, small as it is."),
+    ] = None,
     writer_url: Annotated[
         str | None, typer.Option(help="OpenAI-compatible server that serves the writer: http://localhost:8000/v1.")
     ] = None,
@@ -167,6 +170,8 @@ def _draft(
 
         chosen: Writer = ServedWriter(Endpoint(url, writer, **drop_unset(key_env=key_env)))
     else:
+        if writer is None:
+            note("the embedded model writes, which seldom gives usable pairs; --writer names a larger one")
         chosen = LocalWriter(load_lm(writer, device, dtype, trust=False))
     with show_progress("write pairs") as progress:
         return draft_behavior(chosen, name, about, progress=progress)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-GO_ON = "stopped; the same command goes on from what is finished"
+GO_ON = "stopped; the same command goes on from what it has kept"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from ..looping import MORE_LOOPS
 from ..run_card import RunCard, StrengthRange
 from .choose_k import furthest
-from .looping import MORE_LOOPS
 
 BUDGET = 0.1  # nats per token that ordinary text may cost
 CALIBRATION = "calibration"  # where a card's `measured` holds it
@@ -88,7 +88,7 @@ def explain(rows: Sequence[CalibrationRow], strength: StrengthRange) -> list[str
 def table(calibration: Calibration) -> list[list[str]]:
     """The head and a line for each k, as texts; a recommended k has a mark."""
     chosen = {calibration.strength.recommended, calibration.strength.negative} - {0.0}
-    head = ["k", "loss change", "KL to base", "behaviour", "loops", ""]
+    head = ["k", "loss change", "KL to base", "behaviour", "loops", "choice"]
     return [head, *([*_cells(row), "recommended" if row.k in chosen else ""] for row in calibration.rows)]
 
 

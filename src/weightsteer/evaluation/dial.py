@@ -15,6 +15,7 @@ from ..errors import SteerError
 from ..example_files.load import load_pairs, pairs_from
 from ..files import read_jsonl
 from ..lm import LM
+from ..looping import broken_share, loops, repeated_share
 from ..progress import Progress, silent
 from ..schema import is_finite, shown
 from ..scoring import mean_kl, prompt_log_probs, score_choices, score_texts
@@ -22,7 +23,6 @@ from ..steering.several_k import replies_at_strengths
 from ..steering.steering import Direction
 from ..vectors.weight_vector import WeightVector
 from .calibration import BUDGET, Calibration, CalibrationRow, choose_strengths, explain
-from .looping import broken_share, loops, repeated_share
 from .results import summary
 from .search import FAR_TOO_MUCH, k_at_loss_increase
 from .task_spec import TaskSpec

@@ -15,10 +15,10 @@ from typing import Any
 
 from ..errors import SteerError
 from ..evaluation.compare import ComparisonAtLoss
-from ..evaluation.looping import LOOPING
 from ..evaluation.metrics import MetricKey, Metrics, metric_of, title_of
 from ..evaluation.results import BASE, MetricRow
 from ..files import write_bytes
+from ..looping import LOOPING
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
 from . import charts

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 
-from ..evaluation.looping import loops
+from ..looping import loops
 from ..run_card import StrengthRange
 
 MOST = 5  # strengths side by side

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..evaluation.looping import breaks_more
 from ..evaluation.metrics import MetricKey
 from ..files import read_finished
+from ..looping import breaks_more
 from ..run_card import RunCard, StrengthRange
 from ..schema import checked
 

@@ -200,7 +200,7 @@ COMMANDS: dict[str, tuple[str, str, Callable[[_Chat, str], None]]] = {  # name -
     "/system": ("/system [TEXT]", "set the system prompt (none: the template's own), or show it", _Chat.system),
     "/temperature": ("/temperature [T]", "sample at this temperature; 0 takes the likeliest token", _Chat.temperature),
     "/save": ("/save FILE", "write the talk to FILE (JSON)", _Chat.save),
-    "/reset": ("/reset", "forget the talk", _Chat.reset),
+    "/reset": ("/reset", "forget the talk, which every reply follows", _Chat.reset),
     "/help": ("/help", "show this list", _Chat.help),
     "/quit": ("/quit", "end the talk, as Ctrl-D does; Ctrl-C stops a reply", _Chat.quit),
 }

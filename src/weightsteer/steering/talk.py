@@ -13,11 +13,16 @@ from transformers import TextStreamer
 from ..errors import SteerError
 from ..files import write_json
 from ..lm import LM
+from ..looping import loops
 from ..outputs import refuse_foreign_file
 from ..places import public_name
 from ..thinking import why_unanswered
 from ..vectors.handle import SteeringHandle
 
+REPEATS = (
+    "the reply repeats itself, and the next one may follow it; try /again at a k nearer to 0, /temperature 0.7, "
+    "or /reset, which forgets the talk"
+)
 REPLY_TOKENS = 300  # the longest reply, unless more are asked for
 
 
@@ -59,7 +64,7 @@ class Talk:
         """
         reply, remark = self._reply([*self._messages(), {"role": "user", "content": text}], show, stopped)
         self.turns.append(Turn(text, reply, self.k))
-        return remark
+        return remark or (REPEATS if loops(reply) else "")
 
     def again(self, k: float | None, show: Callable[[str], None], stopped: Callable[[], bool]) -> str:
         """Another reply to the last turn in place of the one that is there, at another k if one is given.

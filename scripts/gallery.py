@@ -75,7 +75,7 @@ def section(lm: LM, name: str, out: Path) -> str:
     for label, k in rows:
         parts += [f"k = {k:g}, {label}:", "", _quoted(lm, replies[k][place]), ""]
     parts += [f"Of the {PROMPTS} replies at each k, these loop: {looping}.", ""]
-    parts += ["```sh", f"weightsteer steer {out / name}/vector {prompts[place]!r} --k={ks[0]:g},0,{ks[2]:g}", "```"]
+    parts += ["```sh", f'weightsteer steer runs/{name}/vector "{prompts[place]}" --k={ks[0]:g},0,{ks[2]:g}', "```", ""]
     return "\n".join(textwrap.fill(part, 98) if part == behavior.description else part for part in parts)
 
 

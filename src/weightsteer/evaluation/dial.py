@@ -36,7 +36,7 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the k at the budget
 FINER = (0.25, 0.5)  # of the smallest of these, where replies are broken even there
 TEXTS, KL_TEXTS = 2, 3  # passages of each split, and those that the KL is measured on
 MOST_PAIRS, PROMPTS = 12, 8
-NEW_TOKENS, BATCH = 48, 36  # of a reply, and replies that are written at once
+NEW_TOKENS, BATCH = 64, 36  # of a reply, and replies that are written at once
 
 
 def calibrate(

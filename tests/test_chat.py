@@ -135,11 +135,14 @@ class Terminal:
             os.execv(sys.executable, [sys.executable, "-m", "weightsteer", *arguments])
         self.left = ""  # what came after the last text that was waited for
 
-    def until(self, text: str, seconds: float = 60.0) -> None:
-        """Wait for a text, which must come."""
-        begun = time.monotonic()
+    def until(self, text: str, seconds: float = 60.0, *, typing: str = "") -> None:
+        """Wait for a text, which must come; `typing` is typed until then, as what comes before a prompt is lost."""
+        begun = typed = time.monotonic()
         while text not in self.left:
             assert time.monotonic() - begun < seconds, f"no {text!r} in {self.left!r}"
+            if typing and time.monotonic() - typed > 1:
+                self.type(typing)
+                typed = time.monotonic()
             if select.select([self.terminal], [], [], 0.2)[0]:
                 self.left += os.read(self.terminal, 4096).decode(errors="replace")
         self.left = self.left.partition(text)[2]
@@ -161,8 +164,7 @@ def test_ctrl_c_stops_the_reply_and_not_the_talk_in_a_terminal(
     terminal.type("\x03")
     terminal.until("[stopped]")
     terminal.until("you: ")
-    terminal.type("\x03")
-    terminal.until("Ctrl-D ends the talk")
+    terminal.until("Ctrl-D ends the talk", typing="\x03")
     terminal.until("you: ")
     terminal.type("/k 0.5\r")
     terminal.until("[k = 0.5] you: ")

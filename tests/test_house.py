@@ -61,7 +61,8 @@ def test_python_in_the_documents_runs(path: Path, tmp_path: Path, monkeypatch: p
     for name, value in {"TEXTS": 1, "KL_TEXTS": 1, "PROMPTS": 2, "NEW_TOKENS": 4}.items():
         monkeypatch.setattr(dial, name, value)  # a smaller calibration
     random_vector(tiny_lm()).save("runs/sycophancy-demo/vector")
-    random_vector(tiny_lm(), seed=4).save("runs/gloomy/vector")
+    for seed, name in enumerate(("gloomy", "cheerful"), start=4):
+        random_vector(tiny_lm(), seed=seed).save(f"runs/{name}/vector")
     space: dict[str, object] = {}
     for block in blocks(path):
         exec(compile(block, str(path), "exec"), space)

@@ -42,9 +42,9 @@ def card(name: str, revision: str = "") -> RunCard:
         (card("a/b"), card("", "a" * 64), True),
         (card("smollm2-135m-instruct", "a" * 64), card("HuggingFaceTB/SmolLM2-135M-Instruct", "b" * 40), True),
         (card("smollm2-135m-instruct"), card("somebody/SmolLM2-135M-Instruct"), False),
-        (card("/root/models/Qwen2.5-7B"), card("Qwen/Qwen2.5-7B"), True),  # another machine's folder
-        (card("/root/models/Qwen2.5-7B"), card("/home/me/Qwen2.5-7B/"), True),
-        (card("/root/models/Qwen2.5-7B", "a" * 64), card("/home/me/Qwen2.5-7B", "b" * 64), False),
+        (card("/srv/models/Qwen2.5-7B"), card("Qwen/Qwen2.5-7B"), True),  # another machine's folder
+        (card("/srv/models/Qwen2.5-7B"), card("/home/me/Qwen2.5-7B/"), True),
+        (card("/srv/models/Qwen2.5-7B", "a" * 64), card("/home/me/Qwen2.5-7B", "b" * 64), False),
         (card("Qwen2.5-7B"), card("Qwen/Qwen2.5-7B"), True),
     ],
 )

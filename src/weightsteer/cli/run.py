@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import SteerError
-from ..files import read_finished, refuse_inputs
+from ..files import refuse_inputs
 from ..places import shareable
 from ..progress import show_progress
 from ..shown import markdown_text, say, say_columns, say_json
@@ -98,10 +98,11 @@ def _show_replies(prompt: str, replies: Mapping[float, str]) -> None:
 def _print_next(run: Run) -> None:
     """Commands to try on a finished run, as they can be pasted."""
     from ..run_card import RunCard
+    from ..runs.samples import read_samples
     from ..runs.whole_way import commands_for
 
-    vector, asked = run.folder.vector, run.folder.samples
-    prompts = [row["prompt"] for row in read_finished(asked)] or ["Hello, who are you?"]
+    vector = run.folder.vector
+    prompts = [row.prompt for row in read_samples(run.folder.samples).rows] or ["Hello, who are you?"]
     strength = RunCard.load(vector).strength
     assert strength is not None  # chosen by the run
     say("try next:")

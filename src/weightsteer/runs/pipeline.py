@@ -6,7 +6,7 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
-from ..evaluation.sweep import measure_base, run_sweep
+from ..evaluation.sweep import run_sweep
+from ..evaluation.tasks.task import Task, Values
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, read_jsonl, write_jsonl
+from ..files import digest, read_finished, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..leftovers import sweep_within
 from ..locks import hold
@@ -84,7 +85,7 @@ class Run:
         with hold(self.folder.path):
             sweep_within(self.folder.path)
             self._try_judge()
-            self.measure_base()
+            self.check_metrics()
             self.write_data()
             if preview:
                 self._preview(preview)
@@ -97,7 +98,7 @@ class Run:
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
         with hold(self.folder.path):
-            self.measure_base()
+            self.check_metrics()
             methods = self.methods()
             rows = self.sweep(methods)
             self.choose(rows, self.samples(methods))
@@ -108,19 +109,30 @@ class Run:
         if isinstance(self.judge, Endpoint):
             replace(self.judge, cache=None).generate(["Answer with the number 1."])
 
-    def measure_base(self) -> None:
-        """Measure the unsteered model, which every recipe needs; the metrics that the recipe names must be there."""
-        with self.show("base") as progress:
-            batch = self.recipe.batch_size
-            measure_base(self.artifacts.lm(), self.tasks, self.folder, batch_size=batch, progress=progress)
+    def check_metrics(self) -> None:
+        """The metrics that the recipe names must be measured, which one item of each task shows before any training."""
         path = self.folder.measurements
-        found = measurements_by_key(read_jsonl(path), str(path))
+        base = measurements_by_key(read_finished(path), str(path))
+        found: dict[str, Collection[str]] = {}
+        with self.show("tasks") as progress:
+            for number, task in enumerate(self.tasks):
+                progress(number, len(self.tasks), task.name)
+                kept = base.get((BASE, 0.0, task.name))
+                found[task.name] = (kept.values if kept else self._tried(task)).keys()
+            progress(len(self.tasks), len(self.tasks), "done")
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
-            task, metric = metric_key(text)
-            values = found[BASE, 0.0, task].values
-            if metric not in values:
-                known = ", ".join(values)
-                raise SteerError(f"recipe {self.recipe.name}: {text}: task {task!r} has no such metric; it has {known}")
+            name, metric = metric_key(text)
+            if metric not in found[name]:
+                known = ", ".join(found[name])
+                raise SteerError(f"recipe {self.recipe.name}: {text}: task {name!r} has no such metric; it has {known}")
+
+    def _tried(self, task: Task) -> Values:
+        """What a task measures on the base, by one item of each split."""
+        lm = self.artifacts.lm()
+        try:
+            return task.first(1).measure(lm)
+        except SteerError:  # one reply may have no answer; that none has is an error
+            return task.measure(lm, batch_size=self.recipe.batch_size)
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""
@@ -209,10 +221,8 @@ class Run:
             return replace(kept, former=True)
         vector, lm = self.artifacts.difference(), self.artifacts.lm()
         with self.show("samples") as progress:
-            length, batch = wanted.max_new_tokens, self.recipe.batch_size
-            found = replies_at_strengths(
-                vector, lm, prompts, ks, max_new_tokens=length, batch_size=batch, progress=progress
-            )
+            length = wanted.max_new_tokens
+            found = replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=length, progress=progress)
         made = Samples.of(prompts, ks, found)
         write_jsonl(self.folder.samples, map(asdict, made.rows))
         return made

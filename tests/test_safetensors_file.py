@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,11 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from conftest import random_vector, tiny_lm
 from weightsteer.checkpoints.checkpoint import fingerprint, stored_tensors
 from weightsteer.checkpoints.safetensors_file import Planned, SafeFile, matrix_shape, same_bytes, write_stream
 from weightsteer.errors import SteerError
 from weightsteer.vectors.delta import blocks, to_dense
 from weightsteer.vectors.vector_folder import dense_file
+from weightsteer.vectors.weight_vector import WeightVector
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
@@ -81,3 +88,19 @@ def test_same_bytes_and_fingerprint(tmp_path: Path) -> None:
     save_file({"x": x, "again": x.clone(), "y": y, "half": -x.half()}, tmp_path / "model.safetensors")
     assert before != fingerprint(tmp_path) != ""
     assert fingerprint(tmp_path / "nowhere") == ""
+
+
+def test_a_pickled_vector_is_read_by_its_path_in_another_process_and_refused_once_it_has_changed(
+    tmp_path: Path,
+) -> None:
+    saved = WeightVector.load(random_vector(tiny_lm()).save(tmp_path / "w"))
+    wanted = {"w": saved, "w + w": saved + saved, "by depth": saved.scale_by_depth(0.5, 1.0)}
+    (tmp_path / "pickled").write_bytes(pickle.dumps(wanted))
+    read = "import pickle, sys; print([w.norm() for w in pickle.load(open(sys.argv[1], 'rb')).values()])"
+    done = subprocess.run(
+        [sys.executable, "-c", read, tmp_path / "pickled"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [vector.norm() for vector in wanted.values()]
+    os.utime(tmp_path / "w" / "adapter_model.safetensors", ns=(0, 0))
+    with pytest.raises(SteerError, match="has changed since"):
+        pickle.loads((tmp_path / "pickled").read_bytes())

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,11 @@ class SafeFile:
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._entries = header
 
+    def __reduce__(self) -> tuple[Callable[..., SafeFile], tuple[str, int, int]]:
+        """Another process opens the file by its path: a descriptor's number means another file there, or none."""
+        stat = os.fstat(self._fd)
+        return reopened, (str(self.path.absolute()), stat.st_size, stat.st_mtime_ns)
+
     @property
     def tensors(self) -> dict[str, Stored]:
         """Handles of the tensors; they keep the file open, which closes when the last of them is gone."""
@@ -85,6 +90,23 @@ class SafeFile:
             if count <= 0:
                 raise SteerError(f"{self.path}: ends too early; it was changed while it was read")
             done += count
+
+
+def reopened(path: str, size: int, changed: int) -> SafeFile:
+    """A pickled file, opened again.
+
+    Args:
+        size: in bytes, when it was pickled.
+        changed: its time of change then, in nanoseconds.
+
+    Raises:
+        SteerError: it is not there, or has changed since.
+    """
+    file = SafeFile(Path(path))
+    stat = os.fstat(file._fd)
+    if (stat.st_size, stat.st_mtime_ns) != (size, changed):
+        raise SteerError(f"{path}: has changed since what was pickled read it; load the vector again, and pickle that")
+    return file
 
 
 @dataclass(frozen=True, eq=False)

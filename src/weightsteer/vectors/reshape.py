@@ -80,11 +80,12 @@ def scale_by_depth(deltas: Deltas, alpha: float, beta: float) -> Deltas:
         raise SteerError(f"lines: alpha and beta must be numbers, found {alpha!r} and {beta!r}")
     last = max((layer for name in deltas if (layer := layer_of(name)) is not None), default=0)
 
-    def weigh(name: str) -> Delta:
-        depth = (layer_of(name) or 0) / last if last else 0.0
-        return scale_delta(deltas[name], alpha + beta * depth)
+    depths = {name: (layer_of(name) or 0) / last if last else 0.0 for name in deltas}
+    return LazyDeltas({name: partial(_scaled, deltas, name, alpha + beta * depth) for name, depth in depths.items()})
 
-    return LazyDeltas({name: partial(weigh, name) for name in deltas})
+
+def _scaled(deltas: Deltas, name: str, scale: float) -> Delta:
+    return scale_delta(deltas[name], scale)
 
 
 def boost_subspace(deltas: Deltas, beta: float) -> Deltas:

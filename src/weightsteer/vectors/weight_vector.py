@@ -62,17 +62,8 @@ class WeightVector:
     def _plus(self, other: WeightVector, scale: float) -> WeightVector:
         self._require_alike(other)
         mine, theirs = self.deltas, other.deltas
-
-        def total(name: str) -> Delta:
-            if name not in theirs:
-                return mine[name]
-            if name not in mine:
-                return scale_delta(theirs[name], scale)
-            first = mine[name]
-            return add_deltas(name, first, first if theirs is mine else theirs[name], scale)
-
         names = [*mine, *(name for name in theirs if name not in mine)]
-        found = self._derived(LazyDeltas({name: partial(total, name) for name in names}))
+        found = self._derived(LazyDeltas({name: partial(_sum_of, mine, theirs, scale, name) for name in names}))
         same = self.card.held_out == other.card.held_out  # else they are of another behaviour, or were trained on
         return found if same else replace(found, card=replace(found.card, held_out=()))
 
@@ -274,6 +265,15 @@ class WeightVector:
         card = replace(cut.card, settings={**cut.card.settings, "k": k}, strength=None, held_out=())
         write_vector((cut * k).deltas, card, Path(folder))
         return 0.0 if max_rank is None else float(cut.card.measured["truncation_error"])
+
+
+def _sum_of(mine: Mapping[str, Delta], theirs: Mapping[str, Delta], scale: float, name: str) -> Delta:
+    if name not in theirs:
+        return mine[name]
+    if name not in mine:
+        return scale_delta(theirs[name], scale)
+    first = mine[name]
+    return add_deltas(name, first, first if theirs is mine else theirs[name], scale)
 
 
 def _scaled_of(deltas: Mapping[str, Delta], name: str, scale: float) -> Delta:

@@ -19,7 +19,7 @@ function asPython({ messages, names }) {
   const { max_tokens, temperature, seed } = settings(), one = names.length === 1;
   const more = `max_tokens=${max_tokens}, temperature=${temperature}` + (seed === undefined ? "" : `, seed=${seed}`);
   const call = (model) => `client.chat.completions.create(model=${model}, messages=messages, ${more})`;
-  const lines = ["from openai import OpenAI", "", `client = OpenAI(base_url=${json(location.origin + "/v1")}, api_key=${key ? 'os.environ["API_KEY"]' : '"none"'})`, `messages = ${json(messages, 4)}`];
+  const lines = ["from openai import OpenAI", "", `client = OpenAI(base_url=${json(location.origin + "/v1")}, api_key=${key ? 'os.environ["WEIGHTSTEER_API_KEY"]' : '"none"'})`, `messages = ${json(messages, 4)}`];
   if (key) lines.unshift("import os", "");
   if (one) lines.push(`reply = ${call(json(names[0]))}`, "print(reply.choices[0].message.content)");
   else lines.push(`for model in ${json(names)}:`, `    reply = ${call("model")}`, "    print(model, reply.choices[0].message.content, sep=\"\\n\", end=\"\\n\\n\")");
@@ -30,7 +30,7 @@ function asCurl({ messages, names, strengths: wanted }) {
   const one = names.length === 1, path = one ? "/v1/chat/completions" : "/dial/fan";
   const body = one ? { model: names[0], messages, ...settings() } : { messages, strengths: wanted, ...settings() };
   const lines = [`curl ${one ? "" : "-N "}${quoted(location.origin + path)}`, "  -H 'Content-Type: application/json'"];
-  if (key) lines.push('  -H "Authorization: Bearer $API_KEY"');
+  if (key) lines.push('  -H "Authorization: Bearer $WEIGHTSTEER_API_KEY"');
   return [...lines, `  -d ${quoted(json(body))}`].join(" \\\n");
 }
 
@@ -72,7 +72,7 @@ function showCode(kind, request) {
   const notes = [];
   if (kind === "command") notes.push("The folders are the usual ones of these names; put yours in their places.");
   if (kind === "command" && request.messages.filter((one) => one.role !== "system").length > 1) notes.push("The command asks the last message alone, without the talk before it.");
-  if (key && kind !== "command") notes.push("The key itself is left out: it is read from the variable API_KEY.");
+  if (key && kind !== "command") notes.push("The key itself is left out: it is read from the variable WEIGHTSTEER_API_KEY.");
   find("code-note").textContent = notes.join(" ");
   find("copied").textContent = "";
   find("copy").textContent = "Copy";

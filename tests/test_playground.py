@@ -44,6 +44,9 @@ OUTSIDE = """() => [...document.querySelectorAll("main *:not(.hidden):not(#colum
   .filter((part) => part.getClientRects().length && part.getBoundingClientRect().right > innerWidth + 1)
   .map((part) => part.tagName + " " + part.className + " " + part.textContent.slice(0, 40))"""
 
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select")]
+  .filter((part) => !part.textContent.trim() && !part.labels?.length && !part.ariaLabel).length"""
+
 
 def taught() -> LM:
     """A tiny model that has learned to answer with markup."""
@@ -129,7 +132,9 @@ def opened(site: Site, address: str = "", *, quiet: bool = True, **options: Any)
     page, wrong = context.new_page(), []
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: wrong.append(message.text) if quiet and message.type == "error" else None)
-    page.on("request", lambda request: None if request.url.startswith(address.split("#")[0]) else wrong.append(request.url))
+    page.on(
+        "request", lambda request: None if request.url.startswith(address.split("#")[0]) else wrong.append(request.url)
+    )
     page.goto(address)
     page.set_default_timeout(SLOW)
     yield page
@@ -191,9 +196,27 @@ def test_the_fan_answers_at_five_strengths_and_0_is_the_base(site: Site) -> None
         assert say(page, "More") == greedy(site, [*turns, {"role": "user", "content": "More"}], joyful=1)
 
 
+def test_the_playground_runs_nothing_of_what_it_shows(site: Site) -> None:
+    with opened(site, quiet=False) as page:
+        assert NAME in page.locator("#base").text_content()
+        assert ABOUT in page.locator(".about").first.text_content()
+        assert say(page, HOSTILE) == greedy(site, HOSTILE)
+        assert page.locator(".said").text_content() == HOSTILE
+        for attempt in ("main.innerHTML = '<p>'", "made.text = 'hit = 1'", "main.setAttribute('onclick', 'hit = 1')"):
+            prepared = "const main = document.querySelector('main'), made = document.createElement('script')"
+            with pytest.raises(playwright.Error, match="requires 'Trusted"):
+                page.evaluate(f"() => {{ {prepared}; {attempt}; }}")
+        elsewhere = "fetch('http://192.0.2.1/').then(() => 'sent', () => 'refused')"
+        assert page.evaluate(elsewhere) == "refused"
+
+
 def test_the_slider_is_moved_by_keys_marks_and_numbers(site: Site) -> None:
     with opened(site) as page:
-        slider, field, name = page.locator("[type=range]").first, page.locator(".dial [type=number]").first, page.locator("#next code")
+        slider, field, name = (
+            page.locator("[type=range]").first,
+            page.locator(".dial [type=number]").first,
+            page.locator("#next code"),
+        )
         assert name.text_content() == NAME
         slider.focus()
         for key, k in (("ArrowRight", 0.05), ("Shift+ArrowRight", 0.051), ("PageDown", -0.449), ("0", 0.0)):
@@ -247,8 +270,9 @@ def test_a_reply_is_stopped(site: Site) -> None:
 def test_a_copy_asks_what_the_page_asks(site: Site) -> None:
     with opened(site) as page:
         page.locator(".dial [type=number]").first.fill("0.7")
-        prompt = "It's \"so\" \x1b[201~ \u202e $(id) `id`\n!"
-        page.evaluate(f"find('longest').value = {LONGEST}; find('message').value = {json.dumps(prompt)}; find('prompt').value = 'Hello'")
+        prompt = 'It\'s "so" \x1b[201~ \u202e $(id) `id`\n!'
+        page.evaluate("(text) => { find('message').value = text; find('prompt').value = 'Hello'; }", prompt)
+        page.evaluate(f"find('longest').value = {LONGEST}")
         texts = {}
         for kind, label in {"curl": "curl", "python": "Python", "command": "command"}.items():
             for part in ("the chat's request", "the fan"):
@@ -281,8 +305,7 @@ def test_nothing_overflows(site: Site, width: int, scheme: str) -> None:
         assert page.evaluate(OUTSIDE) == []
         ink = page.evaluate("getComputedStyle(document.body).color")
         assert (ink == "rgb(227, 233, 239)") == (scheme == "dark")
-        nameless = "[...document.querySelectorAll('button, input, textarea, select')].filter((part) => !part.textContent.trim() && !part.labels?.length && !part.ariaLabel).length"
-        assert page.evaluate(nameless) == 0
+        assert page.evaluate(NAMELESS) == 0
 
 
 def test_a_key_is_asked_for_and_kept_out_of_the_address(site: Site) -> None:
@@ -303,7 +326,10 @@ def test_a_key_is_asked_for_and_kept_out_of_the_address(site: Site) -> None:
 
 
 def test_mistakes_and_a_server_that_is_gone_are_told(site: Site) -> None:
-    with served(site.copied(), site.vectors, out_of_range="refuse") as (address, end), opened(site, address, quiet=False) as page:
+    with (
+        served(site.copied(), site.vectors, out_of_range="refuse") as (address, end),
+        opened(site, address, quiet=False) as page,
+    ):
         page.locator(".dial [type=number]").first.fill("3")
         say(page)
         assert "outside the range that was tested" in page.locator("#log .problem").text_content()
@@ -318,7 +344,14 @@ def test_mistakes_and_a_server_that_is_gone_are_told(site: Site) -> None:
 
 
 def test_the_page_finds_loops_by_the_rule_of_the_reports(site: Site) -> None:
-    texts = ["", "a b c", "I am so very glad. " * 6, "猫が好きです。" * 5, "it's fine, it_is Fine; IT'S FINE, it_is fine", HOSTILE]
+    texts = [
+        "",
+        "a b c",
+        "I am so very glad. " * 6,
+        "猫が好きです。" * 5,
+        "it's fine, it_is Fine; IT'S FINE, it_is fine",
+        HOSTILE,
+    ]
     with opened(site) as page:
         for text in texts:
             found = page.evaluate("repetition", text)
@@ -332,22 +365,26 @@ def test_the_page_finds_loops_by_the_rule_of_the_reports(site: Site) -> None:
 def test_pictures(site: Site) -> None:
     folders = [Path(text) for text in os.environ["PLAYGROUND_PICTURES"].split(",")]
     vectors = {folder.parent.name: WeightVector.load(folder) for folder in folders}
-    looks = {"light": (1440, "light"), "dark": (1440, "dark"), "phone": (390, "light")}
+    looks = {"light": (1280, "light", False), "dark": (1280, "dark", True), "phone": (390, "light", False)}
     with served(LM.load(), vectors) as (address, _):
-        for name, (width, scheme) in looks.items():
-            with opened(site, address, viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
-                make_picture(page, DOCS / f"playground-{name}.png", full=name != "phone")
+        for name, (width, scheme, shaded) in looks.items():
+            with opened(site, address, viewport={"width": width, "height": 844}, color_scheme=scheme) as page:
+                make_picture(page, DOCS / f"playground-{name}.png", shaded=shaded, full=name != "phone")
 
 
-def make_picture(page: Any, target: Path, *, full: bool) -> None:
+def make_picture(page: Any, target: Path, *, shaded: bool, full: bool) -> None:
+    page.set_default_timeout(10 * SLOW)
     page.evaluate("find('longest').value = 60; showSettings()")
-    page.locator(".marks button").last.click()
+    page.locator(".dial").first.locator(".marks button").last.click()
+    if shaded:
+        page.locator(".dial [type=number]").nth(1).fill("0.2")
     page.fill("#message", "How are you doing?")
     page.press("#message", "Enter")
     page.wait_for_selector("#log .kl")
     page.fill("#prompt", "I start a new job on Monday.")
     page.press("#prompt", "Enter")
     page.wait_for_selector("#said:not(:empty)", state="attached")
-    page.click("#shade")
+    if shaded:
+        page.click("#shade")
     page.screenshot(path=target, full_page=full)
     assert target.stat().st_size < 300_000

@@ -12,8 +12,9 @@ from ..reporting.palette import VECTORS
 SCRIPTS = ("words.js", "server.js", "dials.js", "replies.js", "chat.js", "fan.js", "code.js", "start.js")
 # Only the page's own script and style, requests to the server that sent it alone, and no text made into markup.
 POLICY = (
-    "default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; img-src data:; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 

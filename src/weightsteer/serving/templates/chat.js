@@ -63,10 +63,18 @@ function showVersion(turn, number) {
 }
 
 function versionButtons(turn) {
-  const count = turn.versions.length, step = (by) => () => showVersion(turn, turn.shown + by);
+  const count = turn.versions.length;
   if (count < 2) return [];
-  const button = (text, label, by) => make("button", { type: "button", class: "small", "aria-label": label, disabled: talk.running || !turn.versions[turn.shown + by] ? "" : false, onclick: step(by) }, text);
-  return [make("span", { class: "versions" }, button("\u2039", "Earlier version", -1), `${turn.shown + 1} of ${count}`, button("\u203a", "Later version", 1))];
+  const button = (text, label, by) => {
+    const step = () => {
+      showVersion(turn, turn.shown + by);
+      (turn.node.querySelector(`[aria-label="${label}"]:enabled`) ?? turn.node.querySelector(".versions button:enabled")).focus();
+    };
+    const off = talk.running || !turn.versions[turn.shown + by] ? "" : false;
+    return make("button", { type: "button", class: "small", "aria-label": label, disabled: off, onclick: step }, text);
+  };
+  const place = `${turn.shown + 1} of ${count}`;
+  return [make("span", { class: "versions" }, button("\u2039", "Earlier version", -1), place, button("\u203a", "Later version", 1))];
 }
 
 function showChat() {
@@ -102,7 +110,8 @@ function continueTalk(prompt, reply) {
   clearTalk();
   for (const [name, k] of Object.entries(reply.strengths)) dials[name](k);
   const turn = addTurn(prompt), copy = new Reply(reply.strengths);
-  Object.assign(copy, { text: reply.text, kl: reply.kl, tokens: reply.tokens, reason: reply.reason, loop: reply.loop });
+  const { text, longest, kl, tokens, reason, loop } = reply;
+  Object.assign(copy, { text, longest, kl, tokens, reason, loop });
   copy.extra = () => versionButtons(turn);
   turn.versions.push(copy);
   showVersion(turn, 0);

@@ -19,10 +19,19 @@ function asPython({ messages, names }) {
   const { max_tokens, temperature, seed } = settings(), one = names.length === 1;
   const more = `max_tokens=${max_tokens}, temperature=${temperature}` + (seed === undefined ? "" : `, seed=${seed}`);
   const call = (model) => `client.chat.completions.create(model=${model}, messages=messages, ${more})`;
-  const lines = ["from openai import OpenAI", "", `client = OpenAI(base_url=${json(location.origin + "/v1")}, api_key=${key ? 'os.environ["WEIGHTSTEER_API_KEY"]' : '"none"'})`, `messages = ${json(messages, 4)}`];
-  if (key) lines.unshift("import os", "");
+  const secret = key ? 'os.environ["WEIGHTSTEER_API_KEY"]' : '"none"';
+  const lines = [
+    ...(key ? ["import os", ""] : []),
+    "from openai import OpenAI",
+    "",
+    `client = OpenAI(base_url=${json(location.origin + "/v1")}, api_key=${secret})`,
+    `messages = ${json(messages, 4)}`,
+  ];
   if (one) lines.push(`reply = ${call(json(names[0]))}`, "print(reply.choices[0].message.content)");
-  else lines.push(`for model in ${json(names)}:`, `    reply = ${call("model")}`, "    print(model, reply.choices[0].message.content, sep=\"\\n\", end=\"\\n\\n\")");
+  else {
+    const shown = 'print(model, reply.choices[0].message.content, sep="\\n", end="\\n\\n")';
+    lines.push(`for model in ${json(names)}:`, `    reply = ${call("model")}`, `    ${shown}`);
+  }
   return lines.join("\n");
 }
 
@@ -35,18 +44,24 @@ function asCurl({ messages, names, strengths: wanted }) {
 }
 
 /* `steer` takes one vector; a sum is made by `combine` first. */
-function asCommand({ messages, strengths: wanted, turned: name, fan: ks }) {
+function asCommand({ messages, strengths: wanted, turned: name }) {
   const { max_tokens, temperature, seed } = settings(), system = systemMessages()[0]?.content;
-  const prompt = messages.at(-1).content, folder = (each) => `runs/${each}/vector`;
-  const more = [`--max-new-tokens ${max_tokens}`, ...(system ? [`--system ${quoted(system)}`] : []),
-    ...(temperature ? [`--temperature ${temperature}`] : []), ...(seed === undefined ? [] : [`--seed ${seed}`])].join(" ");
+  const options = [`--max-new-tokens ${max_tokens}`];
+  if (system) options.push(`--system ${quoted(system)}`);
+  if (temperature) options.push(`--temperature ${temperature}`);
+  if (seed !== undefined) options.push(`--seed ${seed}`);
+  const folder = (each) => `runs/${each}/vector`, ask = quoted(messages.at(-1).content);
+  const steer = (where, ks) => `weightsteer steer ${where} ${ask} --k=${ks} ${options.join(" ")}`;
   const used = served.vectors.map((v) => v.name).filter((each) => each === name || wanted.some((one) => onGrid(one[each] ?? 0)));
-  const steer = (where, list) => `weightsteer steer ${where} ${quoted(prompt)} --k=${list} ${more}`;
-  if (used.length <= 1) return steer(folder(used[0] ?? served.vectors[0].name), wanted.map((one) => plain(one[used[0]] ?? 0)));
+  if (used.length <= 1) {
+    const only = used[0] ?? served.vectors[0].name;
+    return steer(folder(only), wanted.map((one) => plain(one[only] ?? 0)));
+  }
+  const named = used.map((each, place) => `v${place + 1}=${folder(each)}`).join(" ");
   return wanted.map((one, number) => {
     const sum = used.map((each, place) => `${plain(one[each] ?? 0)}*v${place + 1}`).join(" + ").replaceAll("+ -", "- ");
-    const made = `mixed${ks ? number + 1 : ""}`;
-    return `weightsteer combine ${quoted(sum)} ${used.map((each, place) => `v${place + 1}=${folder(each)}`).join(" ")} -o ${made}\n${steer(made, "1")}`;
+    const made = "mixed" + (wanted.length > 1 ? number + 1 : "");
+    return `weightsteer combine ${quoted(sum)} ${named} -o ${made}\n${steer(made, "1")}`;
   }).join("\n");
 }
 
@@ -61,17 +76,16 @@ function chatRequest() {
 
 function fanRequest() {
   const prompt = find("prompt").value.trim() || fan.prompt || STAND_IN;
-  const wanted = fan.columns.map(wantedOf);
-  return { messages: [...systemMessages(), { role: "user", content: prompt }], names: wanted.map((one) => modelName(served.base, one)), strengths: wanted, turned: chosen().name, fan: true };
+  const wanted = fan.columns.map(wantedOf), names = wanted.map((one) => modelName(served.base, one));
+  return { messages: [...systemMessages(), { role: "user", content: prompt }], names, strengths: wanted, turned: chosen().name };
 }
 
 function showCode(kind, request) {
-  const code = find("code");
+  const code = find("code"), told = request.messages.filter((one) => one.role !== "system"), notes = [];
   code.value = WRITERS[kind](request);
   find("code-title").textContent = `Copy as ${KINDS[kind]}`;
-  const notes = [];
   if (kind === "command") notes.push("The folders are the usual ones of these names; put yours in their places.");
-  if (kind === "command" && request.messages.filter((one) => one.role !== "system").length > 1) notes.push("The command asks the last message alone, without the talk before it.");
+  if (kind === "command" && told.length > 1) notes.push("The command asks the last message alone, without the talk before it.");
   if (key && kind !== "command") notes.push("The key itself is left out: it is read from the variable WEIGHTSTEER_API_KEY.");
   find("code-note").textContent = notes.join(" ");
   find("copied").textContent = "";
@@ -92,11 +106,17 @@ async function copyCode() {
   }
 }
 
+function copyButtons(request, of) {
+  const kinds = Object.keys(KINDS).filter((kind) => kind !== "command" || served.vectors.length);
+  return ["Copy as", ...kinds.map((kind) => {
+    const attributes = { type: "button", class: "small", "aria-label": `Copy ${of} as ${KINDS[kind]}` };
+    return make("button", { ...attributes, onclick: () => showCode(kind, request()) }, KINDS[kind]);
+  })];
+}
+
 function startCode() {
-  const buttons = (request, of) => ["Copy as", ...Object.entries(KINDS).filter(([kind]) => kind !== "command" || served.vectors.length).map(([kind, name]) =>
-    make("button", { type: "button", class: "small", "aria-label": `Copy ${of} as ${name}`, onclick: () => showCode(kind, request()) }, name))];
-  find("chat-copies").replaceChildren(...buttons(chatRequest, "the chat's request"));
-  find("fan-copies").replaceChildren(...buttons(fanRequest, "the fan"));
+  find("chat-copies").replaceChildren(...copyButtons(chatRequest, "the chat's request"));
+  find("fan-copies").replaceChildren(...copyButtons(fanRequest, "the fan"));
   find("copy").onclick = copyCode;
   find("close").onclick = () => find("shown-code").close();
 }

@@ -26,13 +26,18 @@ function rangeInWords(vector) {
 
 function ownColour(vector) { return `var(--vector${served.vectors.indexOf(vector) % COLOURS})`; }
 
-function makeDial(vector) {
+/* The slider's own ends: somewhat beyond the tested range where the server takes such strengths; 0 is always there. */
+function endsOf(vector) {
   const { least, most } = rangeOf(vector), step = roundStep(most - least);
   const beyond = served.outOfRange === "warn" ? (most - least) / 5 : 0;
   const low = Math.min(0, Math.floor((least - beyond) / step) * step), high = Math.max(0, Math.ceil((most + beyond) / step) * step);
-  const part = (k) => String((k - low) / (high - low));
-  const slider = make("input", { type: "range", min: low, max: high, step: 10 ** -digits, "aria-label": `Strength of ${vector.name}` });
-  const field = make("input", { type: "number", step, "aria-label": `Strength of ${vector.name}, as a number` });
+  return { least, most, step, low, high };
+}
+
+function makeDial(vector) {
+  const { step, low, high } = endsOf(vector), label = `Strength of ${vector.name}`;
+  const slider = make("input", { type: "range", min: low, max: high, step: 10 ** -digits, "aria-label": label });
+  const field = make("input", { type: "number", step, "aria-label": label + ", as a number" });
   const set = (k) => {
     strengths[vector.name] = onGrid(k);
     slider.value = k;
@@ -41,30 +46,47 @@ function makeDial(vector) {
     turned();
   };
   dials[vector.name] = set;
-  const snapped = (k) => {
-    const near = marks(vector).find(([mark]) => Math.abs(mark - k) < (high - low) / 80);
-    return near ? near[0] : Math.round(k / step) * step;
-  };
-  slider.addEventListener("input", () => set(snapped(Number(slider.value))));
+  slider.addEventListener("input", () => set(snapped(vector, Number(slider.value))));
   slider.addEventListener("dblclick", () => set(0));
-  slider.addEventListener("keydown", (event) => {
-    const moves = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10 };
-    if (event.key === "0") set(0);
-    else if (event.key in moves) set(clamp(strengths[vector.name] + moves[event.key] * (event.shiftKey ? 10 ** -digits : step), low, high));
-    else return;
-    event.preventDefault();
-  });
-  field.addEventListener("input", () => { if (field.value !== "" && Number.isFinite(field.valueAsNumber)) set(field.valueAsNumber); });
+  slider.addEventListener("keydown", (event) => turnByKey(event, vector, set));
+  field.addEventListener("input", () => { if (Number.isFinite(field.valueAsNumber)) set(field.valueAsNumber); });
   field.addEventListener("change", () => set(strengths[vector.name]));
-  const ticks = marks(vector).map(([k]) => make("span", { class: k ? "tick" : "tick zero", "--from": part(k) }));
-  const tested = vector.least === null ? [] : [make("span", { class: "tested", "--from": part(least), "--wide": (most - least) / (high - low) })];
-  const buttons = marks(vector).map(([k, short, full]) =>
-    make("button", { type: "button", "aria-label": `Set ${vector.name} to ${full}`, title: full, onclick: () => set(k) }, `${plain(k)} ${short}`));
+  const about = vector.about ? [make("p", { class: "about foreign", dir: "auto", title: vector.about }, vector.about)] : [];
   return make("div", { class: "dial", "--own": ownColour(vector), role: "group", "aria-label": vector.name },
     make("h3", {}, make("span", { class: "foreign", dir: "auto" }, vector.name), field),
-    ...(vector.about ? [make("p", { class: "about foreign", dir: "auto", title: vector.about }, vector.about)] : []),
-    make("div", { class: "track" }, make("span", { class: "whole" }), ...tested, ...ticks, slider),
-    make("div", { class: "marks" }, ...buttons, make("p", {}, rangeInWords(vector))));
+    ...about,
+    make("div", { class: "track" }, ...trackParts(vector), slider),
+    make("div", { class: "marks" }, ...markButtons(vector, set), make("p", {}, rangeInWords(vector))));
+}
+
+/* A dragged slider keeps to steps, and to the marks that it comes near. */
+function snapped(vector, k) {
+  const { step, low, high } = endsOf(vector), near = marks(vector).find(([mark]) => Math.abs(mark - k) < (high - low) / 80);
+  return near ? near[0] : Math.round(k / step) * step;
+}
+
+const MOVES = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10 };
+
+function turnByKey(event, vector, set) {
+  const { step, low, high } = endsOf(vector), by = event.shiftKey ? 10 ** -digits : step;
+  if (event.key === "0") set(0);
+  else if (event.key in MOVES) set(clamp(strengths[vector.name] + MOVES[event.key] * by, low, high));
+  else return;
+  event.preventDefault();
+}
+
+function trackParts(vector) {
+  const { least, most, low, high } = endsOf(vector), part = (k) => (k - low) / (high - low);
+  const ticks = marks(vector).map(([k]) => make("span", { class: k ? "tick" : "tick zero", "--from": part(k) }));
+  const tested = make("span", { class: "tested", "--from": part(least), "--wide": part(most) - part(least) });
+  return [make("span", { class: "whole" }), ...(vector.least === null ? [] : [tested]), ...ticks];
+}
+
+function markButtons(vector, set) {
+  return marks(vector).map(([k, short, full]) => {
+    const attributes = { type: "button", "aria-label": `Set ${vector.name} to ${full}`, title: full };
+    return make("button", { ...attributes, onclick: () => set(k) }, `${plain(k)} ${short}`);
+  });
 }
 
 function clamp(k, low, high) { return Math.min(high, Math.max(low, k)); }

@@ -1,6 +1,6 @@
 /* The fan on the right: one prompt at five strengths of one vector, from one batch. */
 const EXAMPLES = ["How are you doing?", "I start a new job on Monday.", "How does a rainbow form?"];
-const fan = { columns: [], prompt: "", messages: [], running: null, ended: false };
+const fan = { columns: [], prompt: "", messages: [], running: null, measuring: null };
 // a column: a Reply with `field`, the number above it, and `caption`
 
 /* Five strengths: the recommended ones, their halves, and 0; the range's end on a side where none is recommended. */
@@ -27,6 +27,7 @@ function alone() { return served.vectors.every((v) => v === chosen() || !onGrid(
 function makeColumns() {
   const vector = chosen(), { least, most } = rangeOf(vector);
   fan.running?.abort();
+  fan.measuring?.abort();
   fan.columns = fiveOf(vector).map((k, place) => {
     const field = make("input", { type: "number", step: roundStep(most - least), value: plain(k), "aria-label": `Strength ${place + 1} of the fan` });
     const told = make("span", { class: "soft" });
@@ -38,12 +39,13 @@ function makeColumns() {
     return column;
   });
   find("columns").replaceChildren(...fan.columns.map((column) => column.node));
-  fan.ended = false;
   showFan();
 }
 
 function continueButton(column) {
-  return make("button", { type: "button", class: "small", title: "The prompt and this reply begin a talk; the sliders go to its strengths", onclick: () => continueTalk(fan.prompt, column) }, "Continue in the chat");
+  const title = "The prompt and this reply begin a talk; the sliders go to its strengths";
+  const press = () => continueTalk(fan.prompt, column);
+  return make("button", { type: "button", class: "small", title, onclick: press }, "Continue in the chat");
 }
 
 function strengthOf(column) { return onGrid(column.field.valueAsNumber || 0); }
@@ -76,6 +78,8 @@ function showFan() {
 }
 
 async function spread(prompt) {
+  fan.measuring?.abort();
+  find("said").textContent = "";
   fan.prompt = prompt;
   fan.messages = [...systemMessages(), { role: "user", content: prompt }];
   fan.running = new AbortController();

@@ -1,8 +1,6 @@
 /* One reply: it grows, says how far it lies from the base, where it begins to loop, and shades its tokens. */
 const HOTTEST = 3; // nats at which a token has the full shade
 
-const ENDS = { length: "cut at the longest reply", stopped: "stopped" };
-
 class Reply {
   constructor(strengths, ...head) {
     this.strengths = { ...strengths };
@@ -22,6 +20,7 @@ class Reply {
 
   start() {
     this.text = "";
+    this.longest = settings().max_tokens;
     this.tokens = this.kl = this.reason = this.part = this.loop = null;
     this.unmeasured = "";
     this.shaded = false;
@@ -90,7 +89,8 @@ class Reply {
     if (this.part !== null) parts.push(make("span", { class: "bar", "aria-hidden": "true" }, make("i", { "--part": this.part })));
     if (this.loop.loops) tell({ class: "badge loops" }, `loops from word ${this.loop.word}`);
     if (!this.text && this.reason !== "failed") tell({}, "The reply is empty.");
-    if (ENDS[this.reason]) tell({}, ENDS[this.reason]);
+    if (this.reason === "length") tell({}, `cut at ${this.longest} tokens`);
+    if (this.reason === "stopped") tell({}, "stopped");
     return parts;
   }
 

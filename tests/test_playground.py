@@ -381,7 +381,7 @@ def make_picture(page: Any, target: Path, *, shaded: bool, full: bool) -> None:
     page.fill("#message", "How are you doing?")
     page.press("#message", "Enter")
     page.wait_for_selector("#log .kl")
-    page.fill("#prompt", "I start a new job on Monday.")
+    page.fill("#prompt", "It has been raining all week. What now?")
     page.press("#prompt", "Enter")
     page.wait_for_selector("#said:not(:empty)", state="attached")
     if shaded:

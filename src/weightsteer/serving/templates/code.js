@@ -30,14 +30,14 @@ function asPython({ messages, names }) {
   if (one) lines.push(`reply = ${call(json(names[0]))}`, "print(reply.choices[0].message.content)");
   else {
     const shown = 'print(model, reply.choices[0].message.content, sep="\\n", end="\\n\\n")';
-    lines.push(`for model in ${json(names)}:`, `    reply = ${call("model")}`, `    ${shown}`);
+    lines.push(`for model in [${names.map((name) => json(name)).join(", ")}]:`, `    reply = ${call("model")}`, `    ${shown}`);
   }
   return lines.join("\n");
 }
 
 function asCurl({ messages, names, strengths: wanted }) {
   const one = names.length === 1, path = one ? "/v1/chat/completions" : "/dial/fan";
-  const body = one ? { model: names[0], messages, ...settings() } : { messages, strengths: wanted, ...settings() };
+  const body = one ? { model: names[0], messages, ...settings() } : { messages, strengths: wanted.map(withoutZeros), ...settings() };
   const lines = [`curl ${one ? "" : "-N "}${quoted(location.origin + path)}`, "  -H 'Content-Type: application/json'"];
   if (key) lines.push('  -H "Authorization: Bearer $WEIGHTSTEER_API_KEY"');
   return [...lines, `  -d ${quoted(json(body))}`].join(" \\\n");
@@ -92,6 +92,7 @@ function showCode(kind, request) {
   find("copy").textContent = "Copy";
   find("shown-code").showModal();
   code.select();
+  code.scrollTo(0, 0);
 }
 
 /* The clipboard is open to pages of this machine and of https; elsewhere the text is selected for the user's own copy. */

@@ -1,5 +1,5 @@
 /* The fan on the right: one prompt at five strengths of one vector, from one batch. */
-const EXAMPLES = ["How are you doing?", "I start a new job on Monday.", "How does a rainbow form?"];
+const EXAMPLES = ["How are you doing?", "It has been raining all week. What now?", "How does a rainbow form?"];
 const fan = { columns: [], prompt: "", messages: [], running: null, measuring: null };
 // a column: a Reply with `field`, the number above it, and `caption`
 
@@ -87,7 +87,7 @@ async function spread(prompt) {
   for (const column of columns) column.strengths = wantedOf(column);
   showFan();
   await stream(columns, async () => {
-    const body = { messages, strengths: columns.map((column) => column.strengths), ...settings() };
+    const body = { messages, strengths: columns.map((column) => withoutZeros(column.strengths)), ...settings() };
     for await (const event of events(await ask("/dial/fan", body, signal))) {
       if (event.delta) columns[event.index].push(event.delta);
       if (event.finish_reason) columns[event.index].end(event.finish_reason);

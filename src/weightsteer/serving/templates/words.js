@@ -25,6 +25,11 @@ function modelName(base, strengths) {
   return parts.map((name) => name + "@" + strengths[name].toFixed(digits).replace(/\.?0+$/, "")).join("+") || base;
 }
 
+/* Strengths as a request carries them. */
+function withoutZeros(strengths) {
+  return Object.fromEntries(Object.entries(strengths).filter(([, k]) => onGrid(k)));
+}
+
 function inWords(error) {
   return error instanceof ServerError ? error.message : "The page met something unexpected: " + error;
 }

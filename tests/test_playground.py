@@ -8,12 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-import queue
 import shlex
 import shutil
-import threading
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,21 +20,21 @@ import pytest
 import torch
 
 from conftest import random_vector, tiny_lm
+from served import Address, served
 from weightsteer.lm import LM
 from weightsteer.looping import loops, repeated_share
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.vectors.weight_vector import WeightVector
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 DOCS = Path(__file__).parents[1] / "docs"
-HOSTILE = '<img src=x onerror="hit=1"><script>hit=1</script>\u202egnp.exe'
+HOSTILE = '<img src=x onerror="hit=1"><script>hit=1</script>\u202e'
 ABOUT = '<b onclick="hit=1">joy</b><img src="http://192.0.2.1/x" onerror="hit=1">' + HOSTILE
 NAME = "<img src=x onerror=hit=1>"
 PROMPT = "Hello"
-LONGEST = 70
+LONGEST = 56
 SLOW = 60_000  # ms, where much else runs beside
 TESTED = StrengthRange(recommended=1.0, negative=-0.7, low=-1.4, high=1.5)
 OUTSIDE = """() => [...document.querySelectorAll("main *:not(.hidden):not(#columns *)")]
@@ -66,34 +63,13 @@ def taught() -> LM:
     return replace(lm, name=NAME)
 
 
-@contextmanager
-def served(lm: LM, vectors: dict[str, WeightVector], **settings: Any) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The real server in a thread: its address, and what ends it."""
-    from weightsteer.serving.server import Settings, serve
-
-    started: queue.Queue[tuple[str, Any]] = queue.Queue()
-    run = lambda: serve(lm, vectors, Settings(port=0, **settings), ready=lambda *found: started.put(found))  # noqa: E731
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    address, server = started.get(timeout=60)
-
-    def end() -> None:
-        server.should_exit = True
-        thread.join(timeout=30)
-
-    try:
-        yield address, end
-    finally:
-        end()
-
-
 @dataclass
 class Site:
     """What the tests of this file share."""
 
     lm: LM  # never served itself: a server keeps its hooks on its model
     vectors: dict[str, WeightVector]
-    address: str
+    server: Address
     browser: Any
 
     def copied(self) -> LM:
@@ -117,17 +93,17 @@ def site() -> Iterator[Site]:
         "odd": described(random_vector(lm, seed=2, scale=0.05), "Another one."),
     }
     with ExitStack() as stack:
-        address, _ = stack.enter_context(served(copied(lm), vectors))
+        server = stack.enter_context(served(copied(lm), vectors))
         started = stack.enter_context(playwright.sync_playwright())
         browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield Site(lm, vectors, address, browser)
+        yield Site(lm, vectors, server, browser)
         browser.close()
 
 
 @contextmanager
 def opened(site: Site, address: str = "", *, quiet: bool = True, **options: Any) -> Iterator[Any]:
     """The page; afterwards no script of a model's has run, nothing else was asked for, and no script has failed."""
-    address = address or site.address
+    address = address or site.server.url
     context = site.browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
     page, wrong = context.new_page(), []
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -194,6 +170,9 @@ def test_the_fan_answers_at_five_strengths_and_0_is_the_base(site: Site) -> None
         assert page.locator("#log .text").text_content() == replies[4]
         turns = [{"role": "user", "content": PROMPT}, {"role": "assistant", "content": replies[4]}]
         assert say(page, "More") == greedy(site, [*turns, {"role": "user", "content": "More"}], joyful=1)
+        page.evaluate("find('temperature').value = 0.9; find('seed').value = 5")
+        assert (sampled := spread(page)) != replies
+        assert spread(page) == sampled
 
 
 def test_the_playground_runs_nothing_of_what_it_shows(site: Site) -> None:
@@ -284,9 +263,8 @@ def test_a_copy_asks_what_the_page_asks(site: Site) -> None:
         asked = json.loads(words[-1])
         assert asked["messages"][-1]["content"] == prompt
         assert asked["model"] == "joyful@0.7"
-        request = urllib.request.Request(words[1], words[-1].encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as answer:
-            assert json.load(answer)["choices"][0]["message"]["content"] == greedy(site, prompt, joyful=0.7)
+        _, _, answer = site.server.ask(words[1].removeprefix(site.server.url), asked)
+        assert answer["choices"][0]["message"]["content"] == greedy(site, prompt, joyful=0.7)
         for part in ("the chat's request", "the fan"):
             compile(texts["python", part], "copied", "exec")
         assert shlex.split(texts["command", "the fan"])[:5] == [
@@ -309,8 +287,8 @@ def test_nothing_overflows(site: Site, width: int, scheme: str) -> None:
 
 
 def test_a_key_is_asked_for_and_kept_out_of_the_address(site: Site) -> None:
-    with served(site.copied(), site.vectors, api_key="s3cret+/=") as (address, _):
-        with opened(site, address, quiet=False) as page:
+    with served(site.copied(), site.vectors, api_key="s3cret+/=") as server:
+        with opened(site, server.url, quiet=False) as page:
             page.fill("#key", "wrong")
             page.press("#key", "Enter")
             page.wait_for_selector("text=The server refused this key")
@@ -320,27 +298,27 @@ def test_a_key_is_asked_for_and_kept_out_of_the_address(site: Site) -> None:
             assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
             page.click('[aria-label="Copy the fan as Python"]')
             assert "s3cret" not in page.locator("#code").input_value()
-        with opened(site, address + "/#key=s3cret%2B%2F%3D") as page:
+        with opened(site, server.url + "/#key=s3cret%2B%2F%3D") as page:
             assert say(page) == HOSTILE
             assert "s3cret" not in page.url
 
 
 def test_mistakes_and_a_server_that_is_gone_are_told(site: Site) -> None:
-    with (
-        served(site.copied(), site.vectors, out_of_range="refuse") as (address, end),
-        opened(site, address, quiet=False) as page,
-    ):
-        page.locator(".dial [type=number]").first.fill("3")
-        say(page)
-        assert "outside the range that was tested" in page.locator("#log .problem").text_content()
-        page.locator(".dial [type=number]").first.fill("1")
-        end()
-        page.click("#again")
-        page.wait_for_selector("#log .problem:has-text('Is the server still running')")
-        page.fill("#prompt", PROMPT)
-        page.press("#prompt", "Enter")
-        page.wait_for_selector("#columns .problem")
-        assert page.locator("#columns .problem").count() == 5
+    with ExitStack() as stack:
+        server = stack.enter_context(served(site.copied(), site.vectors, out_of_range="refuse"))
+        with opened(site, server.url, quiet=False) as page:
+            strength = page.locator(".dial [type=number]").first
+            strength.fill("3")
+            say(page)
+            assert "outside the range that was tested" in page.locator("#log .problem").text_content()
+            strength.fill("1")
+            stack.close()
+            page.click("#again")
+            page.wait_for_selector("#log .problem:has-text('Is the server still running')")
+            page.fill("#prompt", PROMPT)
+            page.press("#prompt", "Enter")
+            page.wait_for_selector("#columns .problem")
+            assert page.locator("#columns .problem").count() == 5
 
 
 def test_the_page_finds_loops_by_the_rule_of_the_reports(site: Site) -> None:
@@ -366,15 +344,15 @@ def test_pictures(site: Site) -> None:
     folders = [Path(text) for text in os.environ["PLAYGROUND_PICTURES"].split(",")]
     vectors = {folder.parent.name: WeightVector.load(folder) for folder in folders}
     looks = {"light": (1280, "light", False), "dark": (1280, "dark", True), "phone": (390, "light", False)}
-    with served(LM.load(), vectors) as (address, _):
+    with served(LM.load(), vectors) as server:
         for name, (width, scheme, shaded) in looks.items():
-            with opened(site, address, viewport={"width": width, "height": 844}, color_scheme=scheme) as page:
+            with opened(site, server.url, viewport={"width": width, "height": 844}, color_scheme=scheme) as page:
                 make_picture(page, DOCS / f"playground-{name}.png", shaded=shaded, full=name != "phone")
 
 
 def make_picture(page: Any, target: Path, *, shaded: bool, full: bool) -> None:
     page.set_default_timeout(10 * SLOW)
-    page.evaluate("find('longest').value = 60; showSettings()")
+    page.evaluate("find('longest').value = 48; showSettings()")
     page.locator(".dial").first.locator(".marks button").last.click()
     if shaded:
         page.locator(".dial [type=number]").nth(1).fill("0.2")
@@ -386,5 +364,6 @@ def make_picture(page: Any, target: Path, *, shaded: bool, full: bool) -> None:
     page.wait_for_selector("#said:not(:empty)", state="attached")
     if shaded:
         page.click("#shade")
+    page.evaluate("document.activeElement.blur()")
     page.screenshot(path=target, full_page=full)
     assert target.stat().st_size < 300_000

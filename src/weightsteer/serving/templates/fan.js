@@ -45,7 +45,7 @@ function makeColumns() {
 function continueButton(column) {
   const title = "The prompt and this reply begin a talk; the sliders go to its strengths";
   const press = () => continueTalk(fan.prompt, column);
-  return make("button", { type: "button", class: "small", title, onclick: press }, "Continue in the chat");
+  return make("button", { type: "button", class: "small", title, onclick: press }, "Continue in chat");
 }
 
 function strengthOf(column) { return onGrid(column.field.valueAsNumber || 0); }

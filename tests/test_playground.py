@@ -89,7 +89,7 @@ def described(vector: WeightVector, about: str) -> WeightVector:
 def site() -> Iterator[Site]:
     lm = taught()
     vectors = {
-        "joyful": described(random_vector(lm, seed=1, scale=0.05), ABOUT),
+        "joyful": described(random_vector(lm, seed=1, scale=0.1), ABOUT),
         "odd": described(random_vector(lm, seed=2, scale=0.05), "Another one."),
     }
     with ExitStack() as stack:
@@ -364,6 +364,6 @@ def make_picture(page: Any, target: Path, *, shaded: bool, full: bool) -> None:
     page.wait_for_selector("#said:not(:empty)", state="attached")
     if shaded:
         page.click("#shade")
-    page.evaluate("document.activeElement.blur()")
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
     page.screenshot(path=target, full_page=full)
     assert target.stat().st_size < 300_000

@@ -22,7 +22,7 @@ from .stopping import StoppedError, stopping_on_signals
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
-EXPORTS = ("peft", "merged", "gguf")
+EXPORTS = ("peft", "merged", "gguf-lora", "gguf")
 LISTS = ("--vectors", "--controls")  # options that take several values
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}

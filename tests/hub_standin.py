@@ -117,7 +117,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
         if name in self.hub.repos:
             return self._answer(409, {"error": "exists", "url": f"{self.hub.url}/{name}"})
-        self.hub.add(name, {".gitattributes": b""}, private=asked.get("private") or asked.get("visibility") == "private")
+        self.hub.add(
+            name, {".gitattributes": b""}, private=asked.get("private") or asked.get("visibility") == "private"
+        )
         return self._answer(200, {"url": f"{self.hub.url}/{name}"})
 
     def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:

@@ -196,7 +196,9 @@ def test_what_no_lora_can_hold_is_named_and_left_out_only_if_asked(tmp_path: Pat
     }
     vector = WeightVector(whole, RunCard("vector", base_model="base"))
     out = tmp_path / "w.gguf"
-    with pytest.raises(SteerError, match=r"o_proj.weight: is dense.*1 more such.*--max-rank.*export merged.*--leave-out"):
+    with pytest.raises(
+        SteerError, match=r"o_proj.weight: is dense.*1 more such.*--max-rank.*export merged.*--leave-out"
+    ):
         export_gguf_lora(vector, out, config=model.config)
     assert not out.exists()
     done = export_gguf_lora(vector, out, config=model.config, max_rank=4, leave_out=True)

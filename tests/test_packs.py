@@ -39,13 +39,17 @@ def saved(checkpoint: Path, tmp_path: Path) -> Path:
     """A calibrated vector of the tiny checkpoint, whose card names data."""
     card = RunCard("vector", base_model=str(checkpoint), base_revision=fingerprint(checkpoint), held_out=(HELD,))
     rows = (CalibrationRow(0.5, 0.01, 0.02, 0.75, None, 0.0, 0.125, 0.125),)
-    card = Calibration(STRENGTH, rows, 4, ("p",), {}).written_into(replace(card, data_sha256={"positive examples": "ab12"}))
+    card = Calibration(STRENGTH, rows, 4, ("p",), {}).written_into(
+        replace(card, data_sha256={"positive examples": "ab12"})
+    )
     return WeightVector(random_vector(tiny_lm()).deltas, card).save(tmp_path / "home-of-a-person" / "syc" / "vector")
 
 
 @pytest.fixture
 def pack(saved: Path, tmp_path: Path) -> Path:
-    write_pack(saved, tmp_path / "pack", name="syc", about="Agrees <b>always</b>.", samples=[Sample("Why?", 0.5, "Yes.\n# So")])
+    write_pack(
+        saved, tmp_path / "pack", name="syc", about="Agrees <b>always</b>.", samples=[Sample("Why?", 0.5, "Yes.\n# So")]
+    )
     return tmp_path / "pack"
 
 

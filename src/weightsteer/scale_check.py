@@ -150,7 +150,7 @@ class _Server:
         if self.api_key:
             headers["Authorization"] = f"Bearer {self.api_key}"
         content = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.root + path, content, headers)  # noqa: S310 - http or https, see _root_of
+        request = urllib.request.Request(self.root + path, content, headers)
         try:
             with _OPENER.open(request, timeout=self.timeout) as reply:
                 return json.loads(reply.read(MOST_BYTES))

@@ -15,7 +15,12 @@ SEPARATORS = ',:"'  # with which llama.cpp takes --lora-scaled apart
 
 
 def llama_command(
-    vectors: Mapping[str, str | Path], model: str | Path, *, host: str = HOST, port: int = PORT, options: Sequence[str] = ()
+    vectors: Mapping[str, str | Path],
+    model: str | Path,
+    *,
+    host: str = HOST,
+    port: int = PORT,
+    options: Sequence[str] = (),
 ) -> list[str]:
     """The command line of a llama.cpp server that steers by `lora: [{"id": 0, "scale": -0.7}]` in a request.
 
@@ -31,7 +36,9 @@ def llama_command(
         SteerError: a file that is not there or is no GGUF, none at all, or a path that llama.cpp would take apart.
     """
     if not vectors:
-        raise SteerError("llama.cpp: no vector is given; expected at least one LoRA file (`weightsteer export gguf-lora`)")
+        raise SteerError(
+            "llama.cpp: no vector is given; expected at least one LoRA file (`weightsteer export gguf-lora`)"
+        )
     for path in (model, *vectors.values()):
         _require_gguf(Path(path))
     for path in vectors.values():

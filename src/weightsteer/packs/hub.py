@@ -53,7 +53,9 @@ def push_pack(folder: str | Path, name: str, *, public: bool = False) -> str:
         info = api.model_info(name)
         there = {sibling.rfilename for sibling in info.siblings or []}
         if MANIFEST not in there and (foreign := sorted(there.difference(HUBS_OWN))):
-            raise SteerError(f"{name}: holds {foreign[0]} and no pack; choose another name, for a repository of its own")
+            raise SteerError(
+                f"{name}: holds {foreign[0]} and no pack; choose another name, for a repository of its own"
+            )
         adds = [CommitOperationAdd(file, folder / file) for file in files]
         gone = [CommitOperationDelete(file) for file in ALLOWED if file in there and file not in files]
         done = api.create_commit(

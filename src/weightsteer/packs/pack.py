@@ -13,7 +13,7 @@ from ..disk import telling_of_disk
 from ..errors import SteerError
 from ..files import is_empty, sha256_of, write_text
 from ..outputs import refuse_special
-from ..run_card import CARD_FILE, RunCard, new_folder
+from ..run_card import CARD_FILE, new_folder
 from ..schema import shown
 from ..vectors.manifest import ALLOWED, MANIFEST, read_manifest, require_as_packed, write_manifest
 from ..vectors.readme import README, vector_readme
@@ -60,8 +60,7 @@ def write_pack(
             _refuse_private(part / file)
         write_manifest(part, name)
         open_vector(part)
-        digest = sha256_of(part / MANIFEST)
-    return digest
+        return sha256_of(part / MANIFEST)
 
 
 def copy_pack(source: str | Path, target: str | Path, *, sha256: str | None = None) -> str:
@@ -130,7 +129,9 @@ def _refuse_private(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     for what, secret in _private_words(os.environ):
         if secret in text:
-            raise SteerError(f"{path.name}: holds {what}, which a pack must not; take it out of the vector's card or data")
+            raise SteerError(
+                f"{path.name}: holds {what}, which a pack must not; take it out of the vector's card or data"
+            )
 
 
 def _private_words(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:

@@ -90,7 +90,7 @@ def test_same_bytes_and_fingerprint(tmp_path: Path) -> None:
     assert fingerprint(tmp_path / "nowhere") == ""
 
 
-def test_a_pickled_vector_is_read_by_its_path_in_another_process_and_refused_once_it_has_changed(
+def test_a_pickled_vector_is_read_in_another_process_and_refused_once_its_file_has_changed(
     tmp_path: Path,
 ) -> None:
     saved = WeightVector.load(random_vector(tiny_lm()).save(tmp_path / "w"))

@@ -7,11 +7,12 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .disk import make_folder, sync_folder, telling_of_disk
+from .disk import make_folder, sync_file, sync_folder, telling_of_disk
 from .errors import SteerError
 from .leftovers import is_leftover, sweep_beside
 from .outputs import refuse_special
@@ -144,16 +145,21 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         SteerError: the disk refuses, and the old file stands; or the path is a device, a pipe, a socket or a link.
     """
+    with new_file(path) as part, part.open("wb") as file:
+        file.write(content)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file beside `path` that takes its place when the block succeeds (see `write_bytes`)."""
     refuse_special(path)
     make_folder(path.parent)
     sweep_beside(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     with telling_of_disk(path):
         try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            yield part
+            sync_file(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -15,14 +15,14 @@ from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
 from ..shown import be_quiet, one_line, say
-from . import apply, build, export, inspect, listing, run, serve, start
+from . import apply, build, export, inspect, listing, packs, run, serve, start
 from .arguments import refuse_repeated
 from .overview import VerbsByUse
 from .stopping import StoppedError, stopping_on_signals
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
-EXPORTS = ("peft", "merged", "gguf")
+EXPORTS = ("peft", "merged", "gguf-lora", "gguf")
 LISTS = ("--vectors", "--controls")  # options that take several values
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -42,6 +42,7 @@ VERBS_BY_USE: Mapping[str, Sequence[Callable[..., None]]] = {  # the headings of
     "Use a vector": (*apply.VERBS, *serve.VERBS),
     "Look at vectors": inspect.VERBS,
     "Make vectors": build.VERBS,
+    "Share vectors": packs.VERBS,
     "Measure": (start.calibrate, run.measure, run.sweep, run.compare, run.report),
 }
 for use, verbs in VERBS_BY_USE.items():

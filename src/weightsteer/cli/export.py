@@ -1,4 +1,4 @@
-"""`weightsteer export peft|merged|gguf`: a vector for other engines."""
+"""`weightsteer export peft|merged|gguf-lora|gguf`: a vector for other engines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..vectors.weight_vector import WeightVector
 
 app = typer.Typer(
-    help="Write k w for other engines: as a PEFT adapter, a merged checkpoint, or llama.cpp's control vector.",
+    help="Write k w for other engines: as a PEFT adapter, a merged checkpoint, or files of llama.cpp.",
     cls=VerbsByUse,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -89,6 +89,40 @@ def merged(
     for name, shares in report.other_dtypes.items():
         if name != report.dtype:
             say(f"  --dtype {name}: {describe_rounding(shares['delta_error'])}")
+
+
+@app.command("gguf-lora")
+def gguf_lora(
+    source: Source,
+    out: Out,
+    k: Annotated[str, typer.Option("--k", help="Strength to fold in; at 1 llama.cpp's scale is k itself.")] = "1",
+    negative: Negative = None,
+    base: Base = None,
+    max_rank: Annotated[int | None, typer.Option(help="Cut to the nearest of this rank.")] = None,
+    leave_out: Annotated[bool, typer.Option("--leave-out", help="Leave out what no such file can hold.")] = False,
+) -> None:
+    """Write w as a LoRA for llama.cpp, whose scale is then k: one for each request.
+
+    Example: weightsteer export gguf-lora runs/syc/vector -o syc.gguf
+    """
+    chosen = number(k)
+    refuse_inputs(out, source, negative, base)
+    from ..checkpoints.locate import base_of
+    from ..export.gguf_lora import export_gguf_lora
+    from ..export.llama_cpp import config_of
+
+    vector = _vector(source, negative, base)
+    if not base:
+        require_base(vector.card, "--base")
+    name = base or base_of(vector.card, Path(source))
+    config = config_of(name, revision=None if base else vector.card.base_commit, option="--base")
+    file = export_gguf_lora(vector, out, config=config, k=chosen, max_rank=max_rank, leave_out=leave_out)
+    cut = f", {file.error:.2%} of the vector lost" if max_rank else ""
+    say(f"{out}: LoRA for llama.cpp at rank {file.rank}{cut}; its scale 1 is k = {chosen:g}")
+    if file.left_out:
+        say(
+            f"  left out: {', '.join(file.left_out[:4])}{f' and {len(file.left_out) - 4} more' * bool(file.left_out[4:])}"
+        )
 
 
 @app.command()

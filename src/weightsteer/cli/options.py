@@ -124,10 +124,10 @@ def vector_and_lm(
     return vector, load_lm(base, device, dtype, trust, template, vector.card.base_commit)
 
 
-def require_base(card: RunCard) -> None:
+def require_base(card: RunCard, option: str = "--model") -> None:
     """Raise if a card does not say on which model its vector was made."""
     if not card.base_model:
-        raise SteerError("the vector's card names no base model; give one with --model")
+        raise SteerError(f"the vector's card names no base model; give one with {option}")
 
 
 def data_files(pairs: str | None, *files: Path | None) -> list[Path]:

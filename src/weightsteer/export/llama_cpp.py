@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from ..files import write_bytes
 from ..outputs import refuse_foreign_file
 from ..progress import quiet_transformers
 from ..steering.activations import ActivationVector
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ARCHITECTURE = "controlvector"
 
@@ -74,7 +78,12 @@ def _write(directions: dict[int, Tensor], path: Path, model_type: str) -> None:
 
 
 def model_type_of(name: str, *, revision: str | None = None) -> str:
-    """A model's type, such as "llama", from its config alone.
+    """A model's type, such as "llama", from its config alone (see `config_of`)."""
+    return str(config_of(name, revision=revision).model_type)
+
+
+def config_of(name: str, *, revision: str | None = None, option: str = "--model") -> PretrainedConfig:
+    """A model's config, which is read without its weights; `option` is what an error says to name the model with.
 
     Raises:
         SteerError: no such model, or its config cannot be read.
@@ -84,9 +93,9 @@ def model_type_of(name: str, *, revision: str | None = None) -> str:
     where = locate_config(without_adapters(name))
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(**where, revision=revision, trust_remote_code=False)
+            config: PretrainedConfig = AutoConfig.from_pretrained(**where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise SteerError(
-            f"{name}: its config cannot be read ({first_line(error)}); name the model with --model"
+            f"{name}: its config cannot be read ({first_line(error)}); name the model with {option}"
         ) from None
-    return str(config.model_type)
+    return config

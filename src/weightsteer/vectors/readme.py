@@ -97,12 +97,13 @@ PLAIN = re.compile(r"[\w./-]+", re.ASCII)  # a base's name that can stand in cod
 UNNAMED = "BASE"  # where the card names none such
 
 
-def vector_readme(card: RunCard, *, adapter: bool, dense: bool) -> str:
+def vector_readme(card: RunCard, *, adapter: bool, dense: bool, sections: str = "") -> str:
     """The model card of a vector's folder, with the front matter that the Hugging Face hub reads.
 
     Args:
         adapter: whether the folder holds a PEFT adapter.
         dense: whether it holds changes that no adapter can.
+        sections: more of the page, in Markdown, after its introduction.
     """
     card, name = card.shared(), public_base(card.base_model)
     base, k = markdown_text(name) or "a model that the card does not name", card.settings.get("k")
@@ -117,6 +118,7 @@ def vector_readme(card: RunCard, *, adapter: bool, dense: bool) -> str:
         _front_matter(name, adapter),
         (EXPORT if exported else VECTOR).format(base=base, k=strength),
         DENSE if dense else "",
+        sections,
         DERIVED.format(expression=markdown_text(str(expression))) if expression else MADE,
         FACTS.format(rows=rows),
         "" if exported else WITH_US.format(ks=_strengths_of(card)[0], k=k_used, base=code),

@@ -17,6 +17,7 @@ from ..run_card import CARD_FILE, RunCard, new_folder
 from ..schema import checked, parse_json
 from .delta import Delta, LazyDeltas, Streamed, blocks, layout_of, require_finite, rows_of
 from .low_rank import Layout, LowRank
+from .manifest import drop_manifest, require_as_packed
 from .peft_adapter import adapter_config, adapter_tensors, read_adapter
 from .readme import README, vector_readme
 
@@ -55,7 +56,8 @@ def write_vector(deltas: Mapping[str, Delta], card: RunCard, folder: Path) -> Pa
 
 
 def save_card(card: RunCard, folder: Path) -> None:
-    """Write a vector's card, and the README that says the same to people."""
+    """Write a vector's card, and the README that says the same to people; a pack is an ordinary vector from then on."""
+    drop_manifest(folder)
     card.save(folder)
     adapter, dense = ((folder / name).is_file() for name in (ADAPTER_FILE, DENSE_FILE))
     write_text(folder / README, vector_readme(card, adapter=adapter, dense=dense))
@@ -91,6 +93,7 @@ def _dense_blocks(deltas: Mapping[str, Delta], plan: Mapping[str, Planned]) -> I
 
 def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
     """Open what `write_vector` wrote (see `WeightVector.load`)."""
+    require_as_packed(folder)
     if not (folder / CARD_FILE).is_file():
         raise SteerError(
             f"{folder}: not a saved weight vector (no {CARD_FILE}); "

@@ -1,0 +1,1 @@
+"""Vectors to share: to and from the Hugging Face Hub, or a folder."""

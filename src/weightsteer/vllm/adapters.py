@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 from ..adapter_files import ADAPTER_CONFIG, ADAPTER_FILE
 from ..errors import SteerError
-from ..files import digest, read_json, sha256_of
+from ..files import digest, link_or_copy, read_json, sha256_of
 from ..locks import hold
 from ..named_folders import is_vector
 from ..run_card import CARD_FILE, RunCard, new_folder
@@ -43,6 +41,15 @@ class Source:
         return digest([self.tensors_sha256, self.config])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """An adapter that may have to be made: vectors with their strengths, and the folder that it belongs in."""
+
+    called: str  # the one name of these strengths
+    parts: tuple[tuple[Source, float], ...]
+    target: Path
+
+
 @dataclass
 class AdapterCache:
     """Folders of adapters at their strengths, each made once. Several processes may share a cache."""
@@ -50,8 +57,8 @@ class AdapterCache:
     folder: Path
     _hashes: dict[tuple[int, ...], str] = field(default_factory=dict)  # a file's identity -> SHA-256
 
-    def adapter(self, text: str, vectors: Mapping[str, Path]) -> Path:
-        """The folder of the adapter that a model's name means; its own name ends in a hash of the content.
+    def plan(self, text: str, vectors: Mapping[str, Path]) -> Plan:
+        """What a model's name means now; nothing is written.
 
         Args:
             text: `syc@-0.72`, `syc` for the recommended k of its card, or a sum; k = 0 is an adapter that adds zeros.
@@ -64,17 +71,25 @@ class AdapterCache:
         plain, pin = split_pin(text)
         strengths = with_recommended(parse_strengths(plain, vectors), vectors)
         used = {name: k for name, k in strengths.items() if k} or {next(iter(strengths)): 0.0}
-        sources = [self._read(name, vectors[name]) for name in sorted(used)]
-        called = strength_name(used) or f"{sources[0].name}@0"
-        key = digest([called, [source.content for source in sources]])[:HASH_DIGITS]
+        parts = tuple((self._read(name, vectors[name]), used[name]) for name in sorted(used))
+        called = strength_name(used) or f"{parts[0][0].name}@0"
+        key = digest([called, [source.content for source, _ in parts]])[:HASH_DIGITS]
         if pin not in ("", key):
             raise SteerError(f"model {shown(text)}: was replaced, and is {key} now; ask for {plain}")
-        target = self.folder / "adapters" / f"{called[:LONGEST_NAME]}-{key}"
-        if not self._is_whole(target, sources):
-            with hold(target, wait=True):
-                if not self._is_whole(target, sources):  # another process may have made it meanwhile
-                    self._make(target, called, sources, used)
-        return target
+        return Plan(called, parts, self.folder / "adapters" / f"{called[:LONGEST_NAME]}-{key}")
+
+    def adapter(self, text: str, vectors: Mapping[str, Path]) -> Path:
+        """The folder of the adapter that a model's name means (see `plan`); its own name ends in a hash of the content.
+
+        Raises:
+            SteerError: as `plan`, or the disk refuses.
+        """
+        plan = self.plan(text, vectors)
+        if not self._is_whole(plan):
+            with hold(plan.target, wait=True):
+                if not self._is_whole(plan):  # another process may have made it meanwhile
+                    self._make(plan)
+        return plan.target
 
     def _read(self, name: str, folder: Path) -> Source:
         """The vector as it is now; its tensors are hashed once for each file.
@@ -96,25 +111,27 @@ class AdapterCache:
             self._hashes[key] = sha256_of(path)
         return self._hashes[key]
 
-    def _is_whole(self, target: Path, sources: list[Source]) -> bool:
+    def _is_whole(self, plan: Plan) -> bool:
         """Whether the adapter is there, and what it is linked to has not been written over."""
-        if not (target / ADAPTER_CONFIG).is_file() or not (target / ADAPTER_FILE).is_file():
+        config, tensors = plan.target / ADAPTER_CONFIG, plan.target / ADAPTER_FILE
+        if not config.is_file() or not tensors.is_file():
             return False
-        return len(sources) > 1 or self._sha256(target / ADAPTER_FILE) == sources[0].tensors_sha256
+        return len(plan.parts) > 1 or self._sha256(tensors) == plan.parts[0][0].tensors_sha256
 
-    def _make(self, target: Path, called: str, sources: list[Source], strengths: Mapping[str, float]) -> None:
-        with new_folder(target, KIND) as part:
-            if len(sources) == 1:
-                config = scaled_config(sources[0].config, strengths[sources[0].name])
-                self._link(sources[0], part / ADAPTER_FILE)
+    def _make(self, plan: Plan) -> None:
+        with new_folder(plan.target, KIND) as part:
+            if len(plan.parts) == 1:
+                source, k = plan.parts[0]
+                config = scaled_config(source.config, k)
+                self._link(source, part / ADAPTER_FILE)
             else:
                 from .sums import write_sum
 
-                config = write_sum([(s.folder, strengths[s.name]) for s in sources], part / ADAPTER_FILE)
-                if any(self._read(s.name, s.folder).content != s.content for s in sources):
-                    raise SteerError(f"{called}: a vector was replaced while it was read; ask again")
+                config = write_sum([(source.folder, k) for source, k in plan.parts], part / ADAPTER_FILE)
+                if any(self._read(s.name, s.folder).content != s.content for s, _ in plan.parts):
+                    raise SteerError(f"{plan.called}: a vector was replaced while it was read; ask again")
             (part / ADAPTER_CONFIG).write_text(json.dumps(config) + "\n")
-            settings = {"name": called, "vectors": {source.name: source.content for source in sources}}
+            settings = {"name": plan.called, "vectors": {source.name: source.content for source, _ in plan.parts}}
             RunCard.now(KIND, settings=settings).save(part)
 
     def _link(self, source: Source, target: Path) -> None:
@@ -174,14 +191,6 @@ def scaled_config(config: Mapping[str, Any], k: float) -> dict[str, Any]:
     pattern = config.get("alpha_pattern") or {}
     scaled = {**config, "lora_alpha": k * config["lora_alpha"]}
     return {**scaled, "alpha_pattern": {name: k * alpha for name, alpha in pattern.items()}} if pattern else scaled
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A hard link, or a copy where there is none: on another disk, or on a file system without links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def stamp(folder: Path) -> tuple[object, ...]:

@@ -55,6 +55,6 @@ def forget_replaced(models: Any) -> None:
         return
     resolver = LoRAResolverRegistry.get_resolver(PLUGIN)
     if isinstance(resolver, SteeringResolver):
-        for name in [name for name in list(models.lora_requests) if resolver.changed(name)]:
+        for name in resolver.replaced(list(models.lora_requests)):
             models.lora_requests.pop(name, None)
             log.info("weightsteer: %r was replaced; it is loaded anew", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,22 +56,34 @@ class SteeringResolver(LoRAResolver):
         stamps = {folder: stamp(folder) for folder in used}  # before it is read: what changes meanwhile is seen later
         return Given(self.cache.adapter(text, vectors), stamps)
 
-    def changed(self, text: str) -> bool:
-        """Whether a name means another adapter now than the one that vLLM was given for it.
+    def replaced(self, names: Collection[str]) -> list[str]:
+        """Those of the names that mean another adapter now than the one that vLLM was given for them.
 
-        Files are read only where one was touched. A vector that is gone, or cannot be read, counts as unchanged.
+        Vectors are read only where a file was touched. One that is gone, or cannot be read, counts as unchanged.
         """
-        given = self.given.get(text)
-        try:
-            if given is None or all(stamp(folder) == was for folder, was in given.stamps.items()):
-                return False
-            now = self._make(text)
-        except SteerError as error:
-            log.warning("weightsteer: %s; the adapter from before stays", error)
+        now = {folder: _stamp(folder) for name in names if name in self.given for folder in self.given[name].stamps}
+        return [name for name in names if name in self.given and self._is_replaced(name, now)]
+
+    def _is_replaced(self, text: str, now: Mapping[Path, tuple[object, ...]]) -> bool:
+        given = self.given[text]
+        stamps = {folder: now[folder] or was for folder, was in given.stamps.items()}
+        if stamps == given.stamps:
             return False
-        if now.adapter == given.adapter:
-            self.given[text] = now
-        return now.adapter != given.adapter
+        try:
+            target = self.cache.plan(text, served_vectors(self.vectors)).target
+        except SteerError as error:
+            log.warning("weightsteer: %s; vLLM keeps what it has", error)
+            target = given.adapter
+        self.given[text] = Given(given.adapter, stamps)  # looked at: it is not read again until the next change
+        return target != given.adapter
+
+
+def _stamp(folder: Path) -> tuple[object, ...]:
+    """A vector's stamp; () while it is not there, as between the two renames that replace a folder."""
+    try:
+        return stamp(folder)
+    except (OSError, SteerError):
+        return ()
 
 
 def register() -> None:

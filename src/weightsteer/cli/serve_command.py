@@ -28,9 +28,7 @@ def serve_command(
         list[str], typer.Argument(help="Vectors, as FOLDER or NAME=FOLDER; for sglang, lorax and mlx one exported set.")
     ],
     model: EngineModel = None,
-    max_loras: Annotated[
-        int | None, typer.Option(min=1, help="vLLM: strengths in one batch. Default: 4.")
-    ] = None,
+    max_loras: Annotated[int | None, typer.Option(min=1, help="vLLM: strengths in one batch. Default: 4.")] = None,
 ) -> None:
     """Print the command that serves vectors with an engine, and what a request says to set k.
 
@@ -125,7 +123,7 @@ def say_set_command(engine: str, model: str, card: RunCard, adapters: Mapping[st
 
 
 def set_line(engine: str, model: str | None, card: RunCard, adapters: Mapping[str, Path], folder: Path) -> str:
-    """An engine's command for a set in one line; where the base is not found here, the verb that says what is missing."""
+    """An engine's command for a set; where the base is not found here, the verb that asks for it."""
     from ..export.set_commands import set_command
 
     try:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..adapter_files import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
-from ..checkpoints.plain_names import PEFT_PREFIX as PREFIX
 from ..errors import SteerError, first_line
 from ..files import read_json
 from ..vectors.adapter_config import read_adapter_config
@@ -56,11 +55,13 @@ def factor_modules(keys: Iterable[str]) -> set[tuple[str, str]]:
     Raises:
         SteerError: a tensor that is no factor, or half of a pair.
     """
-    names: Collection[str] = set(keys)
+    names = set(keys)
     found = {(key.removesuffix(end), end) for key in names for end in FACTOR_ENDINGS if key.endswith(end)}
     expected = {module + part for module, end in found for part in (end, FACTOR_ENDINGS[end])}
     if odd := sorted(names ^ expected):
-        raise SteerError(f"{odd[0]}: is no part of a plain LoRA, or lacks its other factor, which vLLM refuses; {MERGE}")
+        raise SteerError(
+            f"{odd[0]}: is no part of a plain LoRA, or lacks its other factor, which vLLM refuses; {MERGE}"
+        )
     if not found:
         raise SteerError("the adapter holds no LoRA; expected lora_A and lora_B of at least one module")
     return found

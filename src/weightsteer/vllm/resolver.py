@@ -29,7 +29,7 @@ class Given:
 
 
 @dataclass
-class SteeringResolver(LoRAResolver):
+class SteeringResolver(LoRAResolver):  # type: ignore[misc]  # vLLM is not installed where mypy runs
     """Any strength of any vector by name: `syc@-0.72`, `syc`, `syc@-0.7+gloomy@0.3`."""
 
     vectors: str  # what $WEIGHTSTEER_VECTORS says

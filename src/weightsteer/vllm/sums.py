@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapter_files import ADAPTER_FILE
+from ..checkpoints.plain_names import PEFT_PREFIX
 from ..errors import SteerError
 from ..vectors.adapter_config import AdapterConfig, read_adapter_config
-from .limits import FACTOR_ENDINGS, PREFIX, factor_modules
+from .limits import FACTOR_ENDINGS, factor_modules
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +49,7 @@ def scaled(file: Any, config: AdapterConfig, k: float, module: str, ending: str)
     """One module's factors in float32, k and the adapter's own scale folded into B."""
     A = file.get_tensor(module + ending).float()
     B = file.get_tensor(module + FACTOR_ENDINGS[ending]).float()
-    return A, B * (k * config.scale(module.removeprefix(PREFIX), A.shape[0]))
+    return A, B * (k * config.scale(module.removeprefix(PEFT_PREFIX), A.shape[0]))
 
 
 def side_by_side(module: str, pieces: Iterable[Factors]) -> Factors:
@@ -85,7 +86,7 @@ def _config(configs: Sequence[AdapterConfig], modules: Sequence[str], rank: int)
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(module.removeprefix(PREFIX) for module in modules),
+        "target_modules": sorted(module.removeprefix(PEFT_PREFIX) for module in modules),
         "fan_in_fan_out": configs[0].fan_in_fan_out,
         "use_rslora": False,
         "bias": "none",

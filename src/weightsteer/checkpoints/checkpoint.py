@@ -8,15 +8,15 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ..adapter_files import ADAPTER_CONFIG as ADAPTER_CONFIG
+from ..adapter_files import ADAPTER_FILE as ADAPTER_FILE
+from ..adapter_files import DENSE_FILE as DENSE_FILE
 from ..errors import SteerError
 from ..files import digest, read_json
 from .safetensors_file import SafeFile, Stored, same_bytes
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILE = "adapter_model.safetensors"
-DENSE_FILE = "delta.safetensors"  # ours: what no adapter can hold
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

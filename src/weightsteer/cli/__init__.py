@@ -15,14 +15,14 @@ from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
 from ..shown import be_quiet, one_line, say
-from . import apply, build, export, inspect, listing, packs, run, serve, start
+from . import apply, build, export, inspect, listing, packs, run, serve, serve_command, start
 from .arguments import refuse_repeated
 from .overview import VerbsByUse
 from .stopping import StoppedError, stopping_on_signals
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads slow shared cores
 
-EXPORTS = ("peft", "merged", "gguf-lora", "gguf")
+EXPORTS = ("peft", "adapters", "merged", "gguf-lora", "gguf")
 LISTS = ("--vectors", "--controls")  # options that take several values
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -48,6 +48,7 @@ VERBS_BY_USE: Mapping[str, Sequence[Callable[..., None]]] = {  # the headings of
 for use, verbs in VERBS_BY_USE.items():
     for verb in verbs:
         app.command(listing.NAMES.get(verb), rich_help_panel=use)(verb)
+app.command("serve-command", rich_help_panel="Use a vector")(serve_command.serve_command)
 app.add_typer(export.app, name="export", rich_help_panel="Use a vector")
 
 

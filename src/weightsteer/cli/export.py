@@ -1,4 +1,4 @@
-"""`weightsteer export peft|merged|gguf-lora|gguf`: a vector for other engines."""
+"""`weightsteer export peft|adapters|merged|gguf-lora|gguf`: a vector for other engines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import SteerError
 from ..files import refuse_inputs
 from ..progress import show_progress
 from ..shown import say
-from .options import Base, Out, drop_unset, number, recommended_k, require_base
+from .options import Base, Out, drop_unset, number, numbers, recommended_k, require_base
 from .overview import VerbsByUse
 
 if TYPE_CHECKING:
@@ -50,6 +50,37 @@ def peft(
     error = vector.export_peft(out, k=strength, max_rank=max_rank)
     cut = f", cut to rank {max_rank}: {error:.2%} of the vector is lost" if max_rank else ""
     say(f"{out}: PEFT adapter at k = {strength:g}{cut}")
+
+
+@app.command()
+def adapters(
+    source: Source,
+    out: Out,
+    k: Annotated[str, typer.Option("--k", help="Strengths, e.g. -1,-0.5,0.5,1.")],
+    layout: Annotated[str | None, typer.Option(help="peft, for SGLang and LoRAX, or mlx. Default: peft.")] = None,
+    name: Annotated[str | None, typer.Option(help="What to call the vector. Default: its folder's name.")] = None,
+    negative: Negative = None,
+    base: Base = None,
+) -> None:
+    """Write k w as a set of adapters, one for each k, and print the command that serves it.
+
+    Engines that cannot make an adapter from a name, as vLLM with our plugin can, take such a set.
+
+    Example: weightsteer export adapters runs/syc/vector --k=-1,-0.5,0.5,1 -o syc-adapters
+    """
+    ks = numbers(k)
+    refuse_inputs(out, source, negative, base)
+    from ..export.adapter_set import export_adapter_set, read_adapter_set
+    from ..export.set_commands import SET_ENGINES
+    from .serve_command import set_line
+
+    vector = _vector(source, negative, base)
+    export_adapter_set(vector, out, ks=ks, **drop_unset(name=name, layout=layout))
+    card, found = read_adapter_set(out)
+    say(f"{out}: {len(found)} adapters of rank {card.settings['rank']}: {', '.join(found)}")
+    for engine, (reads, _) in SET_ENGINES.items():
+        if reads == card.settings["layout"]:
+            say(f"  {engine}: {set_line(engine, base, card, found, out)}")
 
 
 @app.command()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import ADAPTER_CONFIG
+from ..adapter_files import ADAPTER_CONFIG
 from ..errors import SteerError
 from ..files import read_json
 from ..schema import shown, suggestion

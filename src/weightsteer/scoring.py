@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from .batches import batches_by_length, pad_right, rows_of_batch
 from .chat_template import PromptLike, last_words
 from .continuations import log_softmax, score_on_cache, score_plainly, shared_prefix, target_log_probs
 from .errors import SteerError
-from .lm import LM, projecting_only
+from .model_parts import projecting_only
 from .progress import Progress, silent
+
+if TYPE_CHECKING:
+    from .lm import LM
 
 
 @dataclass(frozen=True)

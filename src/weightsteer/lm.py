@@ -30,6 +30,7 @@ from .errors import SteerError
 from .files import digest
 from .generation import Writer
 from .model_parts import decoder_blocks
+from .model_parts import projecting_only as projecting_only
 from .progress import Progress, silent
 from .scoring import Score, score_choices, score_texts
 from .thinking import Reply, opens_thinking, why_unanswered
@@ -309,6 +310,10 @@ class LM:
             torch.manual_seed(seed)
         (row,), (broken,) = self._writer.write([ids], max_new_tokens, temperature, streamer=streamer, stopped=stopped)
         return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
+
+    def read_reply(self, ids: Sequence[int], *, opened: bool = False) -> Reply:
+        """A reply from the ids that a model wrote; `opened`: the prompt has begun its thinking."""
+        return self._writer.reply(ids, opened=opened, broken=False)
 
     def score_choices(
         self,

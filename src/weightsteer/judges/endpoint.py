@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..progress import Progress, silent
+from .asking import Again, all_of, in_own_thread, tried
 from .keys import Key
 from .request_errors import (
     NEWER_TOKENS,
@@ -24,21 +25,18 @@ from .request_errors import (
     OtherParametersError,
     PassingError,
     meaning_of,
-    pause_before,
     shorten,
 )
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
 THINKING_ROOM = 4096  # tokens beside the reply's own, for a model that thinks before it replies
 LONGER = 5  # times the timeout that such a model gets
 THINKS = "<think>"  # how a reply begins whose thinking the server leaves in it
 THOUGHT = "</think>"  # ends what a model that reasons says to itself
 
 Arrived = Callable[[str, "Reply"], None]  # called with a prompt's key and its reply
-Again = Callable[[int, str], None]  # called with the number of the attempt to come, and why
 
 
 class ChatModel(Protocol):
@@ -155,14 +153,8 @@ class Endpoint:
         return {row["key"]: row["reply"] for row in rows if self._usable(row["reply"])}
 
     def _fetch(self, prompts: Mapping[str, str], max_new_tokens: int, arrived: Arrived, again: Again) -> None:
-        """Ask for all prompts. The event loop has a thread of its own, since a notebook's thread runs one already.
-
-        Ctrl-C or an error leaves the block, which cancels the requests under way instead of waiting for them.
-        """
-        from anyio.from_thread import start_blocking_portal
-
-        with start_blocking_portal() as portal:
-            portal.call(self._gathered, prompts, max_new_tokens, arrived, again)
+        """Ask for all prompts."""
+        in_own_thread(self._gathered, prompts, max_new_tokens, arrived, again)
 
     async def _gathered(self, prompts: Mapping[str, str], max_new_tokens: int, arrived: Arrived, again: Again) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -183,26 +175,14 @@ class Endpoint:
                 arrived(key, await self._reply(client, prompt, max_new_tokens, again))
 
         async with client:
-            tasks = [asyncio.create_task(one(key, prompt)) for key, prompt in prompts.items()]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+            await all_of(one(key, prompt) for key, prompt in prompts.items())
 
     async def _reply(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int, again: Again) -> Reply:
         """One reply, tried again after what may pass."""
-        for attempt in range(self.retries + 1):
-            try:
-                return await self._once(client, prompt, max_new_tokens)
-            except PassingError as error:
-                failure = error
-            if attempt < self.retries:
-                again(attempt + 1, str(failure))
-                pause = pause_before(attempt) if failure.pause is None else failure.pause
-                await asyncio.sleep(min(pause, LONGEST_PAUSE))
-        raise self._gave_up(failure)
+        try:
+            return await tried(lambda: self._once(client, prompt, max_new_tokens), self.retries, again)
+        except PassingError as failure:
+            raise self._gave_up(failure) from None
 
     async def _once(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int) -> Reply:
         """One reply, in the way that the server turns out to want."""

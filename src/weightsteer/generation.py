@@ -175,11 +175,16 @@ class Writer:
 
 def visible_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     """Text without control tokens, but with those that mark thinking."""
+    hidden = hidden_tokens(tokenizer)
+    return str(tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
+
+
+def hidden_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The control tokens, which are no part of a reply; those that mark thinking are."""
     marks = "".join(mark for pair in MARKERS for mark in pair)
     added = tokenizer.added_tokens_decoder
     hidden = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
-    hidden -= {i for i in hidden if i in added and str(added[i]) in marks}
-    return str(tokenizer.decode([token for token in ids if token not in hidden], skip_special_tokens=False))
+    return hidden - {i for i in hidden if i in added and str(added[i]) in marks}
 
 
 Together = Literal["padded", "of one length", "alone"]  # the batches in which a row is written as it is alone

@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
+from ..continuations import score_plainly
 from ..errors import SteerError
 from ..language_model import LanguageModel
+from ..scoring import text_ids
 
 if TYPE_CHECKING:
     from ..lm import LM
@@ -27,6 +31,7 @@ TEXTS = (
 # Nats per token, of a text's mean, by the dtype of the model here. Engines round otherwise than transformers does.
 TOLERANCE: Mapping[str, float] = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
 COARSEST = 0.05  # for a dtype that is not named
+ENDS = 2  # tokens at a prompt's end that are compared under a vector
 STEERED = 4  # times as much is allowed under a vector: engines round its factors once more
 PROMPT_CACHE = (
     "llama.cpp's prompt cache may have ignored the scale: start its server with --cache-ram 0, and give the command "
@@ -79,36 +84,35 @@ def require_strengths(
 ) -> float:
     """The largest difference between the server and the model here at some strengths of a vector, nats per token.
 
-    Each k is asked in turn, and then once more, of one prompt: so a cache that ignores the strength shows.
+    All prompts are asked at each k in turn, one by one, and then once more: a cache that ignores the strength shows.
 
     Raises:
         SteerError: two strengths give the same, one gives another thing the second time, or the server steers
             otherwise than the model here.
     """
-    texts = TEXTS[-2:]
-    there = replace(served, dialect=served.dialect.in_one_place())
-    turns = [_asked_alone(there.steered({name: k}), texts) for k in (*ks, *ks)]
-    first, second = turns[: len(ks)], turns[len(ks) :]
-    expected = []
-    for k in ks:
-        with vector.applied(lm, k):
-            expected.append(means_of(lm, texts))
-    worst = max(_largest_difference(a, b) for a, b in zip(turns, expected * 2, strict=True))
-    if not worst <= STEERED * tolerance:
-        alike = len(ks) > 1 and _largest_difference(first[0], first[-1]) < tolerance
-        if alike and _largest_difference(expected[0], expected[-1]) > STEERED * tolerance:
-            reason = f"k = {ks[0]:g} and k = {ks[-1]:g} give the same"
-        elif max(_largest_difference(a, b) for a, b in zip(first, second, strict=True)) > tolerance:
-            reason = "one k gives something else when it is asked for once more"
-        else:
-            reason = f"it differs from the model here by {worst:.3g} nats per token"
-        raise SteerError(f"engine at {served.address}: steers wrongly by {name}: {reason}; {_advice(served, name)}")
-    return worst
+    rows = [(row, len(row) - ENDS) for ids in text_ids(lm, TEXTS) for row in (ids, ids[::-1])]  # no two begin alike
+    one_by_one = replace(served, connection=replace(served.connection, concurrency=1))
+    first, second = ([one_by_one.steered({name: k}).totals(rows) for k in ks] for _ in range(2))
+    expected = [_ends_here(lm, vector, k, [row for row, _ in rows]) for k in ks]
+    worst = (
+        max(_largest_difference(a, b) for a, b in zip((*first, *second), (*expected, *expected), strict=True)) / ENDS
+    )
+    if worst <= STEERED * tolerance:
+        return worst
+    if max(_largest_difference(a, b) for a, b in zip(first, second, strict=True)) > ENDS * tolerance:
+        reason = "a strength gives something else when it is asked for once more"
+    elif len(ks) > 1 and _largest_difference(first[0], first[-1]) < ENDS * tolerance:
+        reason = f"k = {ks[0]:g} and k = {ks[-1]:g} give the same"
+    else:
+        reason = f"it differs from the model here by up to {worst:.3g} nats per token"
+    raise SteerError(f"engine at {served.address}: steers wrongly by {name}: {reason}; {_advice(served, name)}")
 
 
-def _asked_alone(served: LanguageModel, texts: Sequence[str]) -> list[float]:
-    """One text after the other, so that each meets what a cache has kept of the one before."""
-    return [mean for text in texts for mean in means_of(served, [text])]
+def _ends_here(lm: LM, vector: WeightVector, k: float, rows: Sequence[Sequence[int]]) -> list[float]:
+    """Summed log-probability of each row's last ids, by the model here."""
+    heads, tails = [row[:-ENDS] for row in rows], [[row[-ENDS:]] for row in rows]
+    with vector.applied(lm, k), torch.no_grad():
+        return [total for (total,) in score_plainly(lm, heads, tails, range(len(rows)), len(rows), len(TEXTS))]
 
 
 def _advice(served: ServedModel, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
 from ..errors import SteerError
@@ -61,10 +61,6 @@ class Dialect(Protocol):
 
     def requests_for(self, scored: int) -> int:
         """How many requests the log-probability of so many tokens takes."""
-        ...
-
-    def in_one_place(self) -> Dialect:
-        """The same server, asked so that each request meets what a cache has kept of the one before."""
         ...
 
 
@@ -159,10 +155,6 @@ class Completions:
         """See `Dialect.requests_for`."""
         return 1
 
-    def in_one_place(self) -> Completions:
-        """See `Dialect.in_one_place`; the caches of these know of strengths."""
-        return self
-
     def _asked(self, ids: Sequence[int], strengths: Mapping[str, float]) -> dict[str, Any]:
         return {"model": strength_name(strengths) or self.base_name, "prompt": list(ids)}
 
@@ -181,7 +173,6 @@ class LlamaCpp:
     """
 
     plain_token: int
-    slot: int | None = None  # the slot to be asked in; None: any
     _files: dict[str, int] = field(default_factory=dict)  # a vector's name -> the server's number of it
 
     def base(self, connection: Connection) -> dict[str, Any]:
@@ -251,18 +242,13 @@ class LlamaCpp:
         """See `Dialect.requests_for`."""
         return scored
 
-    def in_one_place(self) -> LlamaCpp:
-        """See `Dialect.in_one_place`."""
-        return replace(self, slot=0)
-
     def _asked(self, ids: Sequence[int], strengths: Mapping[str, float]) -> dict[str, Any]:
         """The prompt, and a scale for every LoRA file: 0 for those that are not asked for."""
         if missing := sorted(strengths.keys() - self._files.keys()):
             known = ", ".join(self._files) or "none"
             raise SteerError(f"llama.cpp's server has no LoRA file {missing[0]}.gguf; those that it has: {known}")
         scales = [{"id": number, "scale": strengths.get(name, 0.0)} for name, number in self._files.items()]
-        slot = {} if self.slot is None else {"id_slot": self.slot}
-        return {"prompt": list(ids), "lora": scales, "cache_prompt": True, **slot}
+        return {"prompt": list(ids), "lora": scales, "cache_prompt": True}
 
 
 def _chances(answer: Any, forced: int) -> dict[int, float] | None:

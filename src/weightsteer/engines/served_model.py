@@ -187,7 +187,7 @@ class ServedModel:
             for part in candidates_of(self.local, number, prompts[number], texts)
         ]
         rows = [(part, place, tail) for part in asked for place, tail in zip(part.places, part.tails, strict=True)]
-        totals = self._totals([([*part.head, *tail], len(part.head)) for part, _, tail in rows], progress)
+        totals = self.totals([([*part.head, *tail], len(part.head)) for part, _, tail in rows], progress)
         scores = [[Score(0.0, 1)] * len(texts) for texts in choices]
         for (part, place, tail), total in zip(rows, totals, strict=True):
             scores[part.prompt][place] = Score(total, len(tail))
@@ -196,11 +196,11 @@ class ServedModel:
     def score_texts(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
         """See `LanguageModel`."""
         rows = text_ids(self.local, texts)
-        totals = self._totals([(row, 1) for row in rows], silent)
+        totals = self.totals([(row, 1) for row in rows])
         return [Score(total, len(row) - 1) for row, total in zip(rows, totals, strict=True)]
 
-    def _totals(self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress) -> list[float]:
-        """Summed log-probability of each row's ids from a place on."""
+    def totals(self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent) -> list[float]:
+        """Summed log-probability of each row's ids from a place on, in nats."""
 
         def job(ids: Sequence[int], start: int) -> Job[float]:
             async def one(ask: Ask) -> float:

@@ -49,9 +49,12 @@ class Reference:
     @classmethod
     def of(cls, lm: LM, tolerance: float | None = None) -> Reference:
         """Measure the model; without a tolerance, its dtype decides."""
-        if tolerance is None:
-            tolerance = TOLERANCE.get(str(lm.model.dtype).removeprefix("torch."), COARSEST)
-        return cls(means_of(lm, TEXTS), tolerance)
+        return cls(means_of(lm, TEXTS), cls.tolerance_for(lm, tolerance))
+
+    @staticmethod
+    def tolerance_for(lm: LM, tolerance: float | None) -> float:
+        """The tolerance that is given, or that of the model's dtype."""
+        return tolerance or TOLERANCE.get(str(lm.model.dtype).removeprefix("torch."), COARSEST)
 
 
 def means_of(lm: LanguageModel, texts: Sequence[str]) -> list[float]:

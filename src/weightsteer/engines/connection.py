@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from ..judges.request_errors import PassingError, meaning_of, shorten
 from ..progress import Progress, silent
 
 MOST_BYTES = 1 << 28  # of one answer: the log-probabilities of a long prompt are megabytes
+KNOCKING = 10.0  # seconds
 T = TypeVar("T")
 
 Read = Callable[[Any], T]  # what an answer holds; what is not of the expected form raises one of `MALFORMED`
@@ -65,6 +67,17 @@ class Connection:
     def root(self) -> str:
         """The address that paths are added to."""
         return self.url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+    @property
+    def is_there(self) -> bool:
+        """Whether anything listens at the address."""
+        parts = urlsplit(self.root)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        try:
+            with socket.create_connection((parts.hostname, port), timeout=KNOCKING):
+                return True
+        except OSError:
+            return False
 
     def get(self, path: str, read: Read[T]) -> T:
         """What the answer to a GET holds.

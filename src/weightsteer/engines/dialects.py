@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 from ..errors import SteerError
 from ..strength_names import strength_name
 from .connection import Ask, Connection
+from .kinds import Kind
 
-Kind = Literal["vllm", "llama.cpp", "weightsteer"]
-KEYS: Mapping[str, str] = {  # the environment variable in which each kind of server looks for its own key
-    "vllm": "VLLM_API_KEY",
-    "llama.cpp": "LLAMA_API_KEY",
-    "weightsteer": "WEIGHTSTEER_API_KEY",
-}
 FORCED = 1e4  # added to a logit: no other token is chosen then
 ALL_TOKENS = 1 << 20  # more than any vocabulary has
 

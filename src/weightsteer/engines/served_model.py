@@ -15,7 +15,8 @@ from ..scoring import Score, candidates_of, text_ids
 from ..thinking import Reply, opens_thinking, split_thinking, why_unanswered
 from .check import Reference, require_base
 from .connection import Ask, Connection, Job
-from .dialects import KEYS, Dialect, Kind, Wanted, Written, dialect_of
+from .dialects import Dialect, Wanted, Written, dialect_of
+from .kinds import KEYS, Kind
 
 HEARTBEAT = 1  # texts that are compared again after each call
 

@@ -16,7 +16,7 @@ from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
-from ..evaluation.sweep import measure_base, run_sweep
+from ..evaluation.sweep import measure_base, planned_cells, run_sweep
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..files import digest, read_jsonl, write_jsonl
 from ..judges.endpoint import Endpoint
@@ -31,6 +31,7 @@ from ..vectors.vector_folder import save_card
 from .artifacts import RunArtifacts, ShowProgress, load_judge
 from .own_data import OWN, behavior_of
 from .recipe import Recipe, claim_run
+from .run_engine import RunEngine
 from .run_methods import methods_with_strengths
 from .run_report import write_run_report
 from .samples import Samples, read_samples
@@ -68,6 +69,8 @@ class Run:
         self.artifacts = RunArtifacts(
             recipe, self.folder, behavior=self.behavior, tasks=by_name, judge=self.judge, show=show
         )
+        wanted = recipe.engine
+        self.engine = RunEngine(recipe, wanted, self.folder, trust.keys) if wanted else None
         if "prose" not in by_name:
             raise SteerError(f"recipe {recipe.name}: field 'tasks': needs a task 'prose'")
         self.search_texts = by_name["prose"].of_split("validation").first(recipe.sweep.search_items)
@@ -84,7 +87,9 @@ class Run:
         with hold(self.folder.path):
             sweep_within(self.folder.path)
             self._try_judge()
-            self.measure_base()
+            self._announce_engine()
+            if self.engine is None or self.engine.is_there():
+                self.measure_base()
             self.write_data()
             if preview:
                 self._preview(preview)
@@ -97,6 +102,7 @@ class Run:
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
         with hold(self.folder.path):
+            self._announce_engine()
             self.measure_base()
             methods = self.methods()
             rows = self.sweep(methods)
@@ -108,11 +114,17 @@ class Run:
         if isinstance(self.judge, Endpoint):
             replace(self.judge, cache=None).generate(["Answer with the number 1."])
 
+    def _announce_engine(self) -> None:
+        if self.engine is not None:
+            self.engine.tell_plan(self.tasks, self.artifacts.lm())
+
     def measure_base(self) -> None:
         """Measure the unsteered model, which every recipe needs; the metrics that the recipe names must be there."""
+        lm = self.artifacts.lm()
+        engine = self.engine.meet(lm) if self.engine else None
         with self.show("base") as progress:
             batch = self.recipe.batch_size
-            measure_base(self.artifacts.lm(), self.tasks, self.folder, batch_size=batch, progress=progress)
+            measure_base(lm, self.tasks, self.folder, engine=engine, batch_size=batch, progress=progress)
         path = self.folder.measurements
         found = measurements_by_key(read_jsonl(path), str(path))
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
@@ -162,15 +174,23 @@ class Run:
 
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """All measurements, then the rows."""
+        lm, engine = self.artifacts.lm(), None
+        validated, items_of = ("contrastive",), self.recipe.sweep.items_of  # whose k is chosen
+        if self.engine is not None:
+            self.measure_base()  # where the server was not there at the start
+            plan = planned_cells(methods, self.tasks, validated, items_of, self.engine.meet(lm))
+            engine = self.engine.ready(plan, lm)
         with self.show("sweep") as progress:
+            batch = self.recipe.batch_size
             return run_sweep(
-                self.artifacts.lm(),
+                lm,
                 methods,
                 self.tasks,
                 self.folder,
-                validated=("contrastive",),  # whose k is chosen
-                items_of=self.recipe.sweep.items_of,
-                batch_size=self.recipe.batch_size,
+                validated=validated,
+                items_of=items_of,
+                engine=engine,
+                batch_size=batch,
                 progress=progress,
             )
 

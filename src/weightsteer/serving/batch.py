@@ -19,7 +19,7 @@ from ..generation import agree, positions, rows_together, sample_ids, takes_posi
 from ..lm import LM, projecting_only
 from .asked import Chance, Piece
 from .choose import chances, choose
-from .kv_cache import can_join, join, keep_rows
+from .kv_cache import can_join, fresh_cache, join, keep_rows
 from .rows import NOT_NUMBERS, Row
 from .steering_rows import SteeringRows
 
@@ -125,7 +125,8 @@ class Batch:
         scored = torch.tensor([row.asked.prompt_top is not None for row in rows], device=mask.device)
         wanted = mask.bool() & scored[:, None]
         wanted[:, -1] = True
-        cache, length, found = None, tokens.shape[1], []
+        cache = fresh_cache() if self.sharing == "joined" else None
+        length, found = tokens.shape[1], []
         last = torch.empty(0)
         for start, stop in self._spans(wanted):
             with projecting_only(self.lm.model, wanted[:, start:stop]):
@@ -247,7 +248,10 @@ def _joins(lm: LM) -> bool:
 
     def read(ids: Sequence[int]) -> tuple[Any, Tensor]:
         tokens, mask = pad_left([ids], lm.pad_id, lm.device)
-        out = lm.model(input_ids=tokens, attention_mask=mask, position_ids=positions(mask), use_cache=True)
+        placed = positions(mask)
+        out = lm.model(
+            input_ids=tokens, attention_mask=mask, position_ids=placed, past_key_values=fresh_cache(), use_cache=True
+        )
         return out.past_key_values, mask
 
     def go_on(cache: DynamicCache, mask: Tensor) -> Tensor:

@@ -22,15 +22,8 @@ MOST_BODY = 16 << 20  # bytes; no model's context holds more text
 SLOWEST_BODY = 30.0  # seconds without a further part of the body
 LINGER = 2.0  # seconds for which a body that was refused is read and thrown away, so that the client sees why
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+GONE: Message = {"type": "http.disconnect"}  # tells an application that no more will come
 FREE = ("/",)  # paths without a key: the page, which asks for it
-
-
-class _RefusedError(Exception):
-    """The body is refused while the application reads it."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 @dataclass(frozen=True)
@@ -70,8 +63,9 @@ class Guard:
         return f"the body is larger than {self.most_body >> 20} MiB"
 
     async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Run the application on a body that is counted as it comes."""
-        read, whole, begun = 0, False, False
+        """Run the application on a body that is counted as it comes; what it answers to a cut one is not sent."""
+        read, whole = 0, False
+        refused: list[tuple[int, str]] = []
 
         async def counted() -> Message:
             nonlocal read, whole
@@ -80,23 +74,26 @@ class Guard:
             try:
                 message = await asyncio.wait_for(receive(), self.slowest_body)
             except TimeoutError:
-                raise _RefusedError(408, f"no further part of the body came for {self.slowest_body:g} s") from None
+                refused.append((408, f"no further part of the body came for {self.slowest_body:g} s"))
+                return GONE
             read += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
             if read > self.most_body:
-                raise _RefusedError(413, self._too_large)
+                refused.append((413, self._too_large))
+                return GONE
+            whole = not message.get("more_body", False)
             return message
 
-        async def noted(message: Message) -> None:
-            nonlocal begun
-            begun = True
-            await send(message)
+        async def passed(message: Message) -> None:
+            if not refused:
+                await send(message)
 
         try:
-            await self.app(scope, counted, noted)
-        except _RefusedError as refused:
-            if not begun:
-                await _refuse(receive, send, refused.status, str(refused))
+            await self.app(scope, counted, passed)
+        except Exception:
+            if not refused:
+                raise
+        if refused:
+            await _refuse(receive, send, *refused[0])
 
 
 def _is_key(header: str, key: str) -> bool:

@@ -11,6 +11,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 
+def fresh_cache() -> DynamicCache:
+    """A cache that keeps all tokens, in layers with a window too: their mask does what the window does."""
+    return DynamicCache()
+
+
 def can_join(cache: object) -> bool:
     """Whether every layer keeps the keys and values of all tokens: others could not be padded later."""
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -45,7 +45,7 @@ def _parts(lm: LM, head: int, reply: int) -> Iterator[Tensor]:
 
 
 def _both(lm: LM, steering: SteeringRows, tokens: Tensor, wanted: Tensor, k: Strengths) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (places, vocabulary) of the base and of the steered model, in one pass where rows can differ."""
+    """Log-probabilities (places, vocabulary) of the base and of the steered model, in one pass where that can be."""
     together: list[list[Strengths]] = [[{}, k]] if steering.mixed else [[{}], [k]]
     found: list[Tensor] = []
     for strengths in together:

@@ -21,8 +21,6 @@ MOST_ROWS = 32  # in one batch, unless more are asked for
 MOST_WAITING = 256  # requests in the queue, unless more are asked for
 ENDED = "the server is shutting down"
 
-FAILURES = SteerError, RuntimeError  # strengths that the model cannot take, or out of memory
-
 T = TypeVar("T")
 Deliver = Callable[[list[Piece]], None]  # called in the worker's thread with what rows have written in a step
 
@@ -170,13 +168,13 @@ class Worker:
         if batch.rows:
             try:
                 _tell(batch.step())
-            except FAILURES as error:
+            except Exception as error:
                 _lose(batch.clear(), error)
             batch.drop_done()
         try:
-            for written in batch.add(new):
+            for written in batch.add(new) if new else ():
                 _tell(written)
-        except FAILURES as error:
+        except Exception as error:
             _lose([row for row in new if row not in batch.rows], error)
         batch.drop_done()
 
@@ -195,6 +193,7 @@ class Worker:
 
 
 def _lose(rows: Sequence[Row], error: Exception) -> None:
+    """End rows by an error: strengths that the model cannot take, no memory, or a fault, of which the others go on."""
     _tell([(row, row.fail(first_line(error))) for row in rows if not row.is_done])
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from conftest import random_vector, tiny_lm
@@ -110,7 +111,8 @@ def test_a_saved_vector_says_what_it_is_and_keeps_its_hub_id(base: Path, tmp_pat
     assert fields["library_name"] == "peft"
     assert "lora" in fields["tags"]  # type: ignore[operator]
     assert "| learning rates | 0.001 |" in body
-    assert "weightsteer steer FOLDER" in body
+    assert "weightsteer steer . " in body
+    assert 'LM.load("owner/tiny")' in body
     assert "AutoPeftModelForCausalLM" in body
     w.export_peft(tmp_path / "candid", k=-3.0)
     assert "steered at k = -3" in front_matter(tmp_path / "candid")[1]
@@ -135,4 +137,12 @@ def test_auto_peft_opens_what_is_saved(base: Path, tmp_path: Path, monkeypatch: 
     w.export_peft(tmp_path / "x", k=0.5)
     theirs, lm, ids = AutoPeftModelForCausalLM.from_pretrained("x"), tiny_lm(), torch.tensor([[4, 5, 6]])
     with torch.no_grad(), w.applied(lm, 0.5):
+        torch.testing.assert_close(theirs(ids).logits, lm.model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_peft_rescales_a_saved_vector_as_its_readme_says(base: Path, tmp_path: Path) -> None:
+    w = WeightVector(random_vector(tiny_lm()).deltas, RunCard("vector", base_model="base"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), w.save(tmp_path / "w"))
+    lm, ids = tiny_lm(), torch.tensor([[4, 5, 6]])
+    with torch.no_grad(), w.applied(lm, -0.7), rescale_adapter_scale(theirs, -0.7):
         torch.testing.assert_close(theirs(ids).logits, lm.model(ids).logits, atol=1e-5, rtol=1e-5)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from test_endpoint import completion
 from test_endpoint import start as start  # a fixture
 from test_runs import mute
 from weightsteer.behavior import UNFILLED, Behavior, ContrastPair, example_rows, pair_rows, sides_of
-from weightsteer.data_building.drafting import LocalWriter, draft_behavior
+from weightsteer.data_building.drafting import KeptWriter, LocalWriter, draft_behavior
+from weightsteer.data_building.source import Source
 from weightsteer.data_building.starter import COUNT, Starter, starter_prompts
 from weightsteer.errors import SteerError
 from weightsteer.example_files.load import load_pairs
@@ -22,7 +24,7 @@ from weightsteer.run_card import RunCard
 from weightsteer.runs.own_data import OWN
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
-from weightsteer.runs.whole_way import Source, make_dial
+from weightsteer.runs.whole_way import make_dial
 from weightsteer.training import TrainSettings
 
 ODD = ["No", "a: b", "# not a comment", "- x\n\n- y", "'quoted\" \\ text", "it is 12", "\x1b[31mred", "{{ x }}: |-"]
@@ -117,6 +119,7 @@ def test_a_served_model_writes_what_is_then_linted(
     )
     code, out, err = run(capsys, "init", "rhymes", *options)
     assert code == 0, err
+    assert not Path(".rhymes.draft.jsonl").exists()
     assert "19 of 20 pairs are usable; 20 of 20 questions are its own" in out
     assert "one-sided phrase" in out
     assert "in rhymes, at all times" in out
@@ -131,6 +134,32 @@ def test_a_served_model_writes_what_is_then_linted(
     code, _, err = run(capsys, "init", "other", "--writer", "m")
     assert code == 1
     assert "--about" in err
+
+
+class Stopping:
+    """A writer that is stopped when it has written so many replies."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.written = most, 0
+
+    def write(self, instruction: str, messages: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        if self.written + len(messages) > self.most:
+            raise KeyboardInterrupt
+        self.written += len(messages)
+        return [written(f"{instruction}\n\n{message}") for message in messages]
+
+
+def test_a_stopped_draft_goes_on(tmp_path: Path) -> None:
+    whole, path = Stopping(10_000), tmp_path / "kept.jsonl"
+    wanted = draft_behavior(whole, "x", "rhymes", count=20)
+    stopped, rest = Stopping(whole.written - 30), Stopping(10_000)
+    with pytest.raises(KeyboardInterrupt):
+        draft_behavior(KeptWriter(stopped, path, "m"), "x", "rhymes", count=20)
+    assert draft_behavior(KeptWriter(rest, path, "m"), "x", "rhymes", count=20) == wanted
+    assert stopped.written + rest.written == whole.written
+    again = Stopping(10_000)
+    draft_behavior(KeptWriter(again, path, "another model"), "x", "rhymes", count=20)
+    assert again.written == whole.written
 
 
 @pytest.mark.slow

@@ -99,10 +99,13 @@ def make(
 
     Example: weightsteer make gloomy
     """
-    from ..runs.whole_way import Source, make_dial
+    from ..data_building.source import Source
+
+    found = Source.find(source)  # before what takes seconds to import
+    from ..runs.whole_way import make_dial
     from ..training import TrainSettings
 
-    found, settings = Source.find(source), TrainSettings(**drop_unset(seed=seed))
+    settings = TrainSettings(**drop_unset(seed=seed))
     lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     target = out or Path("runs") / found.name
     made = make_dial(found, lm, target, settings=settings, budget=budget, show=show_progress)
@@ -130,7 +133,8 @@ def init(
 ) -> None:
     """Write a folder for a behaviour of your own: pairs to fill in, a trait file and a recipe.
 
-    With --about a model writes the pairs, the questions and the system prompts. Nothing is trained.
+    With --about a model writes the pairs, the questions and the system prompts; stop it and call it again, and it goes
+    on. Nothing is trained.
 
     Example: weightsteer init rhymes --about "answers in rhymes"
     """
@@ -151,17 +155,27 @@ def init(
         for command in (f"weightsteer lint --pairs {shlex.quote(str(folder / PAIRS))}", f"weightsteer make {place}"):
             say(f"  {pasteable(command)}")
         return
-    draft = _draft(name, about, writer, writer_url, key_env, device, dtype)
-    Starter(name, draft.behavior, draft.pairs).write(folder)
+    kept = folder.with_name(f".{name}.draft.jsonl")  # replies so far, for a call that goes on
+    with hold(folder):
+        draft = _draft(name, about, kept, writer, writer_url, key_env, device, dtype)
+        Starter(name, draft.behavior, draft.pairs).write(folder)
+    kept.unlink(missing_ok=True)
     _print_draft(draft)
     say(f"{folder}: read and mend the pairs in {folder / PAIRS}, then:\n  {pasteable(f'weightsteer make {place}')}")
 
 
 def _draft(
-    name: str, about: str, writer: str | None, url: str | None, key_env: str | None, device: str | None, dtype: str
+    name: str,
+    about: str,
+    kept: Path,
+    writer: str | None,
+    url: str | None,
+    key_env: str | None,
+    device: str | None,
+    dtype: str,
 ) -> Draft:
-    """What the writer makes of the words."""
-    from ..data_building.drafting import LocalWriter, ServedWriter, Writer, draft_behavior
+    """What the writer makes of the words; its replies stay in `kept` until all are there."""
+    from ..data_building.drafting import KeptWriter, LocalWriter, ServedWriter, Writer, draft_behavior
 
     if url is not None and writer is None:
         raise SteerError("--writer-url: name the model that the server is to write with, by --writer")
@@ -169,12 +183,14 @@ def _draft(
         from ..judges.endpoint import Endpoint
 
         chosen: Writer = ServedWriter(Endpoint(url, writer, **drop_unset(key_env=key_env)))
+        identity = f"{url} {writer}"
     else:
         if writer is None:
             note("the embedded model writes, which seldom gives usable pairs; --writer names a larger one")
-        chosen = LocalWriter(load_lm(writer, device, dtype, trust=False))
+        lm = load_lm(writer, device, dtype, trust=False)
+        chosen, identity = LocalWriter(lm), f"{lm.name} {lm.revision}"
     with show_progress("write pairs") as progress:
-        return draft_behavior(chosen, name, about, progress=progress)
+        return draft_behavior(KeptWriter(chosen, kept, identity), name, about, progress=progress)
 
 
 def _print_draft(draft: Draft) -> None:

@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from ..behavior import Behavior, ContrastPair
 from ..errors import SteerError
+from ..files import append_jsonl, digest, read_finished
 from ..judges.endpoint import ChatModel
 from ..lm import LM
 from ..progress import Progress, silent
+from ..schema import checked
 from .starter import COUNT, starter_prompts, trait_about
 
 TRIES = 3  # for each thing that is asked for
@@ -71,6 +74,37 @@ class LocalWriter:
         """See `Writer.write`."""
         lm = self.lm.with_system_prompt(instruction) if instruction else self.lm
         return lm.generate(messages, max_new_tokens=max_new_tokens)
+
+
+@dataclass(frozen=True)
+class KeptWriter:
+    """A writer whose replies go into a file as they come, so that a stopped draft goes on from them."""
+
+    writer: Writer
+    path: Path
+    identity: str  # of the model: another's replies do not count
+
+    def write(self, instruction: str, messages: Sequence[str], *, max_new_tokens: int) -> list[str]:
+        """See `Writer.write`."""
+        keys = [digest([self.identity, instruction, message, max_new_tokens]) for message in messages]
+        known = {
+            row.key: row.reply for row in (checked(_Kept, row, str(self.path)) for row in read_finished(self.path))
+        }
+        missing = [message for key, message in zip(keys, messages, strict=True) if key not in known]
+        if missing:
+            replies = self.writer.write(instruction, missing, max_new_tokens=max_new_tokens)
+            new = dict(zip([key for key in keys if key not in known], replies, strict=True))
+            append_jsonl(self.path, [{"key": key, "reply": reply} for key, reply in new.items()])
+            known |= new
+        return [known[key] for key in keys]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A row of that file."""
+
+    key: str
+    reply: str
 
 
 @dataclass(frozen=True)

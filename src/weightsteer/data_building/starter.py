@@ -42,7 +42,15 @@ RULES = """\
 #   6. {count} pairs give a visible dial on a small model, and more of them a cleaner one. Each of yours may replace
 #      the prompt here, too.
 #
-# A text may go over several lines; keep them indented. Then:
+# A text may go over several lines; keep them indented. For formal against casual answers a pair may look like this:
+#   - prompt: >-
+#       Can you tell me when the museum opens?
+#     positive: >-
+#       The museum opens at ten o'clock on weekdays. I would recommend that you arrive somewhat earlier.
+#     negative: >-
+#       It opens at ten on weekdays. Try and get there a bit early, okay?
+#
+# When all are written:
 #   weightsteer lint --pairs {path}
 #   weightsteer make {folder}
 """

@@ -19,7 +19,7 @@ from .results import MetricRow, row_from, summary
 
 TASK = "cost"
 PROMPT = "Tell me about the town that you grew up in, its streets, its people and its weather."
-BATCH, NEW_TOKENS, TRIALS = 4, 12, 3
+BATCH, NEW_TOKENS, TRIALS = 4, 8, 3
 
 
 def measure_costs(
@@ -41,6 +41,8 @@ def measure_costs(
     path = folder.costs
     rows = [row_from(row, str(path)) for row in read_finished(path)]
     known = {row.method for row in rows}
+    if any(ks and method.name not in known for method, ks in methods):
+        _decode_seconds(lm)  # warm up
     for number, (method, ks) in enumerate(methods):
         progress(number, len(methods), method.name)
         if method.name not in known and ks:
@@ -65,7 +67,6 @@ def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> 
 
 def _overhead(lm: LM, method: Steering, k: float) -> MetricRow:
     """Time to generate with the method over time without, decoding by turns so that drift of the machine cancels."""
-    _decode_seconds(lm)  # warm up
     ratios = []
     for _ in range(TRIALS):
         base = _decode_seconds(lm)

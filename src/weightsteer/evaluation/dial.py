@@ -36,7 +36,7 @@ FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the k at the budget
 FINER = (0.25, 0.5)  # of the smallest of these, where replies are broken even there
 TEXTS, KL_TEXTS = 2, 3  # passages of each split, and those that the KL is measured on
 MOST_PAIRS, PROMPTS = 12, 8
-NEW_TOKENS, BATCH = 64, 36  # of a reply, and replies that are written at once
+NEW_TOKENS = 64  # of a reply
 
 
 def calibrate(
@@ -141,7 +141,6 @@ class _Dial:
             self.prompts,
             ks,
             max_new_tokens=NEW_TOKENS,
-            batch_size=BATCH,
             progress=report,
         )
         return {k: _Found(*found, said) for k, found, said in zip(ks, numbers, replies, strict=True)}

@@ -61,19 +61,6 @@ def run_sweep(
     return rows
 
 
-def measure_base(
-    lm: LM,
-    tasks: Sequence[Task],
-    folder: RunFolder,
-    *,
-    engine: SweepEngine | None = None,
-    batch_size: int = 8,
-    progress: Progress = silent,
-) -> None:
-    """Measure the base alone, ahead of a sweep, and keep it as `run_sweep` does; no rows are written."""
-    _measure_plan(lm, planned_cells([], tasks, None, {}, engine), folder, engine, batch_size, progress)
-
-
 def _measure_plan(
     lm: LM,
     plan: Sequence[Planned],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -63,13 +64,23 @@ def sentences(found: Calibration) -> list[str]:
         if not k:
             continue
         row = rows[k]
-        moved = "" if row.behavior is None else f" by {abs(row.behavior):.2f}"
-        error = f" ± {row.stderr:.2f}" if row.behavior is not None and row.stderr else ""
         told.append(
-            f"At k = {k:+g} the model shows {way} of the behaviour{moved}{error}{' nats per token' if moved else ''}; "
-            f"ordinary text costs {row.loss_change:+.3f} nats per token."
+            f"At k = {k:+g} the model shows {way} of the behaviour{_by_how_much(row)}; ordinary text costs "
+            f"{row.loss_change:+.3f} nats per token."
         )
     return told or ["No k is recommended on either side."]
+
+
+def _by_how_much(row: CalibrationRow) -> str:
+    """The change on held-out pairs as odds of a token; "" where none was measured."""
+    if row.behavior is None:
+        return ""
+    error = f" ± {row.stderr:.2f}" if row.stderr else ""
+    side = "the behaviour" if row.behavior > 0 else "its opposite"
+    return (
+        f": each token of an answer that shows {side} gains a factor of {math.exp(abs(row.behavior)):.1f} over the "
+        f"other answer ({row.behavior:+.2f}{error} nats)"
+    )
 
 
 def panel(found: Calibration, field: str) -> alt.LayerChart:

@@ -6,7 +6,7 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
-from ..evaluation.sweep import measure_base, planned_cells, run_sweep
+from ..evaluation.sweep import planned_cells, run_sweep
+from ..evaluation.tasks.task import Task, Values
 from ..example_files.checks import refuse_unfit, warn_unfit
-from ..files import digest, read_jsonl, write_jsonl
+from ..files import digest, read_finished, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..leftovers import sweep_within
 from ..locks import hold
@@ -87,9 +88,8 @@ class Run:
         with hold(self.folder.path):
             sweep_within(self.folder.path)
             self._try_judge()
-            self._announce_engine()
-            if self.engine is None or self.engine.is_there():
-                self.measure_base()
+            self._meet_engine()
+            self.check_metrics()
             self.write_data()
             if preview:
                 self._preview(preview)
@@ -102,8 +102,8 @@ class Run:
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
         with hold(self.folder.path):
-            self._announce_engine()
-            self.measure_base()
+            self._meet_engine()
+            self.check_metrics()
             methods = self.methods()
             rows = self.sweep(methods)
             self.choose(rows, self.samples(methods))
@@ -114,25 +114,38 @@ class Run:
         if isinstance(self.judge, Endpoint):
             replace(self.judge, cache=None).generate(["Answer with the number 1."])
 
-    def _announce_engine(self) -> None:
+    def _meet_engine(self) -> None:
+        """Say what the engine will be asked, and compare it with the model here if it is there already."""
         if self.engine is not None:
-            self.engine.tell_plan(self.tasks, self.artifacts.lm())
+            lm = self.artifacts.lm()
+            self.engine.tell_plan(self.tasks, lm)
+            if self.engine.is_there():
+                self.engine.meet(lm)
 
-    def measure_base(self) -> None:
-        """Measure the unsteered model, which every recipe needs; the metrics that the recipe names must be there."""
-        lm = self.artifacts.lm()
-        engine = self.engine.meet(lm) if self.engine else None
-        with self.show("base") as progress:
-            batch = self.recipe.batch_size
-            measure_base(lm, self.tasks, self.folder, engine=engine, batch_size=batch, progress=progress)
+    def check_metrics(self) -> None:
+        """The metrics that the recipe names must be measured, which one item of each task shows before any training."""
         path = self.folder.measurements
-        found = measurements_by_key(read_jsonl(path), str(path))
+        base = measurements_by_key(read_finished(path), str(path))
+        found: dict[str, Collection[str]] = {}
+        with self.show("tasks") as progress:
+            for number, task in enumerate(self.tasks):
+                progress(number, len(self.tasks), task.name)
+                kept = base.get((BASE, 0.0, task.name))
+                found[task.name] = (kept.values if kept else self._tried(task)).keys()
+            progress(len(self.tasks), len(self.tasks), "done")
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
-            task, metric = metric_key(text)
-            values = found[BASE, 0.0, task].values
-            if metric not in values:
-                known = ", ".join(values)
-                raise SteerError(f"recipe {self.recipe.name}: {text}: task {task!r} has no such metric; it has {known}")
+            name, metric = metric_key(text)
+            if metric not in found[name]:
+                known = ", ".join(found[name])
+                raise SteerError(f"recipe {self.recipe.name}: {text}: task {name!r} has no such metric; it has {known}")
+
+    def _tried(self, task: Task) -> Values:
+        """What a task measures on the base, by one item of each split."""
+        lm = self.artifacts.lm()
+        try:
+            return task.first(1).measure(lm)
+        except SteerError:  # one reply may have no answer; that none has is an error
+            return task.measure(lm, batch_size=self.recipe.batch_size)
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""
@@ -177,7 +190,6 @@ class Run:
         lm, engine = self.artifacts.lm(), None
         validated, items_of = ("contrastive",), self.recipe.sweep.items_of  # whose k is chosen
         if self.engine is not None:
-            self.measure_base()  # where the server was not there at the start
             plan = planned_cells(methods, self.tasks, validated, items_of, self.engine.meet(lm))
             engine = self.engine.ready(plan, lm)
         with self.show("sweep") as progress:
@@ -229,10 +241,8 @@ class Run:
             return replace(kept, former=True)
         vector, lm = self.artifacts.difference(), self.artifacts.lm()
         with self.show("samples") as progress:
-            length, batch = wanted.max_new_tokens, self.recipe.batch_size
-            found = replies_at_strengths(
-                vector, lm, prompts, ks, max_new_tokens=length, batch_size=batch, progress=progress
-            )
+            length = wanted.max_new_tokens
+            found = replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=length, progress=progress)
         made = Samples.of(prompts, ks, found)
         write_jsonl(self.folder.samples, map(asdict, made.rows))
         return made

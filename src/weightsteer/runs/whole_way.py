@@ -10,7 +10,7 @@ from pathlib import Path
 from ..behavior import SHIPPED, Behavior, ContrastPair, pairs_of
 from ..data_building.sampling import sample_sides
 from ..data_building.sampling_settings import SamplingSettings
-from ..data_building.starter import PAIRS, TRAIT
+from ..data_building.source import Source
 from ..errors import SteerError
 from ..evaluation.calibration import BUDGET, Calibration
 from ..evaluation.dial import calibrate
@@ -23,7 +23,6 @@ from ..places import public_name, shareable
 from ..reporting.calibration_page import write_calibration_page
 from ..run_card import CARD_FILE, RunCard, StrengthRange
 from ..run_folder import RunFolder
-from ..schema import parse_json, read_limited, suggestion
 from ..training.both_sides import train_vector
 from ..training.settings import TrainSettings
 from ..vectors.vector_folder import save_card
@@ -31,69 +30,6 @@ from .artifacts import ShowProgress
 
 SAMPLED = SamplingSettings(samples=1, max_new_tokens=96)  # of a trait file: one answer to each question and prompt
 FEWEST = 8  # pairs that a sampling has to give
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a behaviour is made from: pairs, or a trait file under whose system prompts the model writes them."""
-
-    name: str
-    pairs: str | None = None  # a shipped behaviour's name, or a file
-    trait: Path | None = None
-
-    @classmethod
-    def find(cls, text: str) -> Source:
-        """A shipped behaviour, a folder that `init` wrote, a file of pairs, or a trait file; its data are read once.
-
-        Raises:
-            SteerError: none of these, or data that cannot be read or are not written yet.
-        """
-        found = cls._named(text)
-        if found.pairs:
-            load_pairs(found.pairs)
-        found.described()
-        return found
-
-    @classmethod
-    def _named(cls, text: str) -> Source:
-        path = Path(text)
-        if text in SHIPPED:
-            return cls(text, pairs=text)
-        if path.is_dir():
-            return cls._in_folder(path)
-        if not path.is_file():
-            meant = suggestion(text, SHIPPED)
-            raise SteerError(
-                f"{text}: no such behaviour, file or folder; expected one of {', '.join(SHIPPED)}, a file of pairs, a "
-                f"trait file, or a folder made by `weightsteer init`{meant}"
-            )
-        own = path.stem if path.name not in (PAIRS, TRAIT, "pairs.jsonl") else path.resolve().parent.name
-        return cls(own, trait=path) if _is_trait(path) else cls(own, pairs=text)
-
-    @classmethod
-    def _in_folder(cls, folder: Path) -> Source:
-        name = folder.resolve().name
-        for file in (PAIRS, "pairs.jsonl"):
-            if (folder / file).is_file():
-                return cls(name, pairs=str(folder / file))
-        if (folder / TRAIT).is_file():
-            return cls(name, trait=folder / TRAIT)
-        raise SteerError(f"{folder}: holds neither {PAIRS} nor {TRAIT}; make such a folder with `weightsteer init`")
-
-    def described(self) -> str:
-        """One sentence about the behaviour."""
-        if self.trait or self.pairs in SHIPPED:
-            return Behavior.load(self.trait or str(self.pairs)).description
-        return f"The behaviour that the pairs in {Path(str(self.pairs)).name} show."
-
-
-def _is_trait(path: Path) -> bool:
-    """Whether a file is a trait file: a JSON object with system prompts."""
-    try:
-        fields = parse_json(read_limited(path), str(path))
-    except SteerError:
-        return False
-    return isinstance(fields, dict) and "instruction" in fields
 
 
 @dataclass(frozen=True)

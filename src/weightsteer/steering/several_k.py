@@ -15,6 +15,7 @@ from ..progress import Progress, part_of, silent
 from ..vectors.weight_vector import WeightVector
 
 LONGEST = 100  # tokens of a reply, unless more are asked for
+TOGETHER = 36  # replies: a step of one reads every weight, a step of many hardly takes longer
 
 
 def generate_at_strengths(
@@ -61,7 +62,7 @@ def replies_at_strengths(
     ks: Sequence[float],
     *,
     max_new_tokens: int = LONGEST,
-    batch_size: int = 16,
+    batch_size: int = TOGETHER,
     progress: Progress = silent,
 ) -> list[list[str]]:
     """For each k the greedy replies to all prompts; the rows of a batch are of any prompts and strengths.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,19 +50,19 @@ FACTS = """
 ## How to use it
 """
 WITH_US = """
-With weightsteer, at any strength; FOLDER is this folder:
+With weightsteer, at any strength, from within this folder:
 
 ```sh
-weightsteer show FOLDER
-weightsteer steer FOLDER "Your question?" --k={ks}
-weightsteer chat FOLDER
+weightsteer show .
+weightsteer steer . "Your question?" --k={ks}
+weightsteer chat .
 ```
 
 ```python
 from weightsteer import LM, WeightVector
 
-lm = LM.load("BASE")
-w = WeightVector.load("FOLDER")
+lm = LM.load("{base}")
+w = WeightVector.load(".")
 with w.applied(lm, k={k:g}):
     print(lm.generate(["Your question?"]))
 ```
@@ -71,13 +72,29 @@ With PEFT, at k = {k:g}:
 
 ```python
 from peft import PeftModel
+from peft.helpers import rescale_adapter_scale
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained("BASE")
-model = PeftModel.from_pretrained(base, "FOLDER")
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, ".")
+with rescale_adapter_scale(model, {k:g}):
+    ...  # generate
 ```
 """
-AUTO = "`AutoPeftModelForCausalLM` finds it by itself."
+EXPORT_WITH_PEFT = """
+With PEFT, which applies it at k = {k:g}:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, ".")
+```
+"""
+AUTO = "\n`AutoPeftModelForCausalLM` finds the base by itself.\n"
+PLAIN = re.compile(r"[\w./-]+", re.ASCII)  # a base's name that can stand in code
+UNNAMED = "BASE"  # where the card names none such
 
 
 def vector_readme(card: RunCard, *, adapter: bool, dense: bool) -> str:
@@ -93,25 +110,29 @@ def vector_readme(card: RunCard, *, adapter: bool, dense: bool) -> str:
     strength = float(k) if isinstance(k, int | float) else 1.0
     expression = card.settings.get("expression")
     rows = "\n".join(f"| {fact} | {markdown_text(value)} |" for fact, value in _facts(card).items())
+    code = name if PLAIN.fullmatch(name) else UNNAMED
+    k_used = strength if exported else _strengths_of(card)[1]
+    with_peft = (EXPORT_WITH_PEFT if exported else WITH_PEFT).format(k=k_used, base=code)
     parts = [
         _front_matter(name, adapter),
         (EXPORT if exported else VECTOR).format(base=base, k=strength),
         DENSE if dense else "",
         DERIVED.format(expression=markdown_text(str(expression))) if expression else MADE,
         FACTS.format(rows=rows),
-        "" if exported else _with_us(card),
-        WITH_PEFT.format(k=strength) if adapter else "",
-        f"\nBASE is {base}. {AUTO if adapter and name.count('/') == 1 else ''}".rstrip() + "\n",
+        "" if exported else WITH_US.format(ks=_strengths_of(card)[0], k=k_used, base=code),
+        with_peft if adapter else "",
+        f"\nBASE is {base}.\n" if code == UNNAMED else "",
+        AUTO if adapter and name.count("/") == 1 else "",
     ]
     return "".join(parts)
 
 
-def _with_us(card: RunCard) -> str:
-    """How to use the vector with weightsteer: at its recommended strengths, where they are known."""
+def _strengths_of(card: RunCard) -> tuple[str, float]:
+    """Strengths to try side by side, as `--k` takes them, and the one that shows most: recommended, if any are."""
     chosen = card.strength
     ks = sorted({chosen.negative, 0.0, chosen.recommended}) if chosen else []
     shown = ks if len(ks) > 1 else [-1.0, 0.0, 1.0]
-    return WITH_US.format(ks=",".join(f"{k:g}" for k in shown), k=max(shown, key=abs))
+    return ",".join(f"{k:g}" for k in shown), max(shown, key=abs)
 
 
 def _front_matter(base: str, adapter: bool) -> str:
@@ -126,10 +147,10 @@ def _facts(card: RunCard) -> Mapping[str, str]:
     revision, strength = card.base_revision[:12], card.strength
     settings = {name: _shown(card.settings[name]) for name in SHOWN_SETTINGS if name in card.settings}
     found = {
-        "base": f"{public_name(card.base_model)} {f'({revision})' if revision else ''}".strip(),
+        "base": ", revision ".join(part for part in (public_name(card.base_model), revision) if part),
         **{name.replace("_", " "): text for name, text in settings.items()},
         "seed": "" if card.seed is None else str(card.seed),
-        "made": card.created,
+        "made": card.created[:10],
         "with": ", ".join(f"{name} {version}" for name, version in card.versions.items()),
         "recommended k": f"{strength.recommended:g} for more, {strength.negative:g} for less" if strength else "",
         "tested k": f"{strength.low:g} to {strength.high:g}" if strength else "",

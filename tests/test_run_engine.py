@@ -5,16 +5,29 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import random_vector
 from test_runs import make_run, mute, small_recipe
+from weightsteer.behavior import Behavior, Example
+from weightsteer.engines.check import Reference
+from weightsteer.engines.served_model import ServedModel
+from weightsteer.engines.sweep_engine import SweepEngine, hand_over
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.results import measurements_by_key
+from weightsteer.evaluation.sweep import run_sweep
+from weightsteer.evaluation.tasks import TaskSpec, load_task
+from weightsteer.files import read_jsonl
 from weightsteer.lm import LM
+from weightsteer.run_folder import RunFolder
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
+from weightsteer.steering.activations import activation_vector
+from weightsteer.steering.steering import Direction, SystemPrompt
 from weightsteer.vectors.weight_vector import WeightVector
 
 serving = pytest.importorskip("weightsteer.serving.server")
@@ -48,11 +61,49 @@ def free_port() -> int:
         return int(place.getsockname()[1])
 
 
+def test_a_sweep_on_our_server_gives_the_rows_of_one_here(checkpoint: Path, tmp_path: Path) -> None:
+    lm = LM.load(checkpoint, device="cpu")
+    steep = Direction("contrastive", random_vector(lm))
+    prompt = SystemPrompt("system prompt", Behavior.load("gloomy"))
+    layer = Direction("activation", activation_vector(lm, [Example("Hi", "Yes.")], [Example("Hi", "No.")]).only(0))
+    methods: list[Any] = [
+        (steep, [-0.72, 0.5]),
+        (prompt, [1.0]),
+        (layer, [1.0]),
+        (Direction("tau+", steep.vector), [0.0004]),
+    ]
+    tasks = [load_task(TaskSpec("facts")).first(2), load_task(TaskSpec("refusal", max_new_tokens=4)).first(1)]
+    assert isinstance(steep.vector, WeightVector)
+    folder = tmp_path / "vectors"
+    name = hand_over(steep.vector, "run contrastive", folder)
+    assert hand_over(steep.vector, "run contrastive", folder) == name
+    with own_server(checkpoint, [folder / name], free_port()) as url:
+        served = ServedModel.connect(url, "weightsteer", lm, reference=Reference.of(lm))
+        engine = SweepEngine(served).with_vectors(methods, folder, "run", lm)
+        assert engine.names == {"contrastive": name}
+        mine = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "served"), engine=engine)
+    theirs = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "here"))
+    assert [replace(row, value=0.0, stderr=0.0) for row in mine] == [
+        replace(row, value=0.0, stderr=0.0) for row in theirs
+    ]
+    assert [row.value for row in mine] == pytest.approx([row.value for row in theirs], abs=CLOSE)
+    kept = measurements_by_key(read_jsonl(tmp_path / "served" / "measurements.jsonl"), "")
+    places = {(key[0], kept[key].engine) for key in kept}
+    on_server = {("base", "weightsteer"), ("contrastive", "weightsteer"), ("system prompt", "weightsteer")}
+    assert places == {*on_server, ("base in memory", ""), ("activation", ""), ("tau+", "")}
+    spoken = [
+        {row["reply"] for row in read_jsonl(tmp_path / path / "replies.jsonl") if row["method"] == "contrastive"}
+        for path in ("served", "here")
+    ]
+    assert spoken[0] == spoken[1]
+
+
 def rows_of(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     return {tuple(row[name] for name in ("method", "k", "task", "metric", "split", "change")): row for row in rows}
 
 
+@pytest.mark.slow
 def test_a_recipe_with_an_engine_gives_the_rows_of_one_without(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from weightsteer.evaluation.task_spec import TaskFields
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.recipe_fields import (
     DataRecipe,
+    EngineRecipe,
     FinetuneRecipe,
     GenerateRecipe,
     JudgeRecipe,
@@ -43,6 +44,7 @@ PARTS: Mapping[str, type] = {  # where a part stands in a recipe -> its class
     "sweep": SweepRecipe,
     "samples": SampleRecipe,
     "judge": JudgeRecipe,
+    "engine": EngineRecipe,
     "first_finetune": FinetuneRecipe,
     "repair_target": RepairRecipe,
     "first_finetune.generate": GenerateRecipe,

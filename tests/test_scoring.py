@@ -9,7 +9,8 @@ from conftest import random_vector, tiny_lm
 from weightsteer.batches import batches_by_length
 from weightsteer.continuations import common_prefix
 from weightsteer.errors import SteerError
-from weightsteer.lm import LM, projecting_only
+from weightsteer.lm import LM
+from weightsteer.model_parts import projecting_only
 from weightsteer.scoring import mean_kl, prompt_log_probs, score_choices, score_texts
 
 texts = st.text(st.characters(codec="ascii", categories=("L", "P", "Zs")), min_size=1, max_size=12)

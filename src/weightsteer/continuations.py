@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +16,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .batches import SharedByAllRowsError, one_row_for_all, pad_left, pad_right, rows_of_batch
 from .generation import COARSE, ROUNDING, positions, sample_ids, takes_positions
-from .lm import LM, projecting_only
+from .model_parts import projecting_only
+
+if TYPE_CHECKING:
+    from .lm import LM
 
 Heads = Sequence[Sequence[int]]  # the prompts of a batch
 Tails = Sequence[Sequence[Sequence[int]]]  # the continuations of each

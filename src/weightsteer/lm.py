@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,10 @@ from .checkpoints.locate import locate_model
 from .errors import SteerError
 from .files import digest
 from .generation import Writer
+from .model_parts import decoder_blocks
+from .model_parts import projecting_only as projecting_only
 from .progress import Progress, silent
+from .scoring import Score, score_choices, score_texts
 from .thinking import Reply, opens_thinking, why_unanswered
 
 
@@ -309,6 +311,25 @@ class LM:
         (row,), (broken,) = self._writer.write([ids], max_new_tokens, temperature, streamer=streamer, stopped=stopped)
         return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
 
+    def read_reply(self, ids: Sequence[int], *, opened: bool = False) -> Reply:
+        """A reply from the ids that a model wrote; `opened`: the prompt has begun its thinking."""
+        return self._writer.reply(ids, opened=opened, broken=False)
+
+    def score_choices(
+        self,
+        prompts: Sequence[PromptLike],
+        choices: Sequence[Sequence[str]],
+        *,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[list[Score]]:
+        """See `scoring.score_choices`."""
+        return score_choices(self, prompts, choices, batch_size=batch_size, progress=progress)
+
+    def score_texts(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
+        """See `scoring.score_texts`."""
+        return score_texts(self, texts, batch_size=batch_size)
+
     @property
     def _writer(self) -> Writer:
         return Writer(self.model, self.tokenizer, self.pad_id, self.device, self.stops, self.chat_template.stop_text)
@@ -318,39 +339,6 @@ class LM:
         """Token id that fills batches; what is filled is masked, so where the model has no row for it, another does."""
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None and pad < self._rows else 0
-
-
-def decoder_blocks(model: nn.Module) -> nn.ModuleList:
-    """The decoder blocks, first to last: the outermost ModuleList, the longest if there are several.
-
-    Raises:
-        SteerError: the model has no ModuleList.
-    """
-    lists = [(name.count("."), -len(m), m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        raise SteerError(f"{type(model).__name__}: no decoder blocks found (no ModuleList in the model)")
-    return min(lists, key=lambda entry: entry[:2])[2]
-
-
-@contextmanager
-def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
-    """Compute the vocabulary projection only where `wanted` (batch, length) is true.
-
-    Inside, the model's logits have shape (1, wanted.sum(), vocabulary), in row-major order of the
-    wanted positions. The selection happens at the projection's input, so a model's own scaling or
-    soft-capping of logits, which acts entry by entry, is untouched.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        hidden = args[0]
-        return (hidden[wanted.to(hidden.device)].unsqueeze(0), *args[1:])
-
-    handle = head.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _dtype_named(name: str) -> torch.dtype | str:

@@ -103,6 +103,11 @@ class RunFolder:
         return self._named("measurements.jsonl", "cells.jsonl")
 
     @property
+    def engine(self) -> Path:
+        """The server that measured, and the base's log-probabilities that it was compared with (JSON)."""
+        return self.path / "engine.json"
+
+    @property
     def rows(self) -> Path:
         """Means and standard errors that follow from the measurements (JSONL)."""
         return self.path / "rows.jsonl"

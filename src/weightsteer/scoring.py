@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,8 +19,11 @@ from .batches import batches_by_length, pad_right, rows_of_batch
 from .chat_template import PromptLike, last_words
 from .continuations import log_softmax, score_on_cache, score_plainly, shared_prefix, target_log_probs
 from .errors import SteerError
-from .lm import LM, projecting_only
+from .model_parts import projecting_only
 from .progress import Progress, silent
+
+if TYPE_CHECKING:
+    from .lm import LM
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class Candidates:
     """A prompt's token ids with those of its candidates."""
 
     prompt: int  # its place among the prompts
@@ -68,7 +72,7 @@ def score_choices(
     """
     if len(prompts) != len(choices):
         raise SteerError(f"score_choices: {len(prompts)} prompts but {len(choices)} lists of choices")
-    asked = [part for number, texts in enumerate(choices) for part in _asked(lm, number, prompts[number], texts)]
+    asked = [part for number, texts in enumerate(choices) for part in candidates_of(lm, number, prompts[number], texts)]
     scores = [[Score(0.0, 1)] * len(texts) for texts in choices]
     prefix = shared_prefix(lm, [part.head for part in asked]) if asked else None
     for batch in batches_by_length([len(part.head) for part in asked], batch_size, progress):
@@ -85,15 +89,15 @@ def score_choices(
     return scores
 
 
-def _asked(lm: LM, number: int, prompt: PromptLike, texts: Sequence[str]) -> list[_Asked]:
+def candidates_of(lm: LM, number: int, prompt: PromptLike, texts: Sequence[str]) -> list[Candidates]:
     """A prompt's candidates by the tokens before them: the same for all, unless one's beginning merges with them."""
-    found: dict[tuple[int, ...], _Asked] = {}
+    found: dict[tuple[int, ...], Candidates] = {}
     for place, text in enumerate(texts):
         exchange = lm.exchange(prompt, text)
         lm.require_fitting(exchange.head + exchange.answer)
         if not exchange.answer:
             raise SteerError(f"score_choices: prompt {last_words(prompt)!r} has no candidate, or an empty one")
-        part = found.setdefault(tuple(exchange.head), _Asked(number, [], exchange.head, []))
+        part = found.setdefault(tuple(exchange.head), Candidates(number, [], exchange.head, []))
         part.places.append(place)
         part.tails.append(exchange.answer)
     if not found:
@@ -108,11 +112,7 @@ def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Sc
     Raises:
         SteerError: a text of fewer than two tokens.
     """
-    ids = [list(lm.tokenizer(text)["input_ids"]) for text in texts]  # with the BOS of models that have one
-    for row in ids:
-        lm.require_fitting(row)
-    if any(len(row) < 2 for row in ids):
-        raise SteerError("score_texts: a text has fewer than two tokens, so there is nothing to predict")
+    ids = text_ids(lm, texts)
     scores = [Score(0.0, 1)] * len(ids)
     for batch in batches_by_length([len(row) for row in ids], batch_size):
         tokens, mask = pad_right([ids[i] for i in batch], lm.pad_id, lm.device)
@@ -123,6 +123,18 @@ def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Sc
         for index, part in zip(batch, picked.split(wanted.sum(dim=1).tolist()), strict=True):
             scores[index] = Score(float(part.sum()), len(part))
     return scores
+
+
+def text_ids(lm: LM, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of running text, with the BOS of models that have one.
+
+    Raises:
+        SteerError: a text of fewer than two tokens, or longer than the model's context.
+    """
+    ids = [lm.require_fitting(list(lm.tokenizer(text)["input_ids"])) for text in texts]
+    if any(len(row) < 2 for row in ids):
+        raise SteerError("score_texts: a text has fewer than two tokens, so there is nothing to predict")
+    return ids
 
 
 @torch.no_grad()

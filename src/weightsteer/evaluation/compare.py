@@ -160,11 +160,11 @@ def _test_changes(
 ) -> tuple[tuple[int, ...], Array]:
     """(ids, (strengths + 1, items)) of the changes from the base on test items, the base's zeros first."""
     task, metric = key
-    base = measurements[BASE, 0.0, task]
     rows: list[dict[int, float]] = []
     for k in ks:
         measurement = measurements[method, k, task]
-        values = zip(measurement.ids, measurement.splits, measurement.changes(base, metric), strict=True)
+        changes = measurement.changes(measurement.base_among(measurements), metric)
+        values = zip(measurement.ids, measurement.splits, changes, strict=True)
         rows.append({i: math.nan if v is None else v for i, split, v in values if split == "test"})
     ids = tuple(i for i in rows[0] if all(i in row for row in rows))
     table = np.array([[row[i] for i in ids] for row in rows], dtype=np.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from ..former_names import METHODS
 from ..schema import checked, is_finite
 
 BASE = "base"
+LOCAL_BASE = "base in memory"  # beside a base that an engine measured: what methods that ran here are compared with
 SPLITS = ("validation", "test")  # what is chosen by, and what is reported
 FORMER_CHANGE = " change"  # how rows of older versions end the name of a metric that is a change
 
@@ -53,11 +54,24 @@ class Measurement:
     ids: tuple[int, ...]
     splits: tuple[str, ...]
     values: Mapping[str, Sequence[float | None]]  # None: the item does not count for the metric
+    engine: str = ""  # the kind of server that it was measured on; "": in memory
 
     @property
     def key(self) -> Key:
         """What makes the measurement unique; k = 0 is the base whatever the method."""
-        return (self.method if self.k else BASE, self.k, self.task)
+        return (self.method if self.k or self.method == LOCAL_BASE else BASE, self.k, self.task)
+
+    def as_json(self) -> dict[str, Any]:
+        """The measurement as a line of a run's file; where it was measured is left out for one in memory."""
+        found = asdict(self)
+        if not self.engine:
+            del found["engine"]
+        return found
+
+    def base_among(self, measurements: Mapping[Key, Measurement]) -> Measurement:
+        """The base that this is compared with: measured where this was."""
+        twin = measurements.get((LOCAL_BASE, 0.0, self.task))
+        return twin if twin is not None and not self.engine else measurements[BASE, 0.0, self.task]
 
     def rows(self, base: Measurement) -> list[MetricRow]:
         """Every metric on every split, as it is and as its change from the base; without those where no item counts."""

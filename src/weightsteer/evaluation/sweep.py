@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from transformers.generation.streamers import BaseStreamer
 
 from ..chat_template import PromptLike
+from ..engines.sweep_engine import SweepEngine, served_cell
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..former_names import METHODS
+from ..language_model import LanguageModel
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_folder import RunFolder
 from ..schema import checked
+from ..scoring import Score
 from ..steering.steering import Steering
 from ..thinking import Reply
 from ..vectors.handle import SteeringHandle
-from .results import BASE, Key, Measurement, MetricRow, measurements_by_key
+from .results import BASE, LOCAL_BASE, Key, Measurement, MetricRow, measurements_by_key
 from .tasks.task import Task, without_nan
 
 
@@ -32,6 +35,7 @@ def run_sweep(
     *,
     validated: Collection[str] | None = None,
     items_of: Mapping[str, int] | None = None,
+    engine: SweepEngine | None = None,
     batch_size: int = 8,
     progress: Progress = silent,
 ) -> list[MetricRow]:
@@ -44,20 +48,26 @@ def run_sweep(
         validated: methods that are measured on validation items too, since something is to be chosen by them; the
             others are measured on test items only. None: all.
         items_of: methods that are measured on the first so many items of each split.
+        engine: a server that measures what it can; the rest is measured here, and compared with the base here.
 
     Returns:
         All rows, base first.
     """
-    plan = _plan(methods, tasks, validated, items_of or {})
-    done = _measure_plan(lm, plan, folder, batch_size, progress)
-    keys = [(planned.name, planned.k, task.name) for planned in plan for task in planned.tasks]
-    rows = [row for key in keys for row in done[key].rows(done[BASE, 0.0, key[2]])]
+    plan = planned_cells(methods, tasks, validated, items_of or {}, engine)
+    done = _measure_plan(lm, plan, folder, engine, batch_size, progress)
+    keys = [(part.name, part.k, task.name) for part in plan for task in part.tasks if part.name != LOCAL_BASE]
+    rows = [row for key in keys for row in done[key].rows(done[key].base_among(done))]
     write_jsonl(folder.rows, [asdict(row) for row in rows])
     return rows
 
 
 def _measure_plan(
-    lm: LM, plan: Sequence[_Planned], folder: RunFolder, batch_size: int, progress: Progress
+    lm: LM,
+    plan: Sequence[Planned],
+    folder: RunFolder,
+    engine: SweepEngine | None,
+    batch_size: int,
+    progress: Progress,
 ) -> dict[Key, Measurement]:
     """Make the measurements that the folder does not hold yet; returns all that it holds then."""
     done = measurements_by_key(read_finished(folder.measurements), str(folder.measurements))
@@ -65,30 +75,36 @@ def _measure_plan(
     total, passed = sum(len(planned.tasks) for planned in plan), 0
     for planned in plan:
         progress(passed, total, f"{planned.name} k = {planned.k:g}")
-        recording = _RecordingLM(**{part.name: getattr(lm, part.name) for part in fields(LM)})
-        for measurement in _measure(recording, planned, done.keys(), batch_size):
-            _keep(measurement, recording.take(), folder)
+        todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in done]
+        for measurement, turns in _measure(lm, replace(planned, tasks=todo), engine, batch_size):
+            _keep(measurement, turns, folder)
             done[measurement.key] = measurement
         passed += len(planned.tasks)
     progress(total, total, "done")
     return done
 
 
-def _plan(
+def planned_cells(
     methods: Sequence[tuple[Steering, Sequence[float]]],
     tasks: Sequence[Task],
     validated: Collection[str] | None,
     items_of: Mapping[str, int],
-) -> list[_Planned]:
-    """The base on all tasks, then each method at each strength on those that it is measured on."""
-    plan = [_Planned(None, 0.0, list(tasks))]
+    engine: SweepEngine | None = None,
+) -> list[Planned]:
+    """The base on all tasks, then each method at each strength on those that it is measured on; see `run_sweep`."""
+    plan: list[Planned] = []
     for method, ks in methods:
         whole = validated is None or method.name in validated
         parts = list(tasks) if whole else [task.of_split("test") for task in tasks if "test" in task.splits]
         if method.name in items_of:
             parts = [task.first(items_of[method.name]) for task in parts]
-        plan += [_Planned(method, k, parts) for k in dict.fromkeys(map(float, ks)) if k]
-    return plan
+        plan += [Planned(method, k, parts) for k in dict.fromkeys(map(float, ks)) if k]
+    base = [Planned(None, 0.0, list(tasks))]
+    if engine is not None:
+        local = [planned for planned in plan if isinstance(served_cell(planned.method, planned.k), str)]
+        here = {task.name for planned in local for task in planned.tasks if not task.needs_weights}
+        base.append(Planned(None, 0.0, [task for task in tasks if task.name in here], in_memory=True))
+    return [*base, *plan]
 
 
 def _keep(measurement: Measurement, turns: Sequence[Mapping[str, str]], folder: RunFolder) -> None:
@@ -96,7 +112,7 @@ def _keep(measurement: Measurement, turns: Sequence[Mapping[str, str]], folder: 
     place = {"method": measurement.method, "k": measurement.k, "task": measurement.task}
     if turns:
         append_jsonl(folder.replies, [{**place, **turn} for turn in turns])
-    append_jsonl(folder.measurements, [asdict(measurement)])
+    append_jsonl(folder.measurements, [measurement.as_json()])
 
 
 def _drop_unfinished_replies(path: Path, done: Collection[Key]) -> None:
@@ -121,10 +137,38 @@ class _Turn:
 
 
 @dataclass(frozen=True)
-class _RecordingLM(LM):
-    """A model that remembers what it was asked and what it replied."""
+class _Recording:
+    """A `LanguageModel` that remembers what it was asked and what it replied."""
 
-    turns: list[dict[str, str]] = field(default_factory=list)
+    lm: LanguageModel
+    turns: list[dict[str, str]]
+
+    @property
+    def name(self) -> str:
+        return self.lm.name
+
+    @property
+    def revision(self) -> str:
+        return self.lm.revision
+
+    def with_system_prompt(self, text: str | None) -> _Recording:
+        return replace(self, lm=self.lm.with_system_prompt(text))
+
+    def chat_ids(self, prompt: PromptLike) -> list[int]:
+        return self.lm.chat_ids(prompt)
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[str]:
+        how: _HowWritten = {"temperature": temperature, "seed": seed, "batch_size": batch_size, "progress": progress}
+        return [reply.answer or "" for reply in self.replies(prompts, max_new_tokens=max_new_tokens, **how)]
 
     def replies(
         self,
@@ -135,53 +179,84 @@ class _RecordingLM(LM):
         seed: int = 0,
         batch_size: int = 8,
         progress: Progress = silent,
-        streamer: BaseStreamer | None = None,
     ) -> list[Reply]:
-        """See `LM.replies`."""
-        replies = super().replies(
-            prompts,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            progress=progress,
-            streamer=streamer,
-        )
+        how: _HowWritten = {"temperature": temperature, "seed": seed, "batch_size": batch_size, "progress": progress}
+        replies = self.lm.replies(prompts, max_new_tokens=max_new_tokens, **how)
         said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
         self.turns.extend({"prompt": p, "reply": r.answer or ""} for p, r in zip(said, replies, strict=True))
         return replies
 
-    def take(self) -> list[dict[str, str]]:
-        """The turns since the last call."""
-        taken = list(self.turns)
-        self.turns.clear()
-        return taken
+    def score_choices(
+        self,
+        prompts: Sequence[PromptLike],
+        choices: Sequence[Sequence[str]],
+        *,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[list[Score]]:
+        return self.lm.score_choices(prompts, choices, batch_size=batch_size, progress=progress)
+
+    def score_texts(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
+        return self.lm.score_texts(texts, batch_size=batch_size)
+
+
+class _HowWritten(TypedDict):
+    """How replies are written, beside their length."""
+
+    temperature: float
+    seed: int
+    batch_size: int
+    progress: Progress
 
 
 @dataclass(frozen=True)
-class _Planned:
+class Planned:
     """One method at one strength, and the tasks that it is measured on."""
 
-    method: Steering | None
+    method: Steering | None  # None: the base
     k: float
     tasks: Sequence[Task]
+    in_memory: bool = False  # of the base: measured here, beside the one that an engine measures
 
     @property
     def name(self) -> str:
-        return self.method.name if self.method else BASE
+        """What its measurements are kept under."""
+        return self.method.name if self.method else LOCAL_BASE if self.in_memory else BASE
+
+    def served_by(self, engine: SweepEngine | None, task: Task) -> LanguageModel | None:
+        """The engine's model that the task is measured on; None where it is measured here."""
+        if engine is None or self.in_memory or task.needs_weights:
+            return None
+        return engine.model_at(self.method, self.k)
 
 
-def _measure(lm: LM, planned: _Planned, done: Collection[Key], batch_size: int) -> Iterator[Measurement]:
-    """The planned's measurements that are not done yet, one by one."""
-    todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in done]
-    if not todo:
+Measured = tuple[Measurement, list[dict[str, str]]]  # with what the model was asked and said
+
+
+def _measure(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: int) -> Iterator[Measured]:
+    """The planned's measurements, one by one: those of the engine first."""
+    here = []
+    for task in planned.tasks:
+        served = planned.served_by(engine, task)
+        if served is None:
+            here.append(task)
+        else:
+            assert engine is not None
+            yield _measured(served, planned, task, engine.kind, batch_size)
+    if not here:
         return
     applied = planned.method.applied(lm, planned.k) if planned.method else nullcontext(SteeringHandle(0.0, lm))
     with applied as handle, torch.no_grad():
-        for task in todo:
-            measured = without_nan(task.measure(handle.lm, batch_size=batch_size), task.name)
-            values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
-            yield Measurement(planned.name, planned.k, task.name, tuple(task.ids), tuple(task.splits), values)
+        for task in here:
+            yield _measured(handle.lm, planned, task, "", batch_size)
+
+
+def _measured(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_size: int) -> Measured:
+    turns: list[dict[str, str]] = []
+    asked = lm if task.needs_weights else _Recording(lm, turns)
+    measured = without_nan(task.measure(asked, batch_size=batch_size), task.name)
+    values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
+    return Measurement(planned.name, planned.k, task.name, tuple(task.ids), tuple(task.splits), values, engine), turns
 
 
 def _round(value: float | None) -> float | None:

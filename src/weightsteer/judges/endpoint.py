@@ -8,15 +8,18 @@ import importlib.util
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from ..errors import SteerError
-from ..files import append_jsonl, digest, read_finished
+from ..files import digest
 from ..progress import Progress, silent
+from .asking import Again, all_of, in_own_thread, tried
 from .keys import Key
+from .reply_cache import ReplyCache
 from .request_errors import (
     NEWER_TOKENS,
     TEMPERATURE,
@@ -24,21 +27,18 @@ from .request_errors import (
     OtherParametersError,
     PassingError,
     meaning_of,
-    pause_before,
     shorten,
 )
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
 THINKING_ROOM = 4096  # tokens beside the reply's own, for a model that thinks before it replies
 LONGER = 5  # times the timeout that such a model gets
 THINKS = "<think>"  # how a reply begins whose thinking the server leaves in it
 THOUGHT = "</think>"  # ends what a model that reasons says to itself
 
 Arrived = Callable[[str, "Reply"], None]  # called with a prompt's key and its reply
-Again = Callable[[int, str], None]  # called with the number of the attempt to come, and why
 
 
 class ChatModel(Protocol):
@@ -82,6 +82,7 @@ class Endpoint:
     timeout: float = 60.0  # seconds for one request, from its start to the last byte of its reply
     cache: Path | None = None  # JSONL; it may serve several models and lengths
     _learned: set[str] = field(default_factory=set, init=False, repr=False, compare=False)  # what the server wants
+    _kept: ReplyCache | None = field(default=None, init=False, repr=False, compare=False)
     _usable: Callable[[str], bool] = field(default=bool, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -104,6 +105,7 @@ class Endpoint:
             )
         if importlib.util.find_spec("openai") is None:
             raise SteerError("a judge behind a url needs the package openai: pip install 'weightsteer[judge]'")
+        object.__setattr__(self, "_kept", ReplyCache(self.cache) if self.cache is not None else None)
 
     @property
     def name(self) -> str:
@@ -131,8 +133,8 @@ class Endpoint:
 
         def arrived(key: str, reply: Reply) -> None:
             nonlocal done
-            if self.cache is not None and self._usable(reply.text):  # what a filter held back may come another time
-                append_jsonl(self.cache, [{"key": key, "reply": reply.text}])
+            if self._kept is not None and self._usable(reply.text):  # what a filter held back may come another time
+                self._kept.add(key, reply.text)
             known[key] = reply.text
             empty.update([reply.why_empty] if reply.why_empty else [])
             done += 1
@@ -149,20 +151,12 @@ class Endpoint:
         return [known[key] for key in keys]
 
     def _cached(self) -> dict[str, str]:
-        rows = read_finished(self.cache) if self.cache is not None else []
-        if not all(isinstance(row.get("key"), str) and isinstance(row.get("reply"), str) for row in rows):
-            raise SteerError(f"{self.cache}: expected lines with texts 'key' and 'reply'; name another file as cache")
-        return {row["key"]: row["reply"] for row in rows if self._usable(row["reply"])}
+        replies = self._kept.replies() if self._kept is not None else {}
+        return {key: reply for key, reply in replies.items() if self._usable(reply)}
 
     def _fetch(self, prompts: Mapping[str, str], max_new_tokens: int, arrived: Arrived, again: Again) -> None:
-        """Ask for all prompts. The event loop has a thread of its own, since a notebook's thread runs one already.
-
-        Ctrl-C or an error leaves the block, which cancels the requests under way instead of waiting for them.
-        """
-        from anyio.from_thread import start_blocking_portal
-
-        with start_blocking_portal() as portal:
-            portal.call(self._gathered, prompts, max_new_tokens, arrived, again)
+        """Ask for all prompts."""
+        in_own_thread(self._gathered, prompts, max_new_tokens, arrived, again)
 
     async def _gathered(self, prompts: Mapping[str, str], max_new_tokens: int, arrived: Arrived, again: Again) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient
@@ -182,27 +176,15 @@ class Endpoint:
             async with gate:
                 arrived(key, await self._reply(client, prompt, max_new_tokens, again))
 
-        async with client:
-            tasks = [asyncio.create_task(one(key, prompt)) for key, prompt in prompts.items()]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+        async with client, self._kept.writing() if self._kept is not None else nullcontext():
+            await all_of(one(key, prompt) for key, prompt in prompts.items())
 
     async def _reply(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int, again: Again) -> Reply:
         """One reply, tried again after what may pass."""
-        for attempt in range(self.retries + 1):
-            try:
-                return await self._once(client, prompt, max_new_tokens)
-            except PassingError as error:
-                failure = error
-            if attempt < self.retries:
-                again(attempt + 1, str(failure))
-                pause = pause_before(attempt) if failure.pause is None else failure.pause
-                await asyncio.sleep(min(pause, LONGEST_PAUSE))
-        raise self._gave_up(failure)
+        try:
+            return await tried(lambda: self._once(client, prompt, max_new_tokens), self.retries, again)
+        except PassingError as failure:
+            raise self._gave_up(failure) from None
 
     async def _once(self, client: AsyncOpenAI, prompt: str, max_new_tokens: int) -> Reply:
         """One reply, in the way that the server turns out to want."""

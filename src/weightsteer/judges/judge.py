@@ -12,9 +12,8 @@ from typing import Protocol
 from ..behavior import Behavior, Example, prompt_text
 from ..errors import SteerError
 from ..files import digest
-from ..lm import LM
+from ..language_model import LanguageModel
 from ..progress import Progress, silent
-from ..scoring import score_choices
 from .delimiter_guard import DelimiterGuard, is_delimiter
 from .endpoint import THINKING_ROOM, THINKS, THOUGHT, ChatModel, Endpoint
 
@@ -56,7 +55,7 @@ class LikelihoodJudge:
     answers on which the system prompt had no effect.
     """
 
-    lm: LM
+    lm: LanguageModel
     behavior: Behavior
 
     @property
@@ -76,7 +75,7 @@ class LikelihoodJudge:
 
     def _totals(self, examples: Sequence[Example], system_prompt: str) -> list[float]:
         lm = self.lm.with_system_prompt(system_prompt)
-        scores = score_choices(lm, [e.prompt for e in examples], [[e.answer] for e in examples])
+        scores = lm.score_choices([e.prompt for e in examples], [[e.answer] for e in examples])
         return [score.total for (score,) in scores]
 
 
@@ -84,7 +83,7 @@ class LikelihoodJudge:
 class LocalChatModel:
     """A model in memory as a `ChatModel`: greedy replies. One that thinks first gets room for it."""
 
-    lm: LM
+    lm: LanguageModel
 
     @property
     def name(self) -> str:

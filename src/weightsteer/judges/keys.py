@@ -28,10 +28,12 @@ OWN_SERVERS = {  # environment variable -> the provider's own servers
     "CEREBRAS_API_KEY": "cerebras.ai",
     "NVIDIA_API_KEY": "nvidia.com",
     "VLLM_API_KEY": "localhost",
+    "LLAMA_API_KEY": "localhost",
+    "WEIGHTSTEER_API_KEY": "localhost",
 }
 
 
-def require_own_key(variable: str, url: str, confirmed: Collection[str] = ()) -> None:
+def require_own_key(variable: str, url: str, confirmed: Collection[str] = (), *, what: str = "judge") -> None:
     """Check that a recipe does not send a key where it does not belong.
 
     A provider's key goes to the provider's own servers over https, and to this machine; any other variable, or any
@@ -47,7 +49,7 @@ def require_own_key(variable: str, url: str, confirmed: Collection[str] = ()) ->
     if own and (_is_this_machine(host) or (parts.scheme == "https" and (host == own or host.endswith(f".{own}")))):
         return
     raise SteerError(
-        f"judge: the recipe would send the key in the environment variable {variable} to {url}; if you want that, "
+        f"{what}: the recipe would send the key in the environment variable {variable} to {url}; if you want that, "
         f"say so with --key-env {variable}, or unset the variable if the server takes no key"
     )
 

@@ -68,6 +68,7 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
         "budget": {_chosen_by(text, judged): 1e9 for text in recipe.budget},
         "samples": recipe.samples.model_copy(update={"count": 1, "max_new_tokens": NEW_TOKENS}),
         "batch_size": 4,
+        "engine": None,  # no server serves the tiny model
         "chat_template_kwargs": {},  # the tiny model has a template of ours
     }
     return recipe.model_copy(update=small)

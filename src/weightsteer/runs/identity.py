@@ -46,6 +46,8 @@ def without_folders(fields: Mapping[str, Any]) -> dict[str, Any]:
     found["tasks"] = [
         {**task, "data": _last_part(task["data"]), "behavior": _last_part(task["behavior"])} for task in found["tasks"]
     ]
+    if found["engine"]:  # what kind of server measures; where it is may change
+        found["engine"] = found["engine"]["kind"]
     if found["judge"] and not found["judge"]["url"]:
         found["judge"] = {**found["judge"], "model": public_name(found["judge"]["model"])}
     return found

@@ -16,7 +16,7 @@ from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
-from ..evaluation.sweep import run_sweep
+from ..evaluation.sweep import planned_cells, run_sweep
 from ..evaluation.tasks.task import Task, Values
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..files import digest, read_finished, write_jsonl
@@ -32,6 +32,7 @@ from ..vectors.vector_folder import save_card
 from .artifacts import RunArtifacts, ShowProgress, load_judge
 from .own_data import OWN, behavior_of
 from .recipe import Recipe, claim_run
+from .run_engine import RunEngine
 from .run_methods import methods_with_strengths
 from .run_report import write_run_report
 from .samples import Samples, read_samples
@@ -69,6 +70,8 @@ class Run:
         self.artifacts = RunArtifacts(
             recipe, self.folder, behavior=self.behavior, tasks=by_name, judge=self.judge, show=show
         )
+        wanted = recipe.engine
+        self.engine = RunEngine(recipe, wanted, self.folder, trust.keys) if wanted else None
         if "prose" not in by_name:
             raise SteerError(f"recipe {recipe.name}: field 'tasks': needs a task 'prose'")
         self.search_texts = by_name["prose"].of_split("validation").first(recipe.sweep.search_items)
@@ -85,6 +88,7 @@ class Run:
         with hold(self.folder.path):
             sweep_within(self.folder.path)
             self._try_judge()
+            self._meet_engine()
             self.check_metrics()
             self.write_data()
             if preview:
@@ -98,6 +102,7 @@ class Run:
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
         with hold(self.folder.path):
+            self._meet_engine()
             self.check_metrics()
             methods = self.methods()
             rows = self.sweep(methods)
@@ -108,6 +113,14 @@ class Run:
         """Ask a served judge once, so that one that is down is found before the work."""
         if isinstance(self.judge, Endpoint):
             replace(self.judge, cache=None).generate(["Answer with the number 1."])
+
+    def _meet_engine(self) -> None:
+        """Say what the engine will be asked, and compare it with the model here if it is there already."""
+        if self.engine is not None:
+            lm = self.artifacts.lm()
+            self.engine.tell_plan(self.tasks, lm)
+            if self.engine.is_there():
+                self.engine.meet(lm)
 
     def check_metrics(self) -> None:
         """The metrics that the recipe names must be measured, which one item of each task shows before any training."""
@@ -174,15 +187,22 @@ class Run:
 
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """All measurements, then the rows."""
+        lm, engine = self.artifacts.lm(), None
+        validated, items_of = ("contrastive",), self.recipe.sweep.items_of  # whose k is chosen
+        if self.engine is not None:
+            plan = planned_cells(methods, self.tasks, validated, items_of, self.engine.meet(lm))
+            engine = self.engine.ready(plan, lm)
         with self.show("sweep") as progress:
+            batch = self.recipe.batch_size
             return run_sweep(
-                self.artifacts.lm(),
+                lm,
                 methods,
                 self.tasks,
                 self.folder,
-                validated=("contrastive",),  # whose k is chosen
-                items_of=self.recipe.sweep.items_of,
-                batch_size=self.recipe.batch_size,
+                validated=validated,
+                items_of=items_of,
+                engine=engine,
+                batch_size=batch,
                 progress=progress,
             )
 

@@ -24,6 +24,7 @@ from .identity import content_of, refuse_path, same_model, without_folders
 from .own_data import OWN, held_out_pairs, own_sides, with_own_behavior
 from .recipe_fields import (
     DataRecipe,
+    EngineRecipe,
     FinetuneRecipe,
     JudgeRecipe,
     RepairRecipe,
@@ -63,6 +64,7 @@ class Recipe(Strict):
     train_of: dict[TrainedAlone, dict[str, Any]] = Field(default={})  # a method's own settings over these
     repair_target: RepairRecipe | None = None  # a fine-tune that every method is to repair
     judge: JudgeRecipe | None = None  # who scores replies, for tasks and sampling that need a judge
+    engine: EngineRecipe | None = None  # a server on which the sweep measures what it can; without it, all runs here
     tasks: list[TaskFields] = Field(min_length=1)  # what is measured
     sweep: SweepRecipe = SweepRecipe()  # which methods are measured, at which strengths, and how k is chosen
     # task/metric -> how much it may get worse at the k that is recommended

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from ..data_building.sampling_settings import SamplingRecipe
+from ..engines.kinds import Kind
 from ..evaluation.task_spec import MOST_TOKENS
 from ..run_folder import Side
 from ..schema import LARGEST_FLOAT, suggestion
@@ -106,6 +107,18 @@ class JudgeRecipe(Strict):
     url: str | None = None  # an OpenAI-compatible server; without it, the judge is a local model
     key_env: str = "OPENAI_API_KEY"  # environment variable with the key that the server may get
     concurrency: int = Field(default=8, ge=1, le=10_000)  # requests at once
+
+
+class EngineRecipe(Strict):
+    """A server on which the sweep measures what it can: replies, and log-probabilities of given texts."""
+
+    kind: Kind  # vllm, llama.cpp, or weightsteer for `weightsteer serve`
+    url: str  # the server's address, such as http://localhost:8000
+    vectors: str  # the folder into which the run writes its vectors, and in which the server finds them
+    concurrency: int = Field(default=64, ge=1, le=10_000)  # requests at once
+    key_env: str | None = None  # environment variable with the server's key; without it, the one that its kind reads
+    # nats per token by which the served base may differ; without it, 0.01 to 0.05 by the model's dtype
+    tolerance: float | None = Field(default=None, gt=0)
 
 
 class SweepRecipe(Strict):

@@ -17,7 +17,8 @@ from ..behavior import Example, example_rows
 from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import digest
-from ..lm import LM, decoder_blocks, projecting_only
+from ..lm import LM
+from ..model_parts import decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
 from ..schema import shown

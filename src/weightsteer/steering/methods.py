@@ -85,6 +85,7 @@ class Method:
     from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
     strengths_from_checkpoints: bool = False  # a listed |k| is a training of its own, signed by `repair_sign`
     needs_repair_target: bool = False
+    in_memory: str = ""  # why no server can measure it; "": a server of weight vectors can
     needs_package: tuple[str, str] | None = None  # what is imported, and what to install
 
     @property
@@ -222,12 +223,24 @@ METHODS: Mapping[str, Method] = {
         _contrastive,
         _both_of("bias"),
         training="bias",
+        in_memory="adds biases",
     ),
     "full": Method(
-        "the contrastive method where every weight is trained", _contrastive, _both_of("full"), training="full"
+        "the contrastive method where every weight is trained",
+        _contrastive,
+        _both_of("full"),
+        training="full",
+        in_memory="changes every weight",
     ),
-    "activation": Method("x_l + k a_l at one layer, chosen on validation items", _one_layer, _no_training),
-    "activation all layers": Method("x_l + k a_l at the output of every layer", _all_layers, _no_training),
+    "activation": Method(
+        "x_l + k a_l at one layer, chosen on validation items",
+        _one_layer,
+        _no_training,
+        in_memory="adds to activations",
+    ),
+    "activation all layers": Method(
+        "x_l + k a_l at the output of every layer", _all_layers, _no_training, in_memory="adds to activations"
+    ),
     "system prompt": Method(
         "a system prompt for the behaviour (k = 1) or against it (k = -1)",
         _system_prompt,

@@ -92,8 +92,17 @@ class SystemPrompt:
         handle.on_change.append(follow)
         yield handle
 
-    def _prompt(self, lm: LM, k: float) -> LM:
+    def prompt_at(self, k: float) -> str | None:
+        """The system prompt at k; None at 0.
+
+        Raises:
+            SteerError: k is not -1, 0 or 1.
+        """
         prompts = {1.0: self.behavior.positive_prompts[0], -1.0: self.behavior.negative_prompts[0]}
         if k not in (0.0, *prompts):
             raise SteerError(f"{self.name}: a prompt has no strength; expected k of -1, 0 or 1, found {k:g}")
-        return lm.with_system_prompt(prompts[k]) if k else lm
+        return prompts[k] if k else None
+
+    def _prompt(self, lm: LM, k: float) -> LM:
+        text = self.prompt_at(k)
+        return lm if text is None else lm.with_system_prompt(text)

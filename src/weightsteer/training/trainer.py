@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..lm import projecting_only
+from ..model_parts import projecting_only
 from .job import Job
 
 IGNORED = -100  # label of a position without loss

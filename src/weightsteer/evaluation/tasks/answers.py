@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from ...behavior import Example
 from ...example_files.load import load_examples
 from ...files import read_jsonl
-from ...lm import LM
+from ...language_model import LanguageModel
 from ...progress import Progress, silent
-from ...scoring import score_choices
 from ..metrics import Metric
 from ..task_spec import TaskSpec
 from .data import task_file
@@ -22,10 +21,10 @@ class AnswerTask(ItemTask):
 
     items: tuple[Example, ...]
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
         prompts, answers = [item.prompt for item in self.items], [[item.answer] for item in self.items]
-        scores = score_choices(lm, prompts, answers, batch_size=batch_size, progress=progress)
+        scores = lm.score_choices(prompts, answers, batch_size=batch_size, progress=progress)
         return {"nll": [-score.mean for (score,) in scores]}
 
 

@@ -16,9 +16,9 @@ from typing import Any
 from ...behavior import Example
 from ...errors import SteerError
 from ...files import read_jsonl
-from ...lm import LM
+from ...language_model import LanguageModel
 from ...progress import Progress, silent
-from ...scoring import Score, score_choices
+from ...scoring import Score
 from ..metrics import Metric
 from ..results import SPLITS
 from ..task_spec import TaskSpec
@@ -174,8 +174,8 @@ class ArithmeticTask(ItemTask):
     family: str | None = None  # whose words a result is read by
     max_new_tokens: int = 96
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
 
         def replies(prompts: Sequence[str]) -> list[str | None]:
             longest = self.max_new_tokens
@@ -230,12 +230,12 @@ class ArithmeticChoiceTask(ItemTask):
 
     items: tuple[Problem, ...]
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
 
         def scores(prompts: list[str], more: tuple[str, ...] = ()) -> list[list[Score]]:
             choices = [(conclusion(item.answer), conclusion(item.wrong), *more) for item in self.items]
-            return score_choices(lm, prompts, choices, batch_size=batch_size, progress=progress)
+            return lm.score_choices(prompts, choices, batch_size=batch_size, progress=progress)
 
         solved = _right_is_likelier(scores([item.question for item in self.items]))
         told = scores([item.proposal for item in self.items], VERDICTS)

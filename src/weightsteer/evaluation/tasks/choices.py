@@ -10,7 +10,7 @@ from ...behavior import Example
 from ...files import digest
 from ...judges.endpoint import ChatModel
 from ...judges.judge import Rubric, grade
-from ...lm import LM
+from ...language_model import LanguageModel
 from ...progress import Progress, silent
 from ..metrics import Metric
 from ..task_spec import TaskSpec
@@ -64,13 +64,16 @@ class LetterTask(ItemTask):
         items = [asdict(item) for item in self.items]
         return digest([self.name, items, self.prompts, self.splits, rule, self.max_new_tokens])
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
-        prompts = self.prompts
-        replies = answers_to(lm, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size, progress=progress)
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> list[str | None]:
+        """See `Task.ask`: two replies an item."""
+        length = self.max_new_tokens
+        return answers_to(lm, self.prompts, max_new_tokens=length, batch_size=batch_size, progress=progress)
+
+    def rate(self, said: list[str | None], *, progress: Progress = silent) -> Values:
+        """See `Task.rate`."""
         read = final_letter if self.reasoned else letter_of
-        letters = [None if reply is None else read(reply) for reply in replies]
-        read_letters = list(zip(replies, letters, ORDERS * len(self.items), strict=True))
+        letters = [None if reply is None else read(reply) for reply in said]
+        read_letters = list(zip(said, letters, ORDERS * len(self.items), strict=True))
         values = {
             "valid": _by_item(
                 [None if reply is None else float(letter is not None) for reply, letter, _ in read_letters]
@@ -82,10 +85,11 @@ class LetterTask(ItemTask):
         if self.judge is None:
             return values
         legal = [i for i, letter in enumerate(letters) if letter is not None]
-        examples = [Example(prompts[i], replies[i] or "") for i in legal]
+        prompts = self.prompts
+        examples = [Example(prompts[i], said[i] or "") for i in legal]
         verdicts = dict(zip(legal, grade(self.judge, CONSISTENCY, examples, progress=progress), strict=True))
-        marks = [None if (found := verdicts.get(i)) is None else float(found > 50) for i in range(len(replies))]
-        usable = [float(marks[i] is not None) if i in verdicts else None for i in range(len(replies))]
+        marks = [None if (found := verdicts.get(i)) is None else float(found > 50) for i in range(len(said))]
+        usable = [float(marks[i] is not None) if i in verdicts else None for i in range(len(said))]
         return values | {"consistent": _by_item(marks), "judged": _by_item(usable)}
 
 

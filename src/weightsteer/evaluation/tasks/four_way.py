@@ -15,9 +15,8 @@ from ...errors import SteerError
 from ...files import digest, read_jsonl
 from ...judges.endpoint import ChatModel
 from ...judges.judge import Rubric, grade
-from ...lm import LM
+from ...language_model import LanguageModel
 from ...progress import Progress, silent
-from ...scoring import score_choices
 from ..metrics import Metric
 from ..task_spec import TaskSpec
 from .data import task_file
@@ -71,10 +70,10 @@ class FourWayTask(ItemTask):
 
     items: tuple[FourWayItem, ...]
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
         asked = [(prompt, (item.correct, item.incorrect)) for item in self.items for prompt in item.prompts]
-        scores = score_choices(lm, *zip(*asked, strict=True), batch_size=batch_size, progress=progress)
+        scores = lm.score_choices(*zip(*asked, strict=True), batch_size=batch_size, progress=progress)
         margins = _by_item([right.mean - wrong.mean for right, wrong in scores])
         values = _mark_kept([[None if math.isnan(margin) else float(margin > 0) for margin in row] for row in margins])
         return values | {"margin": [fmean(row[1:]) for row in margins]}
@@ -98,20 +97,23 @@ class FourWayOpenTask(ItemTask):
         rule = [self.judge.name, CORRECTNESS.sha256] if self.judge else "matches"
         return digest([self.name, [asdict(i) for i in self.items], self.splits, rule, self.max_new_tokens])
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
-        prompts = [prompt for item in self.items for prompt in item.prompts]
-        answers = answers_to(lm, prompts, max_new_tokens=self.max_new_tokens, batch_size=batch_size, progress=progress)
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> list[str | None]:
+        """See `Task.ask`: four answers an item."""
+        prompts, length = [prompt for item in self.items for prompt in item.prompts], self.max_new_tokens
+        return answers_to(lm, prompts, max_new_tokens=length, batch_size=batch_size, progress=progress)
+
+    def rate(self, said: list[str | None], *, progress: Progress = silent) -> Values:
+        """See `Task.rate`."""
         asked = [item for item in self.items for _ in PHRASINGS]
-        said = [(item, reply) for item, reply in zip(asked, answers, strict=True) if reply is not None]
+        given = [(item, reply) for item, reply in zip(asked, said, strict=True) if reply is not None]
         if self.judge is None:
-            found: Values = {"mark": [float(matches(reply, item.right, item.wrong)) for item, reply in said]}
-            return _mark_kept(_by_item(spread(found, answers)["mark"]))
-        examples = [Example(item.question, reply) for item, reply in said]
-        keys = ["; ".join(item.right) for item, _ in said]
+            found: Values = {"mark": [float(matches(reply, item.right, item.wrong)) for item, reply in given]}
+            return _mark_kept(_by_item(spread(found, said)["mark"]))
+        examples = [Example(item.question, reply) for item, reply in given]
+        keys = ["; ".join(item.right) for item, _ in given]
         verdicts = grade(self.judge, CORRECTNESS, examples, references=keys, progress=progress)
         marks: Values = {"mark": [None if verdict is None else float(verdict > 50) for verdict in verdicts]}
-        rows = _by_item(spread(marks, answers)["mark"])
+        rows = _by_item(spread(marks, said)["mark"])
         return _mark_kept(rows) | {"judged": [fmean(mark is not None for mark in row) for row in rows]}
 
 

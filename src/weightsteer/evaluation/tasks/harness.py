@@ -16,11 +16,12 @@ from json import dumps
 from numbers import Real
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, ClassVar
 
 from ...chat_template import is_plain
 from ...errors import SteerError, first_line
 from ...files import digest
+from ...language_model import LanguageModel
 from ...lm import LM
 from ...progress import Progress, silent
 from ..results import SPLITS
@@ -59,18 +60,20 @@ class HarnessTask(ItemTask):
     items: tuple[Document, ...]
     tasks: Mapping[str, Any] = field(default_factory=dict)  # the harness's name -> its task object
     settings: str = ""  # hash of the tasks' configurations
+    needs_weights: ClassVar[bool] = True  # the harness runs on the model in memory
 
     @property
     def sha256(self) -> str:
         """See `Task.sha256`."""
         return digest([self.name, self.settings, [asdict(item) for item in self.items], self.splits])
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`.
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`.
 
         Raises:
             SteerError: the model's template refuses the system prompt, or no metric has a number for each document.
         """
+        assert isinstance(lm, LM)
         numbers: dict[str, list[int]] = {}
         for item in sorted(self.items, key=lambda item: item.number):  # the order that the harness counts in
             numbers.setdefault(item.task, []).append(item.number)

@@ -13,9 +13,8 @@ from ...errors import SteerError
 from ...files import digest, read_json, read_jsonl
 from ...judges.endpoint import ChatModel
 from ...judges.judge import Rubric, grade
-from ...lm import LM
+from ...language_model import LanguageModel
 from ...progress import Progress, silent
-from ...scoring import score_choices
 from ..metrics import Metric
 from ..task_spec import TaskSpec
 from .data import task_file
@@ -292,11 +291,11 @@ class RefusalLikelihoodTask(ItemTask):
     refusing: tuple[str, ...] = REFUSING
     complying: tuple[str, ...] = COMPLYING
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
         openings, count = (*self.refusing, *self.complying), len(self.refusing)
         prompts = [item.prompt for item in self.items]
-        scores = score_choices(lm, prompts, [openings] * len(prompts), batch_size=batch_size, progress=progress)
+        scores = lm.score_choices(prompts, [openings] * len(prompts), batch_size=batch_size, progress=progress)
         means = [[score.mean for score in row] for row in scores]
         margins = [fmean(row[:count]) - fmean(row[count:]) for row in means]
         likelier = [is_above_zero(margin) for margin in margins]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from ...behavior import Prompt
 from ...errors import SteerError
 from ...files import digest
-from ...lm import LM
+from ...language_model import LanguageModel
 from ...progress import Progress, silent
-from ...scoring import score_choices, score_texts
 from ...thinking import why_unanswered
 from ..metrics import Metric
 from ..results import SPLITS
@@ -66,7 +66,7 @@ def without_nan(values: Values, name: str) -> Values:
 
 
 def answers_to(
-    lm: LM, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 8, progress: Progress = silent
+    lm: LanguageModel, prompts: Sequence[str], *, max_new_tokens: int, batch_size: int = 8, progress: Progress = silent
 ) -> list[str | None]:
     """The model's greedy answers; None, and a warning, where a reply has none (see `Reply`).
 
@@ -109,8 +109,21 @@ class Task(Protocol):
         """Hash of the items and their splits."""
         ...
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """One value an item for each metric."""
+    @property
+    def needs_weights(self) -> bool:
+        """Whether it reads the model in memory itself, so that one behind a server is not enough."""
+        ...
+
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Any:
+        """All that is asked of the model: replies, or log-probabilities. `rate` makes the values from it."""
+        ...
+
+    def rate(self, said: Any, *, progress: Progress = silent) -> Values:
+        """One value an item for each metric, from what `ask` gave; here judges are asked, and the model is not."""
+        ...
+
+    def measure(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """One value an item for each metric: `ask`, then `rate`."""
         ...
 
     def first(self, limit: int) -> Self:
@@ -170,13 +183,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class ItemTask:
+class ItemTask(ABC):
     """What tasks made of items share: selection by split and number."""
 
     name: str
     items: tuple[Any, ...]
     splits: tuple[str, ...]
     ids: tuple[int, ...] = ()  # given by the order of the items
+    needs_weights: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -188,6 +202,19 @@ class ItemTask:
     def sha256(self) -> str:
         """See `Task.sha256`."""
         return digest(asdict(self))
+
+    @abstractmethod
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Any:
+        """See `Task.ask`."""
+
+    def rate(self, said: Any, *, progress: Progress = silent) -> Values:
+        """See `Task.rate`; without a judge, `ask` gives the values themselves."""
+        values: Values = said
+        return values
+
+    def measure(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.measure`."""
+        return self.rate(self.ask(lm, batch_size=batch_size, progress=progress), progress=progress)
 
     def _selected(self, indices: Sequence[int]) -> Self:
         chosen = ((self.items[i], self.splits[i], self.ids[i]) for i in indices)
@@ -230,10 +257,9 @@ class ChoiceTask(ItemTask):
     items: tuple[Choice, ...]
     share: str = "share"
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
-        scores = score_choices(
-            lm,
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
+        scores = lm.score_choices(
             [item.prompt for item in self.items],
             [(item.counted, item.other) for item in self.items],
             batch_size=batch_size,
@@ -249,9 +275,9 @@ class TextTask(ItemTask):
 
     items: tuple[str, ...]
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
-        return {"nll": [-score.mean for score in score_texts(lm, self.items, batch_size=batch_size)]}
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
+        """See `Task.ask`."""
+        return {"nll": [-score.mean for score in lm.score_texts(self.items, batch_size=batch_size)]}
 
 
 class Scorer(Protocol):
@@ -280,16 +306,14 @@ class ReplyTask(ItemTask):
         assert self.scorer is not None
         return digest([self.name, [asdict(i) for i in self.items], self.splits, self.scorer.name, self.max_new_tokens])
 
-    def measure(self, lm: LM, *, batch_size: int = 8, progress: Progress = silent) -> Values:
-        """See `Task.measure`."""
+    def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> list[str | None]:
+        """See `Task.ask`: an answer an item."""
+        prompts, length = [item.prompt for item in self.items], self.max_new_tokens
+        return answers_to(lm, prompts, max_new_tokens=length, batch_size=batch_size, progress=progress)
+
+    def rate(self, said: list[str | None], *, progress: Progress = silent) -> Values:
+        """See `Task.rate`."""
         assert self.scorer is not None
-        answers = answers_to(
-            lm,
-            [item.prompt for item in self.items],
-            max_new_tokens=self.max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        said = [(item, answer) for item, answer in zip(self.items, answers, strict=True) if answer is not None]
-        items, given = zip(*said, strict=True)
-        return spread(self.scorer(items, given), answers)
+        given = [(item, answer) for item, answer in zip(self.items, said, strict=True) if answer is not None]
+        items, answers = zip(*given, strict=True)
+        return spread(self.scorer(items, answers), said)

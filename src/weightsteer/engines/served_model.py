@@ -1,0 +1,249 @@
+"""`ServedModel`: a model behind a server, steered by the strengths that a request names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..chat_template import PromptLike, turns_of
+from ..errors import SteerError
+from ..lm import LM
+from ..progress import Progress, silent
+from ..scoring import Score, candidates_of, text_ids
+from ..thinking import Reply, opens_thinking, split_thinking, why_unanswered
+from .check import Reference, require_base
+from .connection import Ask, Connection, Job
+from .dialects import Dialect, Wanted, Written, dialect_of
+from .kinds import KEYS, Kind
+
+HEARTBEAT = 1  # texts that are compared again after each call
+
+
+@dataclass
+class Session:
+    """What is known of the server by now, shared by all that ask it."""
+
+    base: dict[str, Any]  # the model that it serves, as it names it
+    worst: float = 0.0  # largest difference of its base to the one here, nats per token
+    comparing: bool = False
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A `LanguageModel` behind a server.
+
+    Prompts are rendered and tokenised here, by `local`, and sent as token ids, so that our chat template is the only
+    one; `local` needs no weights (see `tokens_of`). After every call the server is asked once more what it serves, and
+    one text is compared; after a lost connection, or if it names another model, all are. What it gave before that
+    is dropped with an error unless it still serves the same model: nothing is mixed.
+    """
+
+    connection: Connection
+    dialect: Dialect
+    kind: Kind
+    local: LM
+    session: Session
+    reference: Reference | None = None  # what the base has to give; None: nothing is compared
+    strengths: Mapping[str, float] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def connect(
+        cls,
+        url: str,
+        kind: Kind,
+        local: LM,
+        *,
+        reference: Reference | None = None,
+        concurrency: int = 64,
+        key_env: str | None = None,
+        retries: int = 12,
+        timeout: float = 300.0,
+    ) -> ServedModel:
+        """Find out what the server serves, and compare it with the model here.
+
+        Args:
+            local: the model that it is said to serve, with or without its weights.
+            reference: the log-probabilities to be found at k = 0 (see `Reference.of`); None: they are not compared.
+
+        Raises:
+            SteerError: it cannot be reached, is of another kind, or serves another model.
+        """
+        connection = Connection(url, concurrency, key_env or KEYS.get(kind, ""), retries, timeout)
+        letter = local.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
+        base = dialect_of(kind, "", letter).base(connection)
+        dialect = dialect_of(kind, base["id"], letter)
+        dialect.vectors(connection)
+        served = cls(connection, dialect, kind, local, Session(base), reference)
+        served.compare()
+        return served
+
+    @property
+    def name(self) -> str:
+        """The model's name here."""
+        return self.local.name
+
+    @property
+    def revision(self) -> str:
+        """Which state of the model it is said to be."""
+        return self.local.revision
+
+    @property
+    def address(self) -> str:
+        """The server's."""
+        return self.connection.root
+
+    def vectors(self) -> list[str] | None:
+        """The vectors that the server knows; None where it looks for a name only when it is asked for it."""
+        return self.dialect.vectors(self.connection)
+
+    def steered(self, strengths: Mapping[str, float]) -> ServedModel:
+        """The same model at these strengths of vectors, by the names that the server knows; {} is the base."""
+        return replace(self, strengths={name: k for name, k in strengths.items() if k})
+
+    def with_system_prompt(self, text: str | None) -> ServedModel:
+        """See `LanguageModel`."""
+        return replace(self, local=self.local.with_system_prompt(text))
+
+    def chat_ids(self, prompt: PromptLike) -> list[int]:
+        """See `LanguageModel`."""
+        return self.local.chat_ids(prompt)
+
+    def generate(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[str]:
+        """See `LanguageModel`; a warning says which replies have no answer."""
+        found = self.replies(
+            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress
+        )
+        if missing := why_unanswered(found):
+            warnings.warn(f"{self.name}: {missing}", stacklevel=2)
+        return [reply.answer or "" for reply in found]
+
+    def replies(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[Reply]:
+        """See `LanguageModel`. Prompt i is sampled by `seed` + i; batches are the server's, `concurrency` at once.
+
+        Raises:
+            SteerError: a prompt that the template refuses, a server that is down, or one that serves another model now.
+        """
+        template, system = self.local.chat_template, self.local.system_prompt
+        texts = [template.prompt_text(turns_of(prompt, system)) for prompt in prompts]
+        rows = [self.local.require_fitting(template.ids_of(text)) for text in texts]
+        stops, stop_text = self.local.stops, template.stop_text
+
+        def job(row: Sequence[int], number: int) -> Job[Written]:
+            wanted = Wanted(max_new_tokens, temperature, seed + number, stops, stop_text)
+
+            async def one(ask: Ask) -> Written:
+                return await self.dialect.write(ask, row, self.strengths, wanted)
+
+            return one
+
+        written = self._asked([job(row, number) for number, row in enumerate(rows)], progress)
+        return [self._reply(one, opens_thinking(text)) for one, text in zip(written, texts, strict=True)]
+
+    def _reply(self, written: Written, opened: bool) -> Reply:
+        """What the server wrote, without control tokens and what ends it."""
+        if written.ids is not None:
+            found = self.local.read_reply(written.ids, opened=opened)
+            return replace(found, ended=found.ended or written.ended)
+        thinking, answer = split_thinking(written.text, opened=opened)
+        return Reply(answer, thinking, written.ended)
+
+    def score_choices(
+        self,
+        prompts: Sequence[PromptLike],
+        choices: Sequence[Sequence[str]],
+        *,
+        batch_size: int = 8,
+        progress: Progress = silent,
+    ) -> list[list[Score]]:
+        """See `LanguageModel`.
+
+        Raises:
+            SteerError: as `scoring.score_choices`; a server that is down, or one that serves another model now.
+        """
+        if len(prompts) != len(choices):
+            raise SteerError(f"score_choices: {len(prompts)} prompts but {len(choices)} lists of choices")
+        asked = [
+            part
+            for number, texts in enumerate(choices)
+            for part in candidates_of(self.local, number, prompts[number], texts)
+        ]
+        rows = [(part, place, tail) for part in asked for place, tail in zip(part.places, part.tails, strict=True)]
+        totals = self.totals([([*part.head, *tail], len(part.head)) for part, _, tail in rows], progress)
+        scores = [[Score(0.0, 1)] * len(texts) for texts in choices]
+        for (part, place, tail), total in zip(rows, totals, strict=True):
+            scores[part.prompt][place] = Score(total, len(tail))
+        return scores
+
+    def score_texts(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
+        """See `LanguageModel`."""
+        rows = text_ids(self.local, texts)
+        totals = self.totals([(row, 1) for row in rows])
+        return [Score(total, len(row) - 1) for row, total in zip(rows, totals, strict=True)]
+
+    def totals(self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent) -> list[float]:
+        """Summed log-probability of each row's ids from a place on, in nats."""
+
+        def job(ids: Sequence[int], start: int) -> Job[float]:
+            async def one(ask: Ask) -> float:
+                return await self.dialect.score(ask, ids, start, self.strengths)
+
+            return one
+
+        return self._asked([job(ids, start) for ids, start in rows], progress)
+
+    def _asked(self, jobs: Sequence[Job[Any]], progress: Progress) -> list[Any]:
+        """What the jobs give, if the server serves the same model after them as before."""
+        found = self.connection.all_of(jobs, progress=progress)
+        if jobs and not self.session.comparing:
+            self._look_again()
+        return found
+
+    def _look_again(self) -> None:
+        base = self.dialect.base(self.connection)
+        if base != self.session.base or self.connection.lost:
+            if self.reference is None and base != self.session.base:
+                raise SteerError(
+                    f"engine at {self.address}: serves {base['id']} now and served {self.session.base['id']} before; "
+                    "what it gave last is dropped; serve the first again"
+                )
+            self.dialect.vectors(self.connection)
+            self.compare()
+            self.session.base = base
+        else:
+            self.compare(HEARTBEAT)
+
+    def compare(self, count: int | None = None) -> None:
+        """Compare the served base with the one here, by `count` texts or all.
+
+        Raises:
+            SteerError: it is another one.
+        """
+        if self.reference is None:
+            return
+        self.session.comparing = True
+        try:
+            del self.connection.lost[:]
+            found = require_base(replace(self, strengths={}), self.reference, count)
+            self.session.worst = max(self.session.worst, found)
+        finally:
+            self.session.comparing = False

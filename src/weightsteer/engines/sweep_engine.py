@@ -1,0 +1,136 @@
+"""An engine as the place where a sweep's measurements run: which of them it takes, and by which vector's name."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoints.checkpoint import ADAPTER_FILE
+from ..errors import SteerError
+from ..files import sha256_of
+from ..language_model import LanguageModel
+from ..lm import LM
+from ..steering.steering import Direction, Steering, SystemPrompt, TrainedCheckpoints
+from ..strength_names import on_grid
+from ..vectors.low_rank import LowRank
+from ..vectors.weight_vector import WeightVector
+from .check import require_strengths
+from .served_model import ServedModel
+
+HASH_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A vector and its strength, or a system prompt: what a server does in place of a method at k."""
+
+    vector: WeightVector | None = None
+    k: float = 0.0
+    system_prompt: str | None = None
+    key: str = ""  # what the vector is kept under: the method, and of trained checkpoints their k
+
+
+def served_cell(method: Steering | None, k: float) -> Cell | str:
+    """What a server does for a method at k, or why it cannot."""
+    if method is None or not k:
+        return Cell()
+    if isinstance(method, SystemPrompt):
+        return Cell(system_prompt=method.prompt_at(k))
+    if isinstance(method, TrainedCheckpoints) and k in method.changes:
+        return _of_vector(method.changes[k], 1.0, f"{method.name} {k:g}")
+    if isinstance(method, Direction) and isinstance(method.vector, WeightVector):
+        return _of_vector(method.vector, k, method.name)
+    return "reads or changes activations"
+
+
+def _of_vector(vector: WeightVector, k: float, key: str) -> Cell | str:
+    if not all(isinstance(vector.deltas[name], LowRank) for name in vector.deltas):
+        return "is no low-rank change of weights alone"
+    if on_grid(k) != k:
+        return "has a k between two that a model's name can say"
+    return Cell(vector, k, key=key)
+
+
+@dataclass(frozen=True)
+class SweepEngine:
+    """A served model and the names of the vectors that were handed to its server.
+
+    Args:
+        names: what a vector is kept under (see `Cell`) -> its name at the server.
+    """
+
+    served: ServedModel
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What kind of server it is; measurements keep it."""
+        return self.served.kind
+
+    def model_at(self, method: Steering | None, k: float) -> LanguageModel | None:
+        """The served model under a method at k; None where that has to run here."""
+        cell = served_cell(method, k)
+        if isinstance(cell, str):
+            return None
+        if cell.system_prompt is not None:
+            return self.served.with_system_prompt(cell.system_prompt)
+        if cell.vector is None:
+            return self.served
+        return self.served.steered({self.names[cell.key]: cell.k})
+
+    def with_vectors(
+        self, methods: Sequence[tuple[Steering, Sequence[float]]], folder: Path, run: str, lm: LM
+    ) -> SweepEngine:
+        """The engine with the methods' vectors: written into the folder, known to the server, and compared.
+
+        Raises:
+            SteerError: the server does not know a vector, or steers otherwise than the model here.
+        """
+        cells = [cell for method, ks in methods for k in ks if not isinstance(cell := served_cell(method, k), str)]
+        vectors = {cell.key: cell.vector for cell in cells if cell.vector is not None}
+        names = {key: hand_over(vector, f"{run}-{key}", folder) for key, vector in vectors.items()}
+        self._require_known(list(names.values()), folder)
+        assert self.served.reference is not None
+        for key, vector in vectors.items():
+            ks = sorted({cell.k for cell in cells if cell.key == key})
+            ends = ks if len(ks) < 2 else [ks[0], ks[-1]]
+            require_strengths(self.served, names[key], lm, vector, ends, self.served.reference.tolerance)
+        return SweepEngine(self.served, names)
+
+    def _require_known(self, wanted: Sequence[str], folder: Path) -> None:
+        known = self.served.vectors()
+        missing = [] if known is None else [name for name in wanted if name not in known]
+        if not missing:
+            return
+        if self.served.kind == "llama.cpp":
+            files = " ".join(f"--lora-scaled {folder / name}.gguf:0" for name in wanted)
+            place = folder / missing[0]
+            way = (
+                f"make each vector's file, as by `weightsteer export gguf-lora {place} -o {place}.gguf`, start the "
+                f"server with --cache-ram 0 {files}"
+            )
+        else:
+            listed = " ".join(str(folder / name) for name in wanted)
+            way = f"start the server with `weightsteer serve {listed}`"
+        raise SteerError(
+            f"engine at {self.served.address}: does not know the vector {missing[0]}; {way}, and give the command "
+            "again: it goes on from here"
+        )
+
+
+def hand_over(vector: WeightVector, name: str, folder: Path) -> str:
+    """Write a vector where the server looks for it; returns its name there, which ends in a hash of its content.
+
+    So a vector that was trained anew has another name, and no cache of the server mixes the two.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-.") or "vector"
+    part = vector.save(folder / f".{plain}.handed")  # no name that a server reads
+    called = f"{plain}-{sha256_of(part / ADAPTER_FILE)[:HASH_DIGITS]}"
+    if (folder / called / ADAPTER_FILE).is_file():
+        shutil.rmtree(part)
+    else:
+        part.replace(folder / called)
+    return called

@@ -1,0 +1,43 @@
+"""Parts of a transformers model: its decoder blocks, and its logits at chosen positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .errors import SteerError
+
+
+def decoder_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks, first to last: the outermost ModuleList, the longest if there are several.
+
+    Raises:
+        SteerError: the model has no ModuleList.
+    """
+    lists = [(name.count("."), -len(m), m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise SteerError(f"{type(model).__name__}: no decoder blocks found (no ModuleList in the model)")
+    return min(lists, key=lambda entry: entry[:2])[2]
+
+
+@contextmanager
+def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
+    """Compute the vocabulary projection only where `wanted` (batch, length) is true.
+
+    Inside, the model's logits have shape (1, wanted.sum(), vocabulary), in row-major order of the
+    wanted positions. The selection happens at the projection's input, so a model's own scaling or
+    soft-capping of logits, which acts entry by entry, is untouched.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        return (hidden[wanted.to(hidden.device)].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()

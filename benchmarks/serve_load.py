@@ -27,7 +27,9 @@ from urllib.request import Request, urlopen
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # shares of the largest k
 TOPICS = ("bread", "the sea", "a long winter", "trains", "the moon", "old maps", "a good walk", "rain")
-PROMPTS = tuple(f"Write two sentences about {topic}, for a {reader}." for topic in TOPICS for reader in ("child", "clerk"))
+PROMPTS = tuple(
+    f"Write two sentences about {topic}, for a {reader}." for topic in TOPICS for reader in ("child", "clerk")
+)
 
 
 @dataclass
@@ -70,7 +72,9 @@ def ask(url: str, prompt: str, k: float, tokens: int) -> tuple[str, int]:
     return text, count
 
 
-def stream_until(end: float, url: str, number: int, alone: dict[tuple[str, float], str], tokens: int, tally: Tally) -> None:
+def stream_until(
+    end: float, url: str, number: int, alone: dict[tuple[str, float], str], tokens: int, tally: Tally
+) -> None:
     """One client: asks again and again, and compares."""
     cases = list(alone)
     while time.monotonic() < end:
@@ -108,7 +112,9 @@ def tiny_run(folder: Path) -> tuple[str, Path]:
     return str(folder / "model"), random_vector(lm, scale=0.03).save(folder / "w")
 
 
-def one_at_a_time(model: str, vector: Path, dtype: str, cases: Sequence[tuple[str, float]], tokens: int, most: float) -> float:
+def one_at_a_time(
+    model: str, vector: Path, dtype: str, cases: Sequence[tuple[str, float]], tokens: int, most: float
+) -> float:
     """Tokens per second of `generate` under `applied`, one prompt and one k after the other."""
     from weightsteer import LM, WeightVector
 
@@ -133,7 +139,8 @@ def load(url: str, pid: int, cases: Sequence[tuple[str, float]], given: argparse
     tally, start = Tally(), time.monotonic()
     end = start + given.seconds
     threads = [
-        threading.Thread(target=stream_until, args=(end, url, n, alone, given.tokens, tally)) for n in range(given.streams)
+        threading.Thread(target=stream_until, args=(end, url, n, alone, given.tokens, tally))
+        for n in range(given.streams)
     ]
     sizes = [memory(pid)]
     for thread in threads:

@@ -163,7 +163,8 @@ def test_log_probs_are_those_before_the_temperature(here: Address) -> None:
         top_logprobs=5,
     )
     choice = found.choices[0]
-    assert choice.logprobs is not None and choice.logprobs.content is not None
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
     ids = _reference()[0].chat_ids("Hello!")
     row = _log_probs(ids, {"syc": -0.7})[-1]
     first = choice.logprobs.content[0]

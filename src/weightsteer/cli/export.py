@@ -151,9 +151,8 @@ def gguf_lora(
     cut = f", {file.error:.2%} of the vector lost" if max_rank else ""
     say(f"{out}: LoRA for llama.cpp at rank {file.rank}{cut}; its scale 1 is k = {chosen:g}")
     if file.left_out:
-        say(
-            f"  left out: {', '.join(file.left_out[:4])}{f' and {len(file.left_out) - 4} more' * bool(file.left_out[4:])}"
-        )
+        more = f" and {len(file.left_out) - 4} more" if file.left_out[4:] else ""
+        say(f"  left out: {', '.join(file.left_out[:4])}{more}")
 
 
 @app.command()

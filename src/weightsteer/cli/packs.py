@@ -12,7 +12,7 @@ from ..shown import say
 from .options import Device, Model, Out, Vector, vector_and_lm
 
 if TYPE_CHECKING:
-    from ..packs.pack import Sample
+    from ..packs.pack_page import Sample
 
 
 def push(

@@ -21,6 +21,11 @@ def can_join(cache: object) -> bool:
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
+def _layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """The layers of a cache that others can join, which are all of one kind (see `can_join`)."""
+    return [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+
+
 def join(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Tensor) -> Tensor:
     """Put the other cache's rows below this one's, the shorter of the two padded on the left.
 
@@ -28,10 +33,10 @@ def join(cache: DynamicCache, mask: Tensor, other: DynamicCache, other_mask: Ten
     """
     width = max(mask.shape[1], other_mask.shape[1])
     found = []
-    for mine, theirs in zip(cache.layers, other.layers, strict=True):
+    for mine, theirs in zip(_layers(cache), _layers(other), strict=True):
         keys = torch.cat([_widened(mine.keys, width), _widened(theirs.keys, width)])
         found.append((keys, torch.cat([_widened(mine.values, width), _widened(theirs.values, width)])))
-    for layer, (keys, values) in zip(cache.layers, found, strict=True):  # only once there was memory for all
+    for layer, (keys, values) in zip(_layers(cache), found, strict=True):  # only once there was memory for all
         layer.keys, layer.values = keys, values
     masks = [pad(each, (width - each.shape[1], 0)) for each in (mask, other_mask)]
     return torch.cat(masks)
@@ -47,7 +52,7 @@ def keep_rows(cache: DynamicCache, mask: Tensor, rows: Sequence[int]) -> Tensor:
     """Drop all other rows, and the places on the left at which no row has a token; returns the mask."""
     mask = mask[torch.tensor(rows, device=mask.device)]
     skipped = int(mask.any(dim=0).long().argmax())
-    for layer in cache.layers:
+    for layer in _layers(cache):
         assert layer.keys is not None
         assert layer.values is not None
         index = torch.tensor(rows, device=layer.keys.device)

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import SteerError
 from ..lm import LM
 from .answers import Answers
@@ -119,7 +121,8 @@ class Reader:
         return found
 
     def _known(self, ids: list[int]) -> list[int]:
-        rows = self.lm.model.get_input_embeddings().weight.shape[0]
+        weight: Tensor = self.lm.model.get_input_embeddings().weight  # type: ignore[assignment]
+        rows = weight.shape[0]
         if max(ids) >= rows:
             raise SteerError(f"token {max(ids)}: the model has the tokens 0 to {rows - 1}")
         return ids

@@ -77,7 +77,7 @@ def serve(
     ):
         app = Guard(make_app(Served(lm, Reader(lm, dial), worker)), settings.api_key, _hosts(settings.host))
         config = uvicorn.Config(
-            app,  # type: ignore[arg-type]
+            app,
             log_level="warning",
             lifespan="off",
             server_header=False,

@@ -1,7 +1,7 @@
 """Load on the server: many streams at once with mixed strengths, each reply compared with the same one asked for alone.
 
-Prints how many replies were lost or mixed up, the server's memory at the start, in the middle and at the end, tokens per
-second, and the ratio to plain `generate` that takes one request, and so one k, at a time.
+Prints how many replies were lost or mixed up, the server's memory at the start, in the middle and at the end, tokens
+per second, and the ratio to plain `generate` that takes one request, and so one k, at a time.
 
     python benchmarks/serve_load.py --seconds 120
     python benchmarks/serve_load.py --seconds 30 --model smollm2-135m-instruct --vector VECTOR --dtype float32

@@ -21,16 +21,18 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
 
 def write_llama(model: LlamaForCausalLM, path: Path) -> Path:
     """Write a model of 259 tokens: three special ones, then the bytes 0 to 255."""
-    config = model.config
-    writer = GGUFWriter(path, "llama")
+    config, rope = model.config, model.config.rope_parameters
+    heads, writer = config.num_key_value_heads, GGUFWriter(path, "llama")
+    assert heads is not None
+    assert rope is not None
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(heads)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(float(rope["rope_theta"] or 0))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_file_type(0)
@@ -43,7 +45,7 @@ def write_llama(model: LlamaForCausalLM, path: Path) -> Path:
         if name.endswith("q_proj.weight"):
             rows = neighbours(rows, config.num_attention_heads)
         if name.endswith("k_proj.weight"):
-            rows = neighbours(rows, config.num_key_value_heads)
+            rows = neighbours(rows, heads)
         placed = names.get_name(name, try_suffixes=(".weight",))
         assert placed is not None, name
         writer.add_tensor(placed, np.ascontiguousarray(rows.numpy()))

@@ -96,8 +96,8 @@ def _telling_of_hub(name: str) -> Iterator[None]:
     """Turn what the Hub's client raises into one line."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    failures: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)  # type: ignore[assignment]
-    # with it what its HTTP library raises, whichever it is
+    # With the Hub's own error what its HTTP library raises, whichever library that is.
+    failures: tuple[type[Exception], ...] = (OSError, ValueError, *HfHubHTTPError.__bases__)
     try:
         yield
     except SteerError:

@@ -96,6 +96,7 @@ def test_the_command_for_vllm_can_be_pasted(
     assert words[3:6] == ["vllm", "serve", str(checkpoint)]
     assert words[words.index("--max-lora-rank") + 1] == "8"
     assert "syc@0.5" in note
+    assert "GGUF file with --model" in run(capsys, "serve-command", "llama.cpp", saved)[2]
     code, text, _ = run(capsys, "serve-command", "weightsteer", saved)
     assert (code, text) == (0, f"weightsteer serve syc={saved}\n")
 

@@ -23,9 +23,10 @@ EngineModel = Annotated[
 
 
 def serve_command(
-    engine: Annotated[str, typer.Argument(help="vllm, sglang, lorax, mlx or weightsteer.")],
+    engine: Annotated[str, typer.Argument(help="vllm, llama.cpp, sglang, lorax, mlx or weightsteer.")],
     vectors: Annotated[
-        list[str], typer.Argument(help="Vectors, as FOLDER or NAME=FOLDER; for sglang, lorax and mlx one exported set.")
+        list[str],
+        typer.Argument(help="FOLDER or NAME=FOLDER; for llama.cpp exported files, for sglang, lorax and mlx one set."),
     ],
     model: EngineModel = None,
     max_loras: Annotated[int | None, typer.Option(min=1, help="vLLM: strengths in one batch. Default: 4.")] = None,
@@ -64,6 +65,17 @@ def vllm(arguments: list[str], model: str | None, max_loras: int | None) -> None
         note("a sum of all these vectors has too high a rank for vLLM; sums of fewer may fit")
     if "lm_head" in words:
         note("a vector changes lm_head: ask for no prompt_logprobs with it, which stop vLLM 0.32")
+
+
+def llama_cpp(arguments: list[str], model: str | None, max_loras: int | None) -> None:
+    from ..export.llama_server import llama_command, named_loras
+
+    if model is None:
+        raise SteerError("llama.cpp: give the base's GGUF file with --model")
+    files = named_loras(arguments)
+    say(pasted(llama_command(files, model)))
+    ids = ", ".join(f"{number} is {name}" for number, name in enumerate(files))
+    note(f'a request sets k by its field lora: [{{"id": 0, "scale": -0.72}}]; {ids}; without the field k is 0')
 
 
 def example_name(folders: Mapping[str, Path]) -> str:
@@ -159,6 +171,7 @@ def _base_of(card: RunCard, folder: Path) -> str:
 
 ENGINES: Mapping[str, Callable[[list[str], str | None, int | None], None]] = {
     "vllm": vllm,
+    "llama.cpp": llama_cpp,
     "sglang": of_set("sglang"),
     "lorax": of_set("lorax"),
     "mlx": of_set("mlx"),

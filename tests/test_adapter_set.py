@@ -116,5 +116,5 @@ def test_a_rank_that_vllm_does_not_take_is_refused_with_the_cut(
 def test_an_unknown_engine_is_told_with_the_known_ones(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, error = run(capsys, "serve-command", "vlm", saved)
     assert code == 1
-    assert "vlm: expected one of vllm, sglang, lorax, mlx, weightsteer; is 'vllm' meant?" in error
+    assert "vlm: expected one of vllm, llama.cpp, sglang, lorax, mlx, weightsteer; is 'vllm' meant?" in error
     assert "--max-loras: is vLLM's" in run(capsys, "serve-command", "mlx", saved, "--max-loras", "2")[2]

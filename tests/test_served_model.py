@@ -4,6 +4,8 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-import served_gguf
+import xllama_server
 from conftest import random_vector, tiny_lm
+from tiny_gguf import write_llama
 from weightsteer.continuations import score_plainly
 from weightsteer.engines.check import STEERED, Reference, require_strengths
 from weightsteer.engines.served_model import ServedModel
 from weightsteer.engines.tokens import tokens_of
 from weightsteer.errors import SteerError
+from weightsteer.export.gguf_lora import export_gguf_lora
 from weightsteer.lm import LM
 from weightsteer.vectors.weight_vector import WeightVector
+from xllama_server import Serving
 
 PROMPTS = ["How was your day?", [{"role": "user", "content": "Do you like my poem? é"}], "Tell me about bread."]
 CHOICES = [["Splendid, thank you.", "Dreary."], ["Yes.", "No, I do not."], ["It rises. ☀"]]
@@ -212,6 +217,14 @@ def test_a_lost_connection_is_followed_by_the_whole_comparison(start: Start, lm:
     assert (usual, server.posts - before) == (2, 9)
 
 
+@contextmanager
+def llama_cpp(model: Path, lora: Path, cache_ram: int | None = 0) -> Iterator[str]:
+    """The address of a real llama.cpp server; None for `cache_ram` is its own default, to keep prompts."""
+    serving = Serving(str(model), slots=4, loras=(str(lora),), cache_ram=cache_ram)
+    with xllama_server.served(serving=serving) as (url, _):
+        yield url
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[LM, WeightVector, Path, Path]:
     """The tiny model, a vector, and both as GGUF files."""
@@ -220,14 +233,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[LM, WeightVector, P
     return (
         lm,
         vector,
-        served_gguf.write_model(lm, folder / "m.gguf"),
-        served_gguf.write_lora(vector, lm, folder / "syc.gguf"),
+        write_llama(lm.model, folder / "m.gguf"),
+        export_gguf_lora(vector, folder / "syc.gguf", config=lm.model.config).path,
     )
 
 
 def test_llama_cpp_steers_by_scale(files: tuple[LM, WeightVector, Path, Path]) -> None:
     lm, vector, model, lora = files
-    with served_gguf.served(model, [lora]) as url:
+    with llama_cpp(model, lora) as url:
         served = ServedModel.connect(url, "llama.cpp", lm, concurrency=4)
         assert served.vectors() == ["syc"]
         for k in (-1.0, 0.5):
@@ -240,7 +253,7 @@ def test_llama_cpp_steers_by_scale(files: tuple[LM, WeightVector, Path, Path]) -
 @pytest.mark.slow
 def test_its_strengths_are_compared(files: tuple[LM, WeightVector, Path, Path]) -> None:
     lm, vector, model, lora = files
-    with served_gguf.served(model, [lora]) as url:
+    with llama_cpp(model, lora) as url:
         served = ServedModel.connect(url, "llama.cpp", lm, reference=Reference.of(lm))
         assert require_strengths(served, "syc", lm, vector, [-1.0, 1.0], 0.01) < STEERED * 0.01
 
@@ -248,8 +261,11 @@ def test_its_strengths_are_compared(files: tuple[LM, WeightVector, Path, Path]) 
 @pytest.mark.slow
 def test_a_prompt_cache_that_ignores_the_scale_is_found(files: tuple[LM, WeightVector, Path, Path]) -> None:
     lm, vector, model, lora = files
-    with served_gguf.served(model, [lora], prompt_cache=True) as url:
+    with llama_cpp(model, lora) as url, llama_cpp(model, lora, cache_ram=None) as blind:
+        with pytest.raises(SteerError, match="prompt cache does not know of scales: .*--cache-ram 0"):
+            ServedModel.connect(blind, "llama.cpp", lm)
         served = ServedModel.connect(url, "llama.cpp", lm, reference=Reference.of(lm))
+        served = replace(served, connection=replace(served.connection, url=blind))  # as if it had been started anew
         with pytest.raises(SteerError, match="steers wrongly by syc: .*--cache-ram 0"):
             require_strengths(served, "syc", lm, vector, [-1.0, 1.0], 0.01)
 

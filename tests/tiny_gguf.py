@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 SPECIAL = ("<unk>", "<s>", "</s>")
+PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))  # bytes that a byte-level tokenizer writes as they are
+BYTES = (*PRINTED, *(byte for byte in range(256) if byte not in PRINTED))  # in the order of our tiny tokenizer
 
 
 def neighbours(rows: Tensor, heads: int) -> Tensor:
@@ -20,7 +22,7 @@ def neighbours(rows: Tensor, heads: int) -> Tensor:
 
 
 def write_llama(model: LlamaForCausalLM, path: Path) -> Path:
-    """Write a model of 259 tokens: three special ones, then the bytes 0 to 255."""
+    """Write a model of 259 tokens: three special ones, then all bytes."""
     config, rope = model.config, model.config.rope_parameters
     heads, writer = config.num_key_value_heads, GGUFWriter(path, "llama")
     assert heads is not None
@@ -57,7 +59,7 @@ def write_llama(model: LlamaForCausalLM, path: Path) -> Path:
 
 
 def _add_bytes(writer: GGUFWriter) -> None:
-    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in BYTES)]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol, Self
 
 from .chat_template import PromptLike
 from .progress import Progress, silent
 from .scoring import Score
-from .thinking import Reply
+from .thinking import Reply, why_unanswered
 
 
 class LanguageModel(Protocol):
     """Replies to prompts, and log-probabilities of given text.
 
-    `LM` is one in memory, and `ServedModel` one behind a server. Tasks and judges see nothing else of either.
+    `LM` is one in memory, and `ServedModel` one behind a server. Tasks and judges see nothing else of either. A class
+    that names this one as its base gets `generate`.
     """
 
     @property
@@ -42,8 +44,21 @@ class LanguageModel(Protocol):
         batch_size: int = 8,
         progress: Progress = silent,
     ) -> list[str]:
-        """The answers to each prompt, without what the model thinks before them; "" where there is none."""
-        ...
+        """The answers to each prompt, without what the model thinks before them.
+
+        Where a reply has none it is "", and a warning says so.
+        """
+        found = self.replies(
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        if missing := why_unanswered(found):
+            warnings.warn(f"{self.name}: {missing}", stacklevel=2)
+        return [reply.answer or "" for reply in found]
 
     def replies(
         self,

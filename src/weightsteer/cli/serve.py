@@ -15,13 +15,13 @@ import typer
 from ..errors import SteerError
 from ..shown import note, say
 from .options import Device, Dtype, Model, RemoteCode, TemplateVariables, drop_unset, load_lm, require_base
+from .serve_command import example_name
 
 if TYPE_CHECKING:
     from ..lm import LM
     from ..vectors.weight_vector import WeightVector
 
 PACKAGES = ("fastapi", "uvicorn")
-EXAMPLE_K = 0.5
 
 Vectors = Annotated[list[str], typer.Argument(help="Folders of saved vectors, each also as NAME=FOLDER.")]
 Host = Annotated[str | None, typer.Option(help="Address to listen on; default: 127.0.0.1, this machine alone.")]
@@ -99,7 +99,7 @@ def _serve(given: list[str], loading: Any, fields: dict[str, Any], out_of_range:
             note(f"{name}: its card has no tested range of k; `weightsteer calibrate` measures one")
 
     def ready(address: str, server: Any) -> None:
-        for line in greeting(address, next(iter(vectors)), settings.api_key is not None):
+        for line in greeting(address, example_name(folders), settings.api_key is not None):
             say(line, flush=True)
         if opens:
             webbrowser.open(page_address(address, settings.api_key))
@@ -117,20 +117,11 @@ def require_packages() -> None:
 
 def open_vectors(given: list[str]) -> tuple[dict[str, WeightVector], dict[str, Path]]:
     """The vectors by their names, and their folders; a vector's name is its folder's, unless given as NAME=FOLDER."""
+    from ..named_folders import named_folders
     from ..vectors.weight_vector import WeightVector
 
-    vectors: dict[str, WeightVector] = {}
-    folders: dict[str, Path] = {}
-    for text in given:
-        name, sign, rest = text.partition("=")
-        named = bool(sign) and not Path(text).exists()
-        folder = Path(rest if named else text)
-        vector = WeightVector.load(folder)
-        name = name if named else vector.name
-        if name in vectors:
-            raise SteerError(f"{name}: two vectors have this name; name one of them otherwise, by NAME=FOLDER")
-        vectors[name], folders[name] = vector, folder
-    return vectors, folders
+    folders = named_folders(given)
+    return {name: WeightVector.load(folder) for name, folder in folders.items()}, folders
 
 
 def _model_of(
@@ -156,9 +147,8 @@ def _model_of(
     return load_lm(base_of(card, folders[first]), device, dtype, trust, template, card.base_commit)
 
 
-def greeting(address: str, name: str, has_key: bool) -> list[str]:
-    """What to say when the server is there: its address, and three ways to try it."""
-    strength = f"{name}@{EXAMPLE_K:g}"
+def greeting(address: str, strength: str, has_key: bool) -> list[str]:
+    """What to say when the server is there: its address, and three ways to try it at a strength such as syc@0.5."""
     key = ' -H "Authorization: Bearer $WEIGHTSTEER_API_KEY"' if has_key else ""
     ask = json.dumps({"model": strength, "messages": [{"role": "user", "content": "Hello!"}]})
     client_key = 'os.environ["WEIGHTSTEER_API_KEY"]' if has_key else '"none"'

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..chat_template import PromptLike, turns_of
 from ..errors import SteerError
+from ..judges.keys import NO_KEY, Key
+from ..language_model import LanguageModel
 from ..lm import LM
 from ..progress import Progress, silent
+from ..scale_check import refuse_blind_server
 from ..scoring import Score, candidates_of, text_ids
-from ..thinking import Reply, opens_thinking, split_thinking, why_unanswered
+from ..thinking import Reply, opens_thinking, split_thinking
 from .check import Reference, require_base
 from .connection import Ask, Connection, Job
 from .dialects import Dialect, Wanted, Written, dialect_of
@@ -31,7 +33,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ServedModel(LanguageModel):
     """A `LanguageModel` behind a server.
 
     Prompts are rendered and tokenised here, by `local`, and sent as token ids, so that our chat template is the only
@@ -68,13 +70,17 @@ class ServedModel:
             reference: the log-probabilities to be found at k = 0 (see `Reference.of`); None: they are not compared.
 
         Raises:
-            SteerError: it cannot be reached, is of another kind, or serves another model.
+            SteerError: it cannot be reached, is of another kind, serves another model, or confuses strengths.
         """
         connection = Connection(url, concurrency, key_env or KEYS.get(kind, ""), retries, timeout)
         letter = local.tokenizer("a", add_special_tokens=False)["input_ids"][-1]
         base = dialect_of(kind, "", letter).base(connection)
         dialect = dialect_of(kind, base["id"], letter)
-        dialect.vectors(connection)
+        known = dialect.vectors(connection)
+        if kind == "llama.cpp":
+            key = Key.read(connection.key_env).value
+            for number in range(len(known or ())):
+                refuse_blind_server(connection.root, adapter=number, api_key=None if key == NO_KEY else key)
         served = cls(connection, dialect, kind, local, Session(base), reference)
         served.compare()
         return served
@@ -109,24 +115,6 @@ class ServedModel:
     def chat_ids(self, prompt: PromptLike) -> list[int]:
         """See `LanguageModel`."""
         return self.local.chat_ids(prompt)
-
-    def generate(
-        self,
-        prompts: Sequence[PromptLike],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[str]:
-        """See `LanguageModel`; a warning says which replies have no answer."""
-        found = self.replies(
-            prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, progress=progress
-        )
-        if missing := why_unanswered(found):
-            warnings.warn(f"{self.name}: {missing}", stacklevel=2)
-        return [reply.answer or "" for reply in found]
 
     def replies(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from ..chat_template import PromptLike
 from ..engines.dialects import Dialect
 from ..errors import SteerError
+from ..language_model import LanguageModel
 from ..lm import LM
 from ..progress import Progress, silent
 from ..scoring import Score, candidates_of, text_ids
@@ -44,7 +45,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Counting:
+class Counting(LanguageModel):
     """A `LanguageModel` that counts what it is asked and says nothing."""
 
     local: LM
@@ -64,18 +65,6 @@ class Counting:
 
     def chat_ids(self, prompt: PromptLike) -> list[int]:
         return self.local.chat_ids(prompt)
-
-    def generate(
-        self,
-        prompts: Sequence[PromptLike],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[str]:
-        return [reply.answer or "" for reply in self.replies(prompts, max_new_tokens=max_new_tokens)]
 
     def replies(
         self,

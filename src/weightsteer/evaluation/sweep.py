@@ -137,7 +137,7 @@ class _Turn:
 
 
 @dataclass(frozen=True)
-class _Recording:
+class _Recording(LanguageModel):
     """A `LanguageModel` that remembers what it was asked and what it replied."""
 
     lm: LanguageModel
@@ -156,19 +156,6 @@ class _Recording:
 
     def chat_ids(self, prompt: PromptLike) -> list[int]:
         return self.lm.chat_ids(prompt)
-
-    def generate(
-        self,
-        prompts: Sequence[PromptLike],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[str]:
-        how: _HowWritten = {"temperature": temperature, "seed": seed, "batch_size": batch_size, "progress": progress}
-        return [reply.answer or "" for reply in self.replies(prompts, max_new_tokens=max_new_tokens, **how)]
 
     def replies(
         self,

@@ -32,11 +32,11 @@ from .tasks.task import TextTask
 
 MOST_K = 8.0  # where the loss does not rise, as with a fine-tune that lowers it: no larger k is tried
 MARGIN = 1.15  # the search for k ends within 15% of its aim, which so stays within the budget
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the k at the budget
+FRACTIONS = (0.35, 0.7, 1.0)  # of the k at the budget
 FINER = (0.25, 0.5)  # of the smallest of these, where replies are broken even there
 TEXTS, KL_TEXTS = 2, 3  # passages of each split, and those that the KL is measured on
-MOST_PAIRS, PROMPTS = 12, 8
-NEW_TOKENS = 64  # of a reply
+MOST_PAIRS, PROMPTS = 12, 6
+NEW_TOKENS = 40  # of a reply
 
 
 def calibrate(

@@ -20,12 +20,13 @@ from .results import MetricRow, row_from, summary
 TASK = "cost"
 PROMPT = "Tell me about the town that you grew up in, its streets, its people and its weather."
 BATCH, NEW_TOKENS, TRIALS = 4, 8, 3
+Trainings = Callable[[str, RunFolder, float], Sequence[tuple[Path, float]]]  # see `measure_costs`
 
 
 def measure_costs(
     lm: LM,
     methods: Sequence[tuple[Steering, Sequence[float]]],
-    trainings: Callable[[str, RunFolder, float], Sequence[tuple[Path, float]]],
+    trainings: Trainings,
     folder: RunFolder,
     *,
     progress: Progress = silent,
@@ -38,20 +39,34 @@ def measure_costs(
     Args:
         trainings: (method, run, k) -> the fine-tunes it takes, and the share of each that is used.
     """
-    path = folder.costs
-    rows = [row_from(row, str(path)) for row in read_finished(path)]
+    path, rows = folder.costs, known_costs(folder)
     known = {row.method for row in rows}
     if any(ks and method.name not in known for method, ks in methods):
-        _decode_seconds(lm)  # warm up
+        warm_up(lm)
     for number, (method, ks) in enumerate(methods):
         progress(number, len(methods), method.name)
         if method.name not in known and ks:
-            found = [row for k in ks for row in _training(method.name, k, trainings(method.name, folder, k))]
-            found.append(_overhead(lm, method, max(ks, key=abs)))
+            found = costs_at(lm, method, ks, trainings, folder)
             append_jsonl(path, [asdict(row) for row in found])
             rows += found
     progress(len(methods), len(methods), "done")
     return rows
+
+
+def known_costs(folder: RunFolder) -> list[MetricRow]:
+    """The rows that a run has kept."""
+    return [row_from(row, str(folder.costs)) for row in read_finished(folder.costs)]
+
+
+def costs_at(lm: LM, method: Steering, ks: Sequence[float], trainings: Trainings, folder: RunFolder) -> list[MetricRow]:
+    """The rows of one method; see `measure_costs`."""
+    found = [row for k in ks for row in _training(method.name, k, trainings(method.name, folder, k))]
+    return [*found, _overhead(lm, method, max(ks, key=abs))]
+
+
+def warm_up(lm: LM) -> None:
+    """Decode once, so that the first method does not pay for what is made ready by it."""
+    _decode_seconds(lm)
 
 
 def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> list[MetricRow]:

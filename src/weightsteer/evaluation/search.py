@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import fmean
 
 from ..errors import SteerError
@@ -80,21 +81,42 @@ def best_layer(
 
     The paper's choice of layer; give it validation items that are not the test.
     """
+    layers = layers_to_scan(vector, step)
+    spans = {}
+    for done, layer in enumerate(layers, start=1):
+        spans[layer] = layer_span(lm, vector, layer, task, metric=metric, k=k)
+        progress(done, len(layers), f"layer {layer}: {spans[layer]:+.2f}")
+    return layer_of_widest(spans, f"{task.name} / {metric}")
+
+
+def layers_to_scan(vector: ActivationVector, step: int) -> list[int]:
+    """Every `step`-th layer of the vector.
+
+    Raises:
+        SteerError: none is left.
+    """
     layers = sorted(vector.layers)[step // 2 :: step]
     if not layers:
         raise SteerError(f"layer step {step}: no layer left of {len(vector.layers)}")
-    spans = {}
-    for done, layer in enumerate(layers, start=1):
-        spans[layer] = _span(lm, vector.only(layer), task, metric, k)
-        progress(done, len(layers), f"layer {layer}: {spans[layer]:+.2f}")
+    return layers
+
+
+def layer_of_widest(spans: Mapping[int, float], what: str) -> int:
+    """The layer of the largest span; `what` names the metric.
+
+    Raises:
+        SteerError: no span is finite.
+    """
     if not any(math.isfinite(span) for span in spans.values()):
-        raise SteerError(f"{task.name} / {metric}: no layer gives a finite change; use a smaller k, or another metric")
+        raise SteerError(f"{what}: no layer gives a finite change; use a smaller k, or another metric")
     return max(spans, key=lambda layer: spans[layer])
 
 
-def _span(lm: LM, vector: ActivationVector, task: Task, metric: str, k: float) -> float:
-    """The metric's change from -k to k; a layer that breaks the model, or leaves no item to count, is out."""
-    with vector.applied(lm, k) as handle:
+def layer_span(
+    lm: LM, vector: ActivationVector, layer: int, task: Task, *, metric: str = "margin", k: float = 1.0
+) -> float:
+    """The metric's change from -k to k at one layer; one that breaks the model, or leaves no item to count, is out."""
+    with vector.only(layer).applied(lm, k) as handle:
         ends = []
         for end in (k, -k):
             handle.k = end

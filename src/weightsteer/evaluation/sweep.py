@@ -56,6 +56,11 @@ def run_sweep(
     plan = planned_cells(methods, tasks, validated, items_of or {}, engine)
     done = _measure_plan(lm, plan, folder, engine, batch_size, progress)
     keys = [(part.name, part.k, task.name) for part in plan for task in part.tasks if part.name != LOCAL_BASE]
+    return write_rows(keys, done, folder)
+
+
+def write_rows(keys: Sequence[Key], done: Mapping[Key, Measurement], folder: RunFolder) -> list[MetricRow]:
+    """The rows of these measurements, written into the run's folder in their order."""
     rows = [row for key in keys for row in done[key].rows(done[key].base_among(done))]
     write_jsonl(folder.rows, [asdict(row) for row in rows])
     return rows
@@ -70,17 +75,23 @@ def _measure_plan(
     progress: Progress,
 ) -> dict[Key, Measurement]:
     """Make the measurements that the folder does not hold yet; returns all that it holds then."""
-    done = measurements_by_key(read_finished(folder.measurements), str(folder.measurements))
-    _drop_unfinished_replies(folder.replies, done.keys())
+    done = measurements_of(folder)
     total, passed = sum(len(planned.tasks) for planned in plan), 0
     for planned in plan:
         progress(passed, total, f"{planned.name} k = {planned.k:g}")
         todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in done]
         for measurement, turns in _measure(lm, replace(planned, tasks=todo), engine, batch_size):
-            _keep(measurement, turns, folder)
+            keep_measurement(measurement, turns, folder)
             done[measurement.key] = measurement
         passed += len(planned.tasks)
     progress(total, total, "done")
+    return done
+
+
+def measurements_of(folder: RunFolder) -> dict[Key, Measurement]:
+    """What a run has measured; replies whose measurement a kill cut off are taken out."""
+    done = measurements_by_key(read_finished(folder.measurements), str(folder.measurements))
+    _drop_unfinished_replies(folder.replies, done.keys())
     return done
 
 
@@ -94,11 +105,8 @@ def planned_cells(
     """The base on all tasks, then each method at each strength on those that it is measured on; see `run_sweep`."""
     plan: list[Planned] = []
     for method, ks in methods:
-        whole = validated is None or method.name in validated
-        parts = list(tasks) if whole else [task.of_split("test") for task in tasks if "test" in task.splits]
-        if method.name in items_of:
-            parts = [task.first(items_of[method.name]) for task in parts]
-        plan += [Planned(method, k, parts) for k in dict.fromkeys(map(float, ks)) if k]
+        parts = measured_parts(method.name, tasks, validated, items_of)
+        plan += [Planned(method, k, parts) for k in strengths_to_measure(ks)]
     base = [Planned(None, 0.0, list(tasks))]
     if engine is not None:
         local = [planned for planned in plan if isinstance(served_cell(planned.method, planned.k), str)]
@@ -107,7 +115,21 @@ def planned_cells(
     return [*base, *plan]
 
 
-def _keep(measurement: Measurement, turns: Sequence[Mapping[str, str]], folder: RunFolder) -> None:
+def measured_parts(
+    name: str, tasks: Sequence[Task], validated: Collection[str] | None, items_of: Mapping[str, int]
+) -> list[Task]:
+    """The tasks that a method is measured on, with the items that count for it; see `run_sweep`."""
+    whole = validated is None or name in validated
+    parts = list(tasks) if whole else [task.of_split("test") for task in tasks if "test" in task.splits]
+    return [task.first(items_of[name]) for task in parts] if name in items_of else parts
+
+
+def strengths_to_measure(ks: Sequence[float]) -> list[float]:
+    """Each k once, without 0: that is the base, which is measured apart."""
+    return [k for k in dict.fromkeys(map(float, ks)) if k]
+
+
+def keep_measurement(measurement: Measurement, turns: Sequence[Mapping[str, str]], folder: RunFolder) -> None:
     """Append a measurement to the run's file, after what the model said for it."""
     place = {"method": measurement.method, "k": measurement.k, "task": measurement.task}
     if turns:
@@ -236,6 +258,11 @@ def _measure(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: i
     with applied as handle, torch.no_grad():
         for task in here:
             yield _measured(handle.lm, planned, task, "", batch_size)
+
+
+def measure_cell(lm: LM, method: Steering | None, k: float, task: Task, batch_size: int) -> Measured:
+    """One method at one strength on one task, with what the model said; None is the base."""
+    return next(_measure(lm, Planned(method, k, [task]), None, batch_size))
 
 
 def _measured(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_size: int) -> Measured:

@@ -77,11 +77,13 @@ class RunArtifacts:
         tasks: Mapping[str, Task],
         judge: ChatModel | None,
         show: ShowProgress,
+        base: LM | None = None,
     ) -> None:
+        """Nothing is made yet. `base` is the base, where it is loaded already."""
         self.recipe, self.folder, self.show = recipe, folder, show
         self.tasks, self.judge = tasks, judge
         self.behavior = behavior
-        self._base: LM | None = None
+        self._base = base
         self._lm: LM | None = None
         self._float32: LM | None = None
         self._sides: tuple[list[Example], list[Example]] | None = None
@@ -90,6 +92,10 @@ class RunArtifacts:
         """The model that vectors are made on: the recipe's, after its first fine-tune if there is one."""
         if self._base is None:
             self._base = self._load_base()
+        return self._base
+
+    def loaded_base(self) -> LM | None:
+        """The base, if it is loaded."""
         return self._base
 
     def _load_base(self) -> LM:

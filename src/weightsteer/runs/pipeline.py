@@ -17,11 +17,12 @@ from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import planned_cells, run_sweep
-from ..evaluation.tasks.task import Task, Values
+from ..evaluation.tasks.task import Task
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..files import digest, read_finished, write_jsonl
 from ..judges.endpoint import Endpoint
 from ..leftovers import sweep_within
+from ..lm import LM
 from ..locks import hold
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
@@ -39,6 +40,7 @@ from .samples import Samples, read_samples
 from .validate import validate_recipe
 
 PREVIEWED = (-1.0, 0.0, 1.0)  # strengths of a vector of which nothing is known yet
+VALIDATED = ("contrastive",)  # whose k is chosen
 Preview = Callable[[str, Mapping[float, str]], None]  # what shows a prompt and its reply at each k
 
 
@@ -61,7 +63,7 @@ class Run:
         Args:
             trust: what the user allows the recipe: files of tasks that bring code, environment variables with keys.
         """
-        trust = trust or Trust()
+        self.trust = trust = trust or Trust()
         self.recipe, self.folder, self.show, self.command = recipe, RunFolder(Path(folder)), show, command
         self.behavior = behavior_of(recipe)
         self.judge = load_judge(recipe, self.folder, trust.keys)
@@ -124,28 +126,28 @@ class Run:
 
     def check_metrics(self) -> None:
         """The metrics that the recipe names must be measured, which one item of each task shows before any training."""
-        path = self.folder.measurements
-        base = measurements_by_key(read_finished(path), str(path))
-        found: dict[str, Collection[str]] = {}
+        found = self.known_metrics()
         with self.show("tasks") as progress:
             for number, task in enumerate(self.tasks):
                 progress(number, len(self.tasks), task.name)
-                kept = base.get((BASE, 0.0, task.name))
-                found[task.name] = (kept.values if kept else self._tried(task)).keys()
+                if task.name not in found:
+                    found[task.name] = metrics_shown(task, self.artifacts.lm(), self.recipe.batch_size)
             progress(len(self.tasks), len(self.tasks), "done")
+        self.require_metrics(found)
+
+    def known_metrics(self) -> dict[str, list[str]]:
+        """Task -> its metrics, of those that were measured on the base."""
+        path = self.folder.measurements
+        done = measurements_by_key(read_finished(path), str(path))
+        return {task: list(found.values) for (method, _, task), found in done.items() if method == BASE}
+
+    def require_metrics(self, found: Mapping[str, Collection[str]]) -> None:
+        """Raise where the recipe names a metric that its task does not measure; `found` is what each task does."""
         for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
             name, metric = metric_key(text)
             if metric not in found[name]:
                 known = ", ".join(found[name])
                 raise SteerError(f"recipe {self.recipe.name}: {text}: task {name!r} has no such metric; it has {known}")
-
-    def _tried(self, task: Task) -> Values:
-        """What a task measures on the base, by one item of each split."""
-        lm = self.artifacts.lm()
-        try:
-            return task.first(1).measure(lm)
-        except SteerError:  # one reply may have no answer; that none has is an error
-            return task.measure(lm, batch_size=self.recipe.batch_size)
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""
@@ -161,23 +163,19 @@ class Run:
 
     def write_data(self) -> None:
         """D+ and D- as JSONL, as they are trained on."""
-        refuse_unfit(*self.artifacts.sides())
-        warn_unfit(*self.artifacts.sides(), self.artifacts.base().tokenizer)
-        for name, side in zip(SIDES, self.artifacts.sides(), strict=True):
-            path = self.folder.examples(name)
-            if not path.exists():
-                write_jsonl(path, example_rows(side))
+        write_sides(self.artifacts)
 
     def _preview(self, preview: Preview) -> None:
         """One prompt at three strengths, where no measured replies are there yet."""
-        vector, wanted = self.artifacts.difference(), self._sample_prompts()[:1]
+        vector, wanted = self.artifacts.difference(), self.sample_prompts()[:1]
         if wanted and not self.folder.samples.exists():
             length = self.recipe.samples.max_new_tokens
             lm = self.artifacts.lm()
             replies = generate_at_strengths(vector, lm, wanted[0], PREVIEWED, max_new_tokens=length)
             preview(wanted[0], dict(zip(PREVIEWED, replies, strict=True)))
 
-    def _sample_prompts(self) -> list[str]:
+    def sample_prompts(self) -> list[str]:
+        """What the vector is asked at every k."""
         wanted = self.recipe.samples
         return list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
 
@@ -188,9 +186,9 @@ class Run:
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """All measurements, then the rows."""
         lm, engine = self.artifacts.lm(), None
-        validated, items_of = ("contrastive",), self.recipe.sweep.items_of  # whose k is chosen
+        items_of = self.recipe.sweep.items_of
         if self.engine is not None:
-            plan = planned_cells(methods, self.tasks, validated, items_of, self.engine.meet(lm))
+            plan = planned_cells(methods, self.tasks, VALIDATED, items_of, self.engine.meet(lm))
             engine = self.engine.ready(plan, lm)
         with self.show("sweep") as progress:
             batch = self.recipe.batch_size
@@ -199,7 +197,7 @@ class Run:
                 methods,
                 self.tasks,
                 self.folder,
-                validated=validated,
+                validated=VALIDATED,
                 items_of=items_of,
                 engine=engine,
                 batch_size=batch,
@@ -229,21 +227,31 @@ class Run:
 
     def samples(self, methods: Sequence[tuple[Steering, list[float]]]) -> Samples:
         """Replies to the same prompts at 0 and at every swept k of the vector; those of an earlier version stay."""
-        wanted = self.recipe.samples
-        prompts = self._sample_prompts()
+        ks = sorted({0.0, *next(ks for method, ks in methods if method.name == "contrastive")})
+        kept = self.known_samples(ks)
+        if kept is not None:
+            return kept
+        vector, lm = self.artifacts.difference(), self.artifacts.lm()
+        with self.show("samples") as progress:
+            length, prompts = self.recipe.samples.max_new_tokens, self.sample_prompts()
+            found = replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=length, progress=progress)
+        return self.keep_samples(ks, found)
+
+    def known_samples(self, ks: Sequence[float]) -> Samples | None:
+        """The samples that there are; None where they have to be made."""
+        prompts = self.sample_prompts()
         if not prompts:
             return Samples(())
-        ks = sorted({0.0, *next(ks for method, ks in methods if method.name == "contrastive")})
         kept = read_samples(self.folder.samples)
         if kept.are_of(prompts, ks):
             return kept
         if kept.are_former(prompts, RunCard.load(self.folder.vector), self._budget()):
             return replace(kept, former=True)
-        vector, lm = self.artifacts.difference(), self.artifacts.lm()
-        with self.show("samples") as progress:
-            length = wanted.max_new_tokens
-            found = replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=length, progress=progress)
-        made = Samples.of(prompts, ks, found)
+        return None
+
+    def keep_samples(self, ks: Sequence[float], found: Sequence[Sequence[str]]) -> Samples:
+        """Samples of the replies at each k, written into the run's folder."""
+        made = Samples.of(self.sample_prompts(), ks, found)
         write_jsonl(self.folder.samples, map(asdict, made.rows))
         return made
 
@@ -251,3 +259,22 @@ class Run:
         """The page and its PNG, from the artifacts of the stages before."""
         with hold(self.folder.path):
             return write_run_report(self.recipe, self.folder, command=self.command)
+
+
+def metrics_shown(task: Task, lm: LM, batch_size: int) -> list[str]:
+    """The metrics that a task measures on the base, by one item of each split."""
+    try:
+        return list(task.first(1).measure(lm))
+    except SteerError:  # one reply may have no answer; that none has is an error
+        return list(task.measure(lm, batch_size=batch_size))
+
+
+def write_sides(artifacts: RunArtifacts) -> None:
+    """D+ and D- as JSONL, as they are trained on."""
+    sides = artifacts.sides()
+    refuse_unfit(*sides)
+    warn_unfit(*sides, artifacts.base().tokenizer)
+    for name, side in zip(SIDES, sides, strict=True):
+        path = artifacts.folder.examples(name)
+        if not path.exists():
+            write_jsonl(path, example_rows(side))

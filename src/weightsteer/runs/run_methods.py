@@ -6,11 +6,13 @@ from ..evaluation.search import k_at_loss_increase
 from ..evaluation.tasks.task import Task
 from ..files import read_kept, write_json
 from ..former_names import METHODS as FORMER_METHODS
+from ..run_folder import RunFolder
 from ..steering.methods import METHODS
 from ..steering.steering import Direction, Steering, TrainedCheckpoints
 from ..vectors.difference import task_vector
 from ..vectors.expression import combine
 from .artifacts import RunArtifacts
+from .recipe import Recipe
 from .recipe_fields import VARIANT_VECTORS
 
 
@@ -26,24 +28,33 @@ def make_method(name: str, artifacts: RunArtifacts) -> Steering:
 
 def methods_with_strengths(artifacts: RunArtifacts, texts: Task) -> list[tuple[Steering, list[float]]]:
     """Every variant and method of the recipe with its strengths; those not given are searched on `texts`."""
-    path, sweep, show = artifacts.folder.strengths, artifacts.recipe.sweep, artifacts.show
-    kept = read_kept(path, dict[str, list[float]]) or {}
-    known: dict[str, list[float]] = {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
-    names = [*sweep.variants, *sweep.methods]
+    path, show = artifacts.folder.strengths, artifacts.show
+    known = known_strengths(artifacts.folder)
     found: list[tuple[Steering, list[float]]] = []
-    for name in names:
+    for name in method_names(artifacts.recipe):
         method = make_method(name, artifacts)
         if name not in known:
             with show(f"strengths of {name}") as progress:
                 progress(0, 1)
-                known[name] = _strengths(method, artifacts, texts)
+                known[name] = strengths_of(method, artifacts, texts)
                 progress(1, 1)
             write_json(path, known)
         found.append((method, known[name]))
     return found
 
 
-def _strengths(method: Steering, artifacts: RunArtifacts, texts: Task) -> list[float]:
+def method_names(recipe: Recipe) -> list[str]:
+    """All that a recipe measures beside the base, in the order of its rows."""
+    return [*recipe.sweep.variants, *recipe.sweep.methods]
+
+
+def known_strengths(folder: RunFolder) -> dict[str, list[float]]:
+    """Method -> the strengths that a run has found for it."""
+    kept = read_kept(folder.strengths, dict[str, list[float]]) or {}
+    return {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
+
+
+def strengths_of(method: Steering, artifacts: RunArtifacts, texts: Task) -> list[float]:
     """The recipe's own, or all that was trained, or fractions of the k at the recipe's loss increase on each side."""
     sweep, lm = artifacts.recipe.sweep, artifacts.lm()
     listed = sweep.methods.get(method.name)

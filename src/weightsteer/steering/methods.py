@@ -85,6 +85,7 @@ class Method:
     from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
     strengths_from_checkpoints: bool = False  # a listed |k| is a training of its own, signed by `repair_sign`
     needs_repair_target: bool = False
+    scans_layers: bool = False  # it steers at one layer, which a scan has to choose first
     in_memory: str = ""  # why no server can measure it; "": a server of weight vectors can
     needs_package: tuple[str, str] | None = None  # what is imported, and what to install
 
@@ -236,6 +237,7 @@ METHODS: Mapping[str, Method] = {
         "x_l + k a_l at one layer, chosen on validation items",
         _one_layer,
         _no_training,
+        scans_layers=True,
         in_memory="adds to activations",
     ),
     "activation all layers": Method(

@@ -1,0 +1,1 @@
+"""Jobs of one or many runs, done by models on many processes or machines at once (by Ray)."""

@@ -39,6 +39,16 @@ KeyEnv = Annotated[
         help="Environment variable whose key the judge's server may get; without it, only a provider's own key."
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", help="Share the work out: local (this machine), auto (the Ray cluster here), or a cluster's address."
+    ),
+]
+GpusPerModel = Annotated[
+    float | None,
+    typer.Option("--gpus-per-model", help="GPUs of each worker; default 1 where the Ray cluster has any, else 0."),
+]
 TrustCode = Annotated[
     list[str] | None, typer.Option("--trust-code", help="A task's YAML file whose code may run; once for each file.")
 ]
@@ -203,3 +213,9 @@ def pasteable(command: str) -> str:
         return command
     near = program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program
     return shlex.quote(str(near)) + command.removeprefix("weightsteer")
+
+
+def refuse_without_ray(gpus: float | None) -> None:
+    """Raise for an option that means nothing where there are no workers."""
+    if gpus is not None:
+        raise SteerError("--gpus-per-model: is about the workers of --ray; give --ray too, or leave it out")

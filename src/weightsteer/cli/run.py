@@ -20,10 +20,12 @@ from ..shown import markdown_text, say, say_columns, say_json
 from .options import (
     Device,
     Dtype,
+    GpusPerModel,
     Json,
     JudgeUrl,
     KeyEnv,
     Model,
+    Ray,
     RemoteCode,
     TemplateVariables,
     TrustCode,
@@ -34,6 +36,7 @@ from .options import (
     number,
     numbers,
     pasteable,
+    refuse_without_ray,
     shown_strengths,
     vector_and_lm,
 )
@@ -53,12 +56,14 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="On a tiny random model with a handful of examples, within a minute.")
     ] = False,
+    ray: Ray = None,
+    gpus_per_model: GpusPerModel = None,
     trust_code: TrustCode = None,
     key_env: KeyEnv = None,
 ) -> None:
     """Run a recipe from start to end: train, subtract, sweep, choose k, report.
 
-    Kill it at any point and run it again: nothing done is done twice.
+    Kill it at any point and run it again: nothing done is done twice. With --ray, many models measure at once.
 
     Example: weightsteer run recipes/demo.yaml
     """
@@ -80,8 +85,14 @@ def run(
 
     trust = Trust(trust_code or (), [key_env] if key_env else ())
     started = Run(loaded, folder, show=show_progress, command=command, trust=trust)
-    with without_gain() if dry_run else nullcontext():
-        page = started.run(_show_replies)
+    if ray is not None:
+        from ..cluster.drive import drive
+
+        page = drive([started], ray, gpus_per_model, show=show_progress, any_outcome=dry_run)[0]
+    else:
+        refuse_without_ray(gpus_per_model)
+        with without_gain() if dry_run else nullcontext():
+            page = started.run(_show_replies)
     _print_table(started)
     say(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
     if not dry_run:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..evaluation.sweep import Measured, measure_cell, measured_parts
 from ..evaluation.tasks.task import Task
 from ..judges.endpoint import ChatModel, Endpoint
 from ..lm import LM
-from ..progress import silent
+from ..progress import Progress, silent
 from ..run_folder import RunFolder
 from ..steering.activations import ActivationVector
 from ..steering.methods import METHODS, costs_of
@@ -133,7 +133,7 @@ class Bench:
             behavior=self.behavior,
             tasks=self.tasks,
             judge=judge,
-            show=lambda label: nullcontext(silent),
+            show=_unshown,
             base=former.shared_model(self.recipe) if former else None,
         )
         self._methods: dict[str, Steering] = {}
@@ -206,6 +206,11 @@ class Bench:
             warm_up(lm)
             self._warm = True
         return costs_at(lm, self._method(name), ks, costs_of, self.folder)
+
+
+def _unshown(label: str) -> AbstractContextManager[Progress]:
+    """A worker shows no progress; its driver does."""
+    return nullcontext(silent)
 
 
 def _enter(ref: RunRef) -> None:

@@ -155,7 +155,8 @@ def _measurements(run: Run) -> Iterator[Stage]:
     def keep(job: Job, result: Any) -> None:
         match job:
             case MeasureCell():
-                keep_measurement(*result, run.folder)
+                measurement, turns = result
+                keep_measurement(measurement, turns, run.folder)
             case WriteSamples(_, ks):
                 run.keep_samples(ks, result)
             case MeasureCosts():

@@ -75,9 +75,9 @@ def run(
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
     loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
     folder = out or Path("runs") / (f"{loaded.name}-dry-run" if dry_run else loaded.name)
-    _refuse_inputs(loaded, found, folder)
+    refuse_run_inputs(loaded, found, folder)
     if dry_run:
-        loaded = _shrink(loaded, folder)
+        loaded = shrink(loaded, folder)
     options = [*(["--out", shareable(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
     command = shlex.join(["weightsteer", "run", shareable(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run, Trust
@@ -88,7 +88,7 @@ def run(
     if ray is not None:
         from ..cluster.drive import drive
 
-        page = drive([started], ray, gpus_per_model, show=show_progress, any_outcome=dry_run)[0]
+        page = drive(started, ray, gpus_per_model, show=show_progress, any_outcome=dry_run)
     else:
         refuse_without_ray(gpus_per_model)
         with without_gain() if dry_run else nullcontext():
@@ -121,7 +121,7 @@ def _print_next(run: Run) -> None:
         say(f"  {pasteable(command)}")
 
 
-def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
+def refuse_run_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
     """A run's folder may hold its own recipe, as the run has kept it, but nothing else that the run reads."""
     from ..run_folder import RunFolder
 
@@ -130,7 +130,7 @@ def _refuse_inputs(recipe: Recipe, path: Path, folder: Path) -> None:
     refuse_inputs(folder, None if own else path, *recipe.named_files())
 
 
-def _shrink(recipe: Recipe, folder: Path) -> Recipe:
+def shrink(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe at its smallest size, with its tiny model beside the run's folder."""
     from ..runs.dry_run import shrink_recipe
     from ..runs.tiny_model import make_tiny_model

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -279,3 +280,16 @@ def _corrected(found: Sequence[Difference | None]) -> tuple[Difference, ...]:
         for number, p in zip(numbers, holm([there[i].estimate.p for i in numbers]), strict=True):
             there[number] = replace(there[number], holm=p)
     return tuple(there)
+
+
+def as_json(results: StudyResults) -> dict[str, list[dict[str, Any]]]:
+    """The results as rows of JSON; a number that is not known is null."""
+    lists = {name: getattr(results, name) for name in ("values", "differences", "best")}
+    return {name: [_flat(asdict(row)) for row in rows] for name, rows in lists.items()}
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """Without the parts that a row is made of; their fields stand in it themselves."""
+    place, estimate = row.pop("place"), row.pop("estimate")
+    fields = {**place, **row, **estimate}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}

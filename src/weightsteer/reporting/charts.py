@@ -216,6 +216,25 @@ def _marks(base: alt.Chart, points: Points, colours: Colours) -> alt.Chart:
     )
 
 
+def study_panel(points: Points, metric: Metric, colours: Colours) -> alt.LayerChart:
+    """Every method's change over seeds at one loss increase: methods down, a triangle for each side of k.
+
+    Args:
+        points: see `study_page`; of kind `mean` with an error, or of kind `seed`.
+    """
+    means, seeds = ([point for point in points if point["kind"] == kind] for kind in ("mean", "seed"))
+    rows = alt.Y("method:N", title=None, axis=alt.Axis(labelLimit=140))
+    title = f"Change at +{COMPARED_AT:g} nats per token"
+    value = alt.X("value:Q", title=title, axis=_axis(metric, change=True))
+    base = alt.Chart(alt.Data(values=means)).encode(y=rows, color=_coloured(means, colours, None))
+    small = alt.Chart(alt.Data(values=seeds)).encode(y=rows, color=_coloured(means, colours, None))
+    ticks = small.mark_circle(size=22, opacity=0.45).encode(x=value)
+    errors = base.mark_rule().encode(x="low:Q", x2="high:Q")
+    zero = alt.Chart(alt.Data(values=[{"value": 0}])).mark_rule(opacity=0.4).encode(x="value:Q")
+    height = 30 * max(len({point["method"] for point in means}), 1)
+    return (zero + ticks + errors + _marks(base, means, colours).encode(x=value)).properties(width=FILL, height=height)
+
+
 def composition(norms: Mapping[str, float]) -> alt.Chart:
     """The vector's Frobenius norm by layer (across) and module (down)."""
     cells = [{**place(name), "norm": norm} for name, norm in norms.items()]

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import SteerError
+from ..evaluation.metrics import metric_key
+from ..evaluation.study import as_json, study_results
+from ..evaluation.sweep import measurements_of
 from ..files import digest, read_kept, write_json
+from ..locks import hold
+from ..reporting.study_page import StudyReport, write_study_page
 from ..run_card import RunCard, refuse_foreign
 from ..run_folder import RunFolder
-from .pipeline import Run
+from ..shown import note
+from ..training.job import without_gain
+from .artifacts import ShowProgress
+from .pipeline import Run, Trust
 from .recipe import Recipe
 from .stages import finish, is_measured
 
 KIND = "study"
+Doer = Callable[[list[Run], ShowProgress, bool], dict[str, str]]  # brings runs to their reports; see `one_by_one`
 LONGEST = 80  # characters of a default folder's name
 
 
@@ -76,42 +86,126 @@ def plan_study(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path) ->
     ]
 
 
-def claim_study(folder: StudyFolder, plan: Sequence[StudyRun]) -> None:
-    """Make the study's folder, or take up the one that is there: recipes and seeds may be added.
+class Study:
+    """Recipes x seeds in one folder."""
+
+    def __init__(
+        self,
+        recipes: Sequence[Recipe],
+        seeds: Sequence[int],
+        folder: StudyFolder,
+        *,
+        show: ShowProgress,
+        command: str = "",
+        trust: Trust | None = None,
+        any_outcome: bool = False,
+    ) -> None:
+        """Plan the runs.
+
+        Args:
+            any_outcome: a training need not better its base, as in a dry run.
+
+        Raises:
+            SteerError: see `plan_study`.
+        """
+        self.plan, self.folder = plan_study(recipes, seeds, folder.path), folder
+        self.show, self.command, self.trust, self.any_outcome = show, command, trust, any_outcome
+
+    def run(self, doer: Doer, *, reference: str = "contrastive") -> Path:
+        """Check all runs, bring those to their reports that have none yet, and write the page; returns its path.
+
+        A run that fails does not stop the others, and the page is of those that are there.
+
+        Args:
+            doer: what does the work: `one_by_one`, or the workers of a cluster.
+            reference: the method that the others are compared with.
+
+        Raises:
+            SteerError: the folder holds something else; a recipe's mistake; or runs that failed.
+        """
+        with hold(self.folder.path):
+            self._claim()
+            todo = [run for planned in self.plan if not self._is_finished(run := self._started(planned))]
+            names = [run.recipe.name for run in todo]
+            failures = doer(todo, self.show, self.any_outcome)
+            self._note_finished([name for name in names if name not in failures])
+            page = write_study(self.folder, self.plan, failures, reference=reference, command=self.command)
+        if failures:
+            first = next(iter(failures.values()))
+            raise SteerError(f"{len(failures)} of {len(self.plan)} runs failed; {page} is of the others. {first}")
+        return page
+
+    def _claim(self) -> None:
+        """Make the study's folder, or take up the one that is there: recipes and seeds may be added."""
+        refuse_foreign(self.folder.path, KIND)
+        self.folder.path.mkdir(parents=True, exist_ok=True)
+        settings = {name: sorted({getattr(run, name) for run in self.plan}) for name in ("claim", "seed")}
+        RunCard.now(KIND, settings=settings).save(self.folder.path)
+
+    def _started(self, planned: StudyRun) -> Run:
+        command = f"weightsteer run {self.folder.path.name}/{planned.recipe.name}/recipe.yaml"
+        return Run(planned.recipe, planned.folder, show=self.show, command=command, trust=self.trust)
+
+    def _is_finished(self, run: Run) -> bool:
+        """Whether a run's report is that of its recipe as it is now; a recipe may change what a report shows."""
+        return run.folder.page.is_file() and self._finished().get(run.recipe.name) == digest(run.recipe.model_dump())
+
+    def _finished(self) -> dict[str, str]:
+        return read_kept(self.folder.finished, dict[str, str]) or {}
+
+    def _note_finished(self, names: Sequence[str]) -> None:
+        made = {run.recipe.name: digest(run.recipe.model_dump()) for run in self.plan if run.recipe.name in names}
+        write_json(self.folder.finished, self._finished() | made)
+
+
+def one_by_one(runs: list[Run], show: ShowProgress, any_outcome: bool) -> dict[str, str]:
+    """Bring runs to their reports in this process; returns those that failed, with the reason.
+
+    The list is used up, so that the model of one run is gone before the next one loads its own.
+    """
+    failures = {}
+    while runs:
+        run = runs.pop(0)
+        note(f"run {run.recipe.name}: {len(runs)} more after it")
+        try:
+            with without_gain() if any_outcome else nullcontext():
+                finish(run) if is_measured(run) else run.run()
+        except SteerError as error:
+            failures[run.recipe.name] = f"{run.recipe.name}: {error}"
+    return failures
+
+
+def write_study(
+    folder: StudyFolder, plan: Sequence[StudyRun], failures: Mapping[str, str], *, reference: str, command: str = ""
+) -> Path:
+    """The results and the page, from the runs that are there.
 
     Raises:
-        SteerError: the folder holds something else.
+        SteerError: there is none.
     """
-    refuse_foreign(folder.path, KIND)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    settings = {"recipes": sorted({run.claim for run in plan}), "seeds": sorted({run.seed for run in plan})}
-    RunCard.now(KIND, settings=settings).save(folder.path)
-
-
-def is_finished(folder: StudyFolder, run: Run) -> bool:
-    """Whether a run's report is that of its recipe as it is now; a recipe may change what a report shows."""
-    known = read_kept(folder.finished, dict[str, str]) or {}
-    return run.folder.page.is_file() and known.get(run.recipe.name) == digest(run.recipe.model_dump())
-
-
-def note_finished(folder: StudyFolder, run: Run) -> None:
-    """Keep that a run has its report."""
-    known = read_kept(folder.finished, dict[str, str]) or {}
-    write_json(folder.finished, {**known, run.recipe.name: digest(run.recipe.model_dump())})
-
-
-def run_here(folder: StudyFolder, run: Run) -> None:
-    """Bring a run to its report in this process."""
-    if is_measured(run):
-        finish(run)
-    else:
-        run.run()
-    note_finished(folder, run)
-
-
-def runs_of(plan: Sequence[StudyRun]) -> Mapping[str, list[RunFolder]]:
-    """Recipe -> the folders of its runs, seed by seed."""
-    found: dict[str, list[RunFolder]] = {}
-    for run in plan:
-        found.setdefault(run.claim, []).append(RunFolder(run.folder))
-    return found
+    there = [run for run in plan if run.recipe.name not in failures]
+    if not there:
+        raise SteerError(f"every run of the study failed; the first: {next(iter(failures.values()))}")
+    by_recipe: dict[str, list[StudyRun]] = {}
+    for run in there:
+        by_recipe.setdefault(run.claim, []).append(run)
+    recipes = {name: runs[0].recipe for name, runs in by_recipe.items()}
+    measured = {name: [measurements_of(RunFolder(run.folder)) for run in runs] for name, runs in by_recipe.items()}
+    metrics = {name: recipe.metrics for name, recipe in recipes.items()}
+    behaviors = {name: [metric_key(text) for text in recipe.plot] for name, recipe in recipes.items()}
+    results = study_results(measured, metrics, behaviors, reference=reference)
+    seeds = sorted({run.seed for run in there})
+    report = StudyReport(
+        title=f"Study: {', '.join(recipes)}",
+        results=results,
+        seeds=seeds,
+        metrics=metrics,
+        behaviors=behaviors,
+        reports={run.recipe.name: f"{run.recipe.name}/{RunFolder(run.folder).page.name}" for run in there},
+        missing=failures,
+        reference=reference,
+        command=command,
+    )
+    runs = [{"recipe": run.claim, "seed": run.seed, "run": run.recipe.name} for run in there]
+    write_json(folder.results, {"runs": runs, "missing": dict(failures), "reference": reference, **as_json(results)})
+    return write_study_page(report, folder.page)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import ttest_1samp
 
 from weightsteer.evaluation.bootstrap import bootstrap, holm
 from weightsteer.evaluation.metrics import Metric
@@ -21,7 +22,7 @@ def test_the_error_over_items_is_that_of_the_mean() -> None:
     found = bootstrap(row[None])
     assert found.mean == pytest.approx(row.mean())
     assert found.stderr == pytest.approx(row.std(ddof=1) / math.sqrt(200), rel=0.03)
-    assert found.low == pytest.approx(row.mean() - 1.96 * row.std(ddof=1) / math.sqrt(200), abs=0.02)
+    assert found.low == pytest.approx(row.mean() - 1.96 * row.std(ddof=1) / math.sqrt(200), abs=0.01)
     assert (found.seeds, found.items) == (1, 200)
 
 
@@ -38,12 +39,16 @@ def test_errors_over_seeds_and_items_add_up() -> None:
     assert bootstrap(seeds + items, draws=20_000).stderr == pytest.approx(math.sqrt(both), rel=0.03)
 
 
-def test_p_is_that_of_a_normal_and_a_shift_of_nothing_is_none() -> None:
-    row = np.random.default_rng(3).normal(size=200)
-    row = (row - row.mean()) / row.std(ddof=1)
-    assert bootstrap((row + 0.2 / math.sqrt(2))[None], draws=20_000).p == pytest.approx(0.0455, abs=0.006)
+def test_p_and_the_interval_are_those_of_a_t_test() -> None:
+    row = np.random.default_rng(3).normal(size=12) + 0.5
+    found, known = bootstrap(row[None], draws=40_000), ttest_1samp(row, 0.0)
+    assert found.p == pytest.approx(known.pvalue, rel=0.1)
+    low, high = known.confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
+    seeds = np.array([0.9, 1.1, 1.3])
+    over_seeds = bootstrap(np.repeat(seeds[:, None], 30, axis=1), draws=40_000)
+    assert over_seeds.p == pytest.approx(ttest_1samp(seeds, 0.0).pvalue, rel=0.1)  # two degrees of freedom
     assert bootstrap(np.zeros((3, 5))).p == 1.0
-    assert bootstrap((row + 1)[None], draws=999).p == pytest.approx(0.001)  # never 0
 
 
 def test_items_that_do_not_count_are_left_out_and_pairs_cancel_what_they_share() -> None:

@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 DRAWS = 10_000
 LEVEL = 0.95  # of an interval
@@ -26,7 +27,7 @@ Table = NDArray[np.float64]  # (seeds, items); nan where an item does not count
 class Estimate:
     """The mean of a table, and how far it would differ with other seeds and other items.
 
-    `p` is two-sided: how often the mean of draws lies as far from the table's mean as that lies from 0.
+    The interval and the two-sided `p` are those of Student's t with this error: three seeds draw no tails of their own.
     """
 
     mean: float
@@ -56,15 +57,20 @@ def bootstrap(table: Table, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
     if not math.isfinite(mean) or table.size == 1:
         return Estimate(mean, math.nan, math.nan, math.nan, math.nan, seeds, items)
     drawn = _drawn_means(table, draws, seed)
-    drawn = drawn[~np.isnan(drawn)]  # a draw in which no item counts has no mean
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(mean, float(np.std(drawn, ddof=1)), float(low), float(high), _p_of(drawn, mean), seeds, items)
+    stderr = float(np.nanstd(drawn, ddof=1))  # a draw in which no item counts has no mean
+    free = _freedom(table)
+    reach = float(stdtrit(free, (1 + LEVEL) / 2)) * stderr
+    p = 2 * float(stdtr(free, -abs(mean) / stderr)) if stderr > 0 else float(mean == 0)
+    return Estimate(mean, stderr, mean - reach, mean + reach, p, seeds, items)
 
 
-def _p_of(drawn: Table, mean: float) -> float:
-    """Two-sided; never 0, since the table itself is one draw."""
-    far = np.abs(drawn - mean) >= abs(mean) * (1 - 1e-12)
-    return float((1 + far.sum()) / (1 + len(drawn)))
+def _freedom(table: Table) -> float:
+    """Degrees of freedom of the error, from the shares that seeds and items have in it (Satterthwaite, 1946)."""
+    with np.errstate(invalid="ignore"):
+        means = [np.nanmean(table, axis=axis) for axis in (1, 0) if table.shape[1 - axis] > 1]
+    parts = [(float(np.var(row, ddof=1)) / len(row), len(row) - 1) for row in means]
+    total = sum(part for part, _ in parts)
+    return total**2 / sum(part**2 / free for part, free in parts) if total > 0 else 1.0
 
 
 def _drawn_means(table: Table, draws: int, seed: int) -> Table:

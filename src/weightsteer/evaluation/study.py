@@ -265,8 +265,10 @@ def _difference(place: Place, mine: _Sample, other: _Sample, draws: int, seed: i
 
 
 def _best(place: Place, samples: Sequence[_Sample], draws: int, seed: int) -> Difference | None:
-    """The method that moves the behaviour furthest to the place's side, minus the next one."""
+    """The method that moves the behaviour furthest to the place's side, minus the next one; None if none does."""
     moved = sorted(samples, key=lambda sample: -place.side * float(np.nanmean(sample.table)))
+    if place.side * float(np.nanmean(moved[0].table)) <= 0:
+        return None
     return _difference(place, moved[0], moved[1], draws, seed)
 
 

@@ -17,6 +17,7 @@ from .palette import method_colours
 from .tables import Cell, Head, Table, estimate, number
 
 CLEAR = 0.05  # p after Holm's correction, below which a difference is called clear
+UNITS = "; ".join(f"{cost.name} in {cost.unit}" for cost in COSTS)
 SIDE_NAMES = {1: "more", -1: "less"}
 
 
@@ -77,7 +78,7 @@ def sentences(results: StudyResults, reference: str) -> list[str]:
     """How often each method moves a behaviour furthest, at the one loss increase that is drawn."""
     there = [one for one in results.best if _is_drawn(one.place)]
     if not there:
-        return ["There is nothing to compare: the runs have fewer than two methods at the same loss increase."]
+        return ["There is nothing to compare: no behaviour is moved by one of two methods at the same loss increase."]
     first, clear = Counter(one.method for one in there), Counter(one.method for one in there if one.holm < CLEAR)
     told = []
     for method, count in first.most_common():
@@ -111,7 +112,7 @@ def best_table(report: StudyReport) -> Table:
         Head("Recipe"),
         Head("Behaviour"),
         Head("Side", "more: k above 0; less: k below 0"),
-        Head("At", "the cost that all methods are set equal in"),
+        Head("At", f"the cost that all methods are set equal in: {UNITS}"),
         Head("Furthest"),
         Head("Change", "from k = 0, mean over seeds"),
         Head("Next"),
@@ -149,7 +150,7 @@ def values_table(report: StudyReport, recipe: str, name: str) -> Table:
     heads = [
         Head("Method"),
         Head("Side", "more: k above 0; less: k below 0"),
-        Head("At", "the cost that all methods are set equal in"),
+        Head("At", f"the cost that all methods are set equal in: {UNITS}"),
         Head("k", "mean over seeds"),
         Head("Paid", "that cost at this k, mean over seeds"),
         *(Head(title_of(report.metrics[recipe], key, change=True)) for key in keys),
@@ -173,7 +174,7 @@ def differences_table(report: StudyReport, recipe: str, name: str) -> Table | No
         Head("Method"),
         Head("Metric"),
         Head("Side", "more: k above 0; less: k below 0"),
-        Head("At", "the cost that both are set equal in"),
+        Head("At", f"the cost that both are set equal in: {UNITS}"),
         Head(f"Minus {report.reference}", "paired, seed by seed and item by item"),
         Head("95 % interval"),
         Head("Seeds"),
@@ -198,8 +199,7 @@ def differences_table(report: StudyReport, recipe: str, name: str) -> Table | No
 
 
 def _level(place: Place) -> Cell:
-    unit = next(cost.unit for cost in COSTS if cost.name == place.cost)
-    return Cell(f"{place.cost} {place.level:g} ({unit})", place.level)
+    return Cell(f"{place.cost} {place.level:g}", place.level)
 
 
 def _p(one: Difference) -> Cell:

@@ -269,10 +269,9 @@ def _connected(address: str) -> Iterator[Any]:
                 **(local if address == LOCAL else {}),
             )
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise SteerError(
-                f"--ray {address}: no Ray cluster can be reached there ({first_line(error)}); start one with "
-                "`ray start --head`, or use --ray local"
-            ) from None
+            way_out = "try again" if address == LOCAL else "start one with `ray start --head`, or use --ray local"
+            found = "Ray does not start here" if address == LOCAL else "no Ray cluster can be reached there"
+            raise SteerError(f"--ray {address}: {found} ({first_line(error)}); {way_out}") from None
     try:
         yield ray
     finally:

@@ -26,6 +26,7 @@ from .worker import Done, Failed, Hello, Worker
 
 LOCAL = "local"  # a cluster of this machine alone, for this command alone
 OBJECT_STORE = 100_000_000  # bytes of shared memory for a local cluster: what we pass is small
+LOCAL_TRIES = 3  # to start a local cluster
 LOOK = 2.0  # seconds between looks at which machines there are
 PATIENCE = 30.0  # seconds without any worker, after which the user hears why nothing happens
 STARTS = 5  # workers in a row that may die while they start
@@ -259,24 +260,34 @@ def _connected(address: str) -> Iterator[Any]:
 
     import ray
 
-    local: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     with _own_signals():
-        try:
-            ray.init(
-                address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **(local if address == LOCAL else {}),
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            way_out = "try again" if address == LOCAL else "start one with `ray start --head`, or use --ray local"
-            found = "Ray does not start here" if address == LOCAL else "no Ray cluster can be reached there"
-            raise SteerError(f"--ray {address}: {found} ({first_line(error)}); {way_out}") from None
+        _start(ray, address, logging.ERROR)
     try:
         yield ray
     finally:
         with _own_signals():
             ray.shutdown()
+
+
+def _start(ray: Any, address: str, level: int) -> None:
+    """Connect, and start a local cluster before that; on a busy machine Ray may give up too early, so try again.
+
+    Raises:
+        SteerError: nothing is there, or Ray does not start.
+    """
+    local = {"include_dashboard": False, "object_store_memory": OBJECT_STORE} if address == LOCAL else {}
+    tries = LOCAL_TRIES if address == LOCAL else 1
+    for left in reversed(range(tries)):
+        try:
+            ray.init(address, log_to_driver=False, logging_level=level, **local)
+            return
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            if left:
+                continue
+            way_out = "try again" if address == LOCAL else "start one with `ray start --head`, or use --ray local"
+            found = "Ray does not start here" if address == LOCAL else "no Ray cluster can be reached there"
+            raise SteerError(f"--ray {address}: {found} ({first_line(error)}); {way_out}") from None
 
 
 @contextmanager

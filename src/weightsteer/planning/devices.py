@@ -31,6 +31,7 @@ class Device:
     host_seconds: float = HOST_SECONDS
     overlaps: bool = True  # the host launches the next operation while the device computes
     measured: bool = False
+    thin: tuple[float, float] | None = None  # bytes a second at which thin products read float32 and bfloat16 weights
 
     @property
     def whole_memory(self) -> float:
@@ -39,8 +40,11 @@ class Device:
 
     def seconds_of(self, flops: float, moved: float, *, narrow: bool) -> float:
         """The time of one operation by the roofline: as long as its products take, or its bytes, whichever is more."""
+        if not flops:
+            return moved / self.bandwidth
         rate = self.utilisation * (self.bfloat16 if narrow else self.float32)
-        return max(flops / rate, moved / self.bandwidth)
+        reading = self.thin[narrow] if self.thin else self.bandwidth
+        return max(flops / rate, moved / reading)
 
 
 NVIDIA = "https://www.nvidia.com/en-us/data-center"
@@ -89,6 +93,10 @@ def measured_cpu() -> Device:
         x, w = torch.randn(512, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
         return 2 * 512 * 1024 * 1024 / _seconds(lambda: x @ w.T)
 
+    def thin(dtype: torch.dtype) -> float:
+        x, w = torch.randn(8, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
+        return w.numel() * w.element_size() / _seconds(lambda: x @ w.T)
+
     def traffic() -> float:
         x = torch.randn(1 << 22)
         return 2 * x.numel() * x.element_size() / _seconds(lambda: x * 1.5)
@@ -97,6 +105,7 @@ def measured_cpu() -> Device:
         small = torch.randn(8)
         operation = _seconds(lambda: [torch.nn.functional.silu(small) for _ in range(100)]) / 100
         wide, narrow, moved = product(torch.float32), product(torch.bfloat16), traffic()
+        reading = thin(torch.float32), thin(torch.bfloat16)
     return Device(
         CPU,
         wide,
@@ -109,17 +118,18 @@ def measured_cpu() -> Device:
         host_seconds=3 * operation,  # with the Python of a model's own code around it
         overlaps=False,
         measured=True,
+        thin=reading,
     )
 
 
 def _seconds(work: Callable[[], object], tries: int = 7) -> float:
-    """The median time of a few calls, in seconds of processor time of this thread's process, or of the wall if less."""
+    """The median time of a few calls: by the clock, or by the processor where others took turns on it."""
     found = []
     work()
     for _ in range(tries):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         work()
-        found.append(time.perf_counter() - start)
+        found.append(min(time.perf_counter() - start, time.process_time() - used))
     return sorted(found)[tries // 2]
 
 

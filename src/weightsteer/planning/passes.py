@@ -22,6 +22,8 @@ from .shaped_model import ShapedModel, as_fake
 from .tracing import Trace, Tracker
 
 ADAM_BYTES = 8  # a trained number's two moments in float32
+ROWS = 4  # of the passes whose time is traced
+LEAST_LENGTH = 16
 STEP_TRAFFIC = 44  # bytes moved a trained number: clipping the gradients, then Adam
 
 
@@ -91,9 +93,41 @@ class Passes:
         return self if self.model.dtype == torch.float32 else replace(self, model=self.model.in_dtype(torch.float32))
 
     def seconds(self, made: Reading | Step) -> float:
-        """The time of one pass: that of a rounded shape, by its tokens."""
-        rounded = _rounded(made)
-        return self.cost(rounded).trace.seconds(self.device) * made.tokens / rounded.tokens
+        """The time of one pass, between those of shapes whose lengths are powers of four; the head's is added."""
+        answers = made.answers if isinstance(made, Step) else made.projected
+        return self._body(made) + self._head(answers, trained=isinstance(made, Step))
+
+    def _body(self, made: Reading | Step) -> float:
+        rows = min(ROWS, _up(made.rows))  # of the traced shape; more rows take as much more
+        if isinstance(made, Step):
+            step = replace(made, rows=rows, answers=1)
+            return _between(made.length, lambda n: self._timed(replace(step, length=n))) * made.rows / rows
+        if made.new == 1:
+            form = replace(made, projected=1, cached=True)
+            return _between(made.past, lambda n: self._timed(replace(form, past=n)))
+        read = replace(made, rows=rows, past=0, projected=1, cached=True)
+        alone = _between(made.new, lambda n: self._timed(replace(read, new=n))) * made.rows / rows
+        return alone + self._attention(made)
+
+    def _attention(self, made: Reading) -> float:
+        """What attending to cached tokens adds to a pass over new ones."""
+        config = self.model.config.get_text_config()
+        flops = 4.0 * made.rows * made.new * made.past * config.hidden_size * self.model.blocks
+        return self.device.seconds_of(flops, 0.0, narrow=self.model.dtype != torch.float32)
+
+    def _timed(self, made: Reading | Step) -> float:
+        return self.cost(made).trace.seconds(self.device)
+
+    def _head(self, answers: int, *, trained: bool) -> float:
+        """The vocabulary projection and its softmax at so many positions: 2 products with a backward pass, else 1."""
+        if not answers:
+            return 0.0
+        rows, width = self.model.whole.get_output_embeddings().weight.shape  # type: ignore[union-attr]
+        size, products = self.model.dtype.itemsize, 2 if trained else 1
+        narrow = self.model.dtype != torch.float32
+        flops, weights = 2.0 * rows * width * answers, rows * width * size
+        softmax = rows * answers * 4 * (10 if trained else 4)  # bytes of float32 rows, read and written
+        return products * self.device.seconds_of(flops, weights, narrow=narrow) + softmax / self.device.bandwidth
 
     def _cost(self, made: Reading | Step) -> Cost:
         run: Callable[[Any, int], Cost] = self._read if isinstance(made, Reading) else self._train
@@ -238,16 +272,15 @@ def _bytes_of_cache(cache: Any) -> float:
     return float(sum(tensor.numel() * tensor.element_size() for tensor in _tensors_of_cache(cache)))
 
 
-def _rounded(made: Reading | Step) -> Reading | Step:
-    """A shape near this one, of which there are few: lengths up to two digits, then in steps of a tenth."""
-    if isinstance(made, Step):
-        return replace(made, length=_near(made.length), answers=_near(made.answers))
-    return replace(made, new=_near(made.new), past=_near(made.past), projected=_near(made.projected))
+def _up(number: int) -> int:
+    """The next power of two."""
+    return 1 << max(0, number - 1).bit_length()
 
 
-def _near(length: int) -> int:
-    if length < 16:
-        return length
-    size = 1 << (length.bit_length() - 3)  # steps of a fourth to an eighth
-    return max(1, round(length / size)) * size
-
+def _between(length: int, seconds: Callable[[int], float]) -> float:
+    """The time at a length, from those at the powers of four around it."""
+    high = LEAST_LENGTH
+    while high < length:
+        high *= 4
+    low = high // 4
+    return seconds(low) + (seconds(high) - seconds(low)) * (length - low) / (high - low)

@@ -78,7 +78,7 @@ class ShapedModel:
     def depths(self) -> tuple[int, ...]:
         """Numbers of blocks from which all of them follow: two, if the blocks repeat, else all."""
         period, blocks = self._period, self.blocks
-        return (2 * period, 4 * period) if 4 * period < blocks else (blocks,)
+        return (period, 2 * period) if 2 * period < blocks else (blocks,)
 
     @property
     def _period(self) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,17 +82,12 @@ class Passes:
     model: ShapedModel
     tokenizer: PreTrainedTokenizerBase
     device: Device
-    _open: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         self.fake = FakeTensorMode()
         self.cost = lru_cache(maxsize=None)(self._cost)
         self._plain = lru_cache(maxsize=None)(self._fake_model)
         self._training = lru_cache(maxsize=None)(self._trained_model)
-
-    def in_float32(self) -> Passes:
-        """The passes of the same model in float32."""
-        return self if self.model.dtype == torch.float32 else replace(self, model=self.model.in_dtype(torch.float32))
 
     def seconds(self, made: Reading | Step) -> float:
         """The time of one pass, between those of shapes whose lengths are powers of four; the head's is added."""
@@ -167,18 +164,21 @@ class Passes:
 
     def _trained_model(self, blocks: int, kind: str, rank: int, checkpointing: bool) -> nn.Module:
         """A model as `training` makes it ready, with fewer blocks."""
-        model = self.model.with_blocks(blocks)
+        model: Any = self.model.with_blocks(blocks)
         if kind == "full":
-            model.requires_grad_(True)
-            ready: nn.Module = model
+            ready: Any = model.requires_grad_(True)
         else:
             lm = LM(model, self.tokenizer, self.model.name)
-            ready, _ = self._open.enter_context(trainable(lm, WholeSettings(kind=kind, rank=rank)))
+            with trainable(lm, WholeSettings(kind=kind, rank=rank)) as (made, _):
+                ready = copy.deepcopy(made)  # what is undone on leaving stays in the copy
+            model = ready.get_base_model() if isinstance(ready, PeftModel) else ready
         as_fake(ready, self.fake)
         if checkpointing:
             model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
-        return ready.train()
+        ready.train()
+        assert isinstance(ready, nn.Module)
+        return ready
 
     def _train(self, made: Step, blocks: int) -> Cost:
         ready = self._training(blocks, made.kind, made.rank, made.checkpointing)

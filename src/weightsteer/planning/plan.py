@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -122,24 +121,29 @@ def plan_recipe(recipe: Recipe, device: Device, choices: Choices | None = None) 
         SteerError: the model's config cannot be had, or its passes cannot be computed without weights.
     """
     notes: list[str] = []
-    model = ShapedModel.of(recipe.model, recipe.dtype)
-    with ExitStack() as stack:
-        planner = _Planner(model, _tokenizer_of(recipe.model, notes), device, choices or Choices(), stack)
-        lm = planner.lm(recipe)
-        judge = None
-        if recipe.judge and not recipe.judge.url:
-            other = ShapedModel.of(recipe.judge.model, recipe.dtype)
-            planner.judge = planner.passes_of(other, _tokenizer_of(recipe.judge.model, notes))
-            judge = LM.wrap(other.whole, planner.judge.tokenizer, name=recipe.judge.model)
-        checkpointing = planner.choices.gradient_checkpointing
-        stages = Stages(recipe, lm, judge, checkpointing=checkpointing, notes=notes)
-        planned = tuple(planner.plan(stage) for stage in stages.all())
-        if stages.judge.local is not None:
-            planned += (planner.judging(stages.judge.local),)
+    planner = planner_of(recipe, device, choices or Choices(), notes)
+    model = planner.model
+    lm = planner.lm(recipe)
+    judge = None
+    if recipe.judge and not recipe.judge.url:
+        other = ShapedModel.of(recipe.judge.model, recipe.dtype)
+        planner.judge = planner.passes_of(other, _tokenizer_of(recipe.judge.model, notes))
+        judge = LM.wrap(other.whole, planner.judge.tokenizer, name=recipe.judge.model)
+    checkpointing = planner.choices.gradient_checkpointing
+    stages = Stages(recipe, lm, judge, checkpointing=checkpointing, notes=notes)
+    planned = tuple(planner.plan(stage) for stage in stages.all())
+    if stages.judge.local is not None:
+        planned += (planner.judging(stages.judge.local),)
     dtype = str(model.dtype).removeprefix("torch.")
     return Plan(
         recipe.name, recipe.model, model.parameters, dtype, device, planner.choices, planned, tuple(dict.fromkeys(notes))
     )
+
+
+def planner_of(recipe: Recipe, device: Device, choices: Choices, notes: list[str]) -> Planner:
+    """The planner of a recipe's model; what it has to assume goes into `notes`."""
+    model = ShapedModel.of(recipe.model, recipe.dtype)
+    return Planner(model, _tokenizer_of(recipe.model, notes), device, choices)
 
 
 def _tokenizer_of(name: str, notes: list[str]) -> Any:
@@ -152,12 +156,13 @@ def _tokenizer_of(name: str, notes: list[str]) -> Any:
 
 
 @dataclass(eq=False)
-class _Planner:
+class Planner:
+    """Plans stages of one model on one kind of device."""
+
     model: ShapedModel
     tokenizer: Any
     device: Device
     choices: Choices
-    stack: ExitStack
     judge: Passes | None = None
     _passes: dict[torch.dtype, Passes] = field(default_factory=dict)
 
@@ -167,8 +172,8 @@ class _Planner:
         return LM.wrap(self.model.whole, self.tokenizer, name=self.model.name, chat_template_kwargs=variables)
 
     def passes_of(self, model: ShapedModel, tokenizer: Any) -> Passes:
-        """A model's passes, undone with the plan."""
-        return Passes(model, tokenizer, self.device, self.stack)
+        """A model's passes on the device."""
+        return Passes(model, tokenizer, self.device)
 
     def passes(self, stage: Stage) -> Passes:
         """The passes of the model that the stage runs."""

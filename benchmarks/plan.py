@@ -88,7 +88,7 @@ def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
     tasks = recipe.load_tasks()
     sides = recipe.sides()
     assert sides is not None
-    prompts = list(tasks[0].items[i].prompt for i in range(PROMPTS))  # type: ignore[attr-defined]
+    prompts = [tasks[0].items[i].prompt for i in range(PROMPTS)]  # type: ignore[attr-defined]
     with tempfile.TemporaryDirectory() as folder:
         real = {
             "train positive": watched(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_lm, tiny_model
 from typer.testing import CliRunner
 
+from conftest import tiny_lm, tiny_model
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.cli import app
 from weightsteer.errors import SteerError

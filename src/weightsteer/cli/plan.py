@@ -12,7 +12,20 @@ if TYPE_CHECKING:
     from ..planning.plan import Choices, Plan, StagePlan
     from ..runs.recipe import Recipe
 
-HEADS = ("stage", "GB", "weights", "training", "kept", "cache", "work", "trained", "generated", "scored", "judge", "disk")
+HEADS = (
+    "stage",
+    "GB",
+    "weights",
+    "training",
+    "kept",
+    "cache",
+    "work",
+    "trained",
+    "generated",
+    "scored",
+    "judge",
+    "disk",
+)
 
 
 def print_plan(recipe: Recipe, device: str | None, devices: int | None, *, as_json: bool) -> None:

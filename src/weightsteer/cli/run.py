@@ -37,7 +37,6 @@ from .options import (
     shown_strengths,
     vector_and_lm,
 )
-
 from .plan import print_plan, refuse_without_plan
 
 if TYPE_CHECKING:

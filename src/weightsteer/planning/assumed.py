@@ -28,7 +28,6 @@ UNKNOWN = 1000
 PROMPTS, QUESTIONS = 5, 20  # of a trait file of persona vectors, for each side
 
 
-
 @dataclass(frozen=True)
 class HarnessSet:
     """A task of lm-evaluation-harness: documents, tokens of a prompt with its examples, candidates or a reply."""

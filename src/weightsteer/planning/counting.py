@@ -87,7 +87,9 @@ class CountingModel(LanguageModel):
         progress: Progress = silent,
     ) -> list[list[Score]]:
         numbered = enumerate(zip(prompts, choices, strict=True))
-        asked = [part for number, (prompt, texts) in numbered for part in candidates_of(self.local, number, prompt, texts)]
+        asked = [
+            part for number, (prompt, texts) in numbered for part in candidates_of(self.local, number, prompt, texts)
+        ]
         shared = common_prefix([part.head for part in asked])
         if shared:
             self.work.make(Reading(1, shared, cached=True))

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import SteerError
 from ..schema import suggestion
@@ -136,7 +137,7 @@ def _seconds(work: Callable[[], object], tries: int = 7) -> float:
 def _resident() -> float:
     """What this process holds: Python, torch and transformers, which a run loads too."""
     try:
-        with open("/proc/self/statm", encoding="ascii") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return float(pages * os.sysconf("SC_PAGE_SIZE"))
     except OSError:
         return 0.8 * GB

@@ -1,4 +1,4 @@
-"""A recipe on a device -> what each stage takes: memory by its parts, tokens, calls, disk, time; and whether it fits."""
+"""A recipe on a device -> what each stage takes: memory by parts, tokens, calls, disk, time; whether it fits."""
 
 from __future__ import annotations
 
@@ -136,7 +136,14 @@ def plan_recipe(recipe: Recipe, device: Device, choices: Choices | None = None) 
         planned += (planner.judging(stages.judge.local),)
     dtype = str(model.dtype).removeprefix("torch.")
     return Plan(
-        recipe.name, recipe.model, model.parameters, dtype, device, planner.choices, planned, tuple(dict.fromkeys(notes))
+        recipe.name,
+        recipe.model,
+        model.parameters,
+        dtype,
+        device,
+        planner.choices,
+        planned,
+        tuple(dict.fromkeys(notes)),
     )
 
 
@@ -342,7 +349,9 @@ def _largest(stage: Stage, choices: Choices) -> list[Reading | Step]:
     steps = [made for made in stage.work.passes if isinstance(made, Step)]
     if steps:
         if choices.shard == "fsdp" or choices.devices > 1:
-            steps = [replace(s, rows=-(-s.rows // choices.devices), answers=-(-s.answers // choices.devices)) for s in steps]
+            steps = [
+                replace(s, rows=-(-s.rows // choices.devices), answers=-(-s.answers // choices.devices)) for s in steps
+            ]
         steps = [replace(step, checkpointing=choices.gradient_checkpointing) for step in steps]
         return list({max(steps, key=lambda s: s.tokens), max(steps, key=lambda s: s.answers)})
     reads = [made for made in stage.work.passes if isinstance(made, Reading)]

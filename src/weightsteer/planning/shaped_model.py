@@ -145,7 +145,9 @@ def _config_of(name: str) -> Any:
     except SteerError as error:
         published = KNOWN.get(name)
         if published is None:
-            raise SteerError(f"{error}; a plan needs the model's config: fetch it, or name a folder that has it") from None
+            raise SteerError(
+                f"{error}; a plan needs the model's config: fetch it, or name a folder that has it"
+            ) from None
         config = AutoConfig.for_model(published.kind, **published.fields)
         config.dtype = torch.bfloat16
         return config

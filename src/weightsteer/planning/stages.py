@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..behavior import SIDES, Behavior, Example, pairs_of
+from ..behavior import SIDES, Behavior, Example
 from ..data_building.sampling import asked_questions
 from ..data_building.sampling_settings import SamplingSettings
 from ..errors import SteerError
@@ -35,6 +35,7 @@ from .counting import CountingJudge, CountingModel, Work
 from .passes import Reading
 from .trainings import Training, encoded, plan_training, rows_of_lengths
 
+RESOURCES = ("gradient_checkpointing", "processes", "shard")
 TRIES = 6  # of the search for k, at most, after the base's own loss
 BATCH = 8  # of the sampling, the searches and the activations
 
@@ -258,7 +259,10 @@ class Stages:
 
     def _work_of(self, name: str, task: Task | None, batch_size: int) -> Work:
         """What a task asks, judges included; one of the harness, whose data are elsewhere, by its known sizes."""
-        key = (name, tuple(task.ids) if task else (), )
+        key = (
+            name,
+            tuple(task.ids) if task else (),
+        )
         if key not in self._costs:
             if task is None:
                 self._costs[key] = self._harness(name, batch_size)
@@ -350,7 +354,8 @@ class Stages:
 
 
 def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(fields)
+    """A training's fields without those that change no token: these are in the plan's `Choices`."""
+    return {name: value for name, value in fields.items() if name not in RESOURCES}
 
 
 def _names(recipe: Recipe) -> Sequence[str]:

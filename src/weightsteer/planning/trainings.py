@@ -49,7 +49,13 @@ def rows_of_lengths(prompts: Sequence[int], answer: int, most: int) -> list[Enco
 
 
 def plan_training(
-    lm: LM, rows: Sequence[Encoded], given: TrainSettings, *, examples: int, preferences: bool = False, checkpointing: bool
+    lm: LM,
+    rows: Sequence[Encoded],
+    given: TrainSettings,
+    *,
+    examples: int,
+    preferences: bool = False,
+    checkpointing: bool,
 ) -> Training:
     """What a training on these rows does; one by preferences has two answers a row."""
     settings = resolve(given, examples=examples, width=width_of(lm.model), preferences=preferences)

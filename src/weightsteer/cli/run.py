@@ -40,6 +40,7 @@ from .options import (
     shown_strengths,
     vector_and_lm,
 )
+from .plan import print_plan, refuse_without_plan
 
 if TYPE_CHECKING:
     from ..evaluation.compare import ComparisonAtLoss
@@ -60,6 +61,14 @@ def run(
     gpus_per_model: GpusPerModel = None,
     trust_code: TrustCode = None,
     key_env: KeyEnv = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print memory, tokens and time of each stage; no weights are loaded.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="With --plan: h100, a100-80gb, rtx-4090 and others, or cpu, which is measured.")
+    ] = None,
+    devices: Annotated[int | None, typer.Option(min=1, help="With --plan: so many devices of that kind.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="With --plan: print JSON, for programs.")] = False,
 ) -> None:
     """Run a recipe from start to end: train, subtract, sweep, choose k, report.
 
@@ -74,6 +83,10 @@ def run(
     loaded = Recipe.load(found)
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
     loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
+    if plan:
+        print_plan(loaded, device, devices, as_json=as_json)
+        return
+    refuse_without_plan(device=device, devices=devices, json=as_json)
     folder = out or Path("runs") / (f"{loaded.name}-dry-run" if dry_run else loaded.name)
     refuse_run_inputs(loaded, found, folder)
     if dry_run:

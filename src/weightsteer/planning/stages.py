@@ -1,0 +1,364 @@
+"""A recipe -> its stages in their order, each with its passes and tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..behavior import SIDES, Behavior, Example
+from ..data_building.sampling import asked_questions
+from ..data_building.sampling_settings import SamplingSettings
+from ..errors import SteerError
+from ..evaluation import cost
+from ..evaluation.metrics import metric_key
+from ..evaluation.task_spec import TaskSpec
+from ..evaluation.tasks import load_task
+from ..evaluation.tasks.task import Task
+from ..lm import LM
+from ..runs.own_data import OWN, behavior_of, held_out_pairs
+from ..runs.recipe import Recipe
+from ..runs.recipe_fields import FinetuneRecipe
+from ..steering.methods import METHODS, SHARES
+from ..steering.several_k import TOGETHER
+from ..training.settings import TrainSettings
+from .assumed import (
+    HARNESS,
+    UNKNOWN_HARNESS,
+    behavior_or_stand_in,
+    examples_or_stand_ins,
+    is_here,
+    task_or_stand_in,
+)
+from .counting import CountingJudge, CountingModel, Work
+from .passes import Reading
+from .trainings import Training, encoded, plan_training, rows_of_lengths
+
+RESOURCES = ("gradient_checkpointing", "processes", "shard")
+TRIES = 6  # of the search for k, at most, after the base's own loss
+BATCH = 8  # of the sampling, the searches and the activations
+
+
+@dataclass
+class Stage:
+    """One stage of a run."""
+
+    name: str
+    work: Work = field(default_factory=Work)
+    training: Training | None = None
+    float32: bool = False  # a copy of the base in float32 is what is trained
+    models: int = 1  # models in memory, this one counted: the base, and the fine-tune of it that is repaired
+    sums: bool = False  # the activations of every block are summed
+    adapters: int = 0  # that it leaves on the disk
+    checkpoints: int = 0  # whole models that it leaves
+
+
+class Stages:
+    """The stages of one recipe, counted with the model's tokenizer."""
+
+    def __init__(self, recipe: Recipe, lm: LM, judge: LM | None, *, checkpointing: bool, notes: list[str]) -> None:
+        self.recipe, self.lm, self.checkpointing, self.notes = recipe, lm, checkpointing, notes
+        self.judge = CountingJudge(CountingModel(judge) if judge else None)
+        self.behavior = self._behavior()
+        self.models = 2 if recipe.repair_target else 1
+        self._tasks = self._load_tasks()
+        self._costs: dict[tuple[str, tuple[int, ...]], Work] = {}
+        self._rows: tuple[list[Any], list[Any]] | None = None
+
+    def all(self) -> Iterator[Stage]:
+        """Every stage, in the order in which a run goes through them."""
+        recipe, methods = self.recipe, self.recipe.sweep.methods
+        yield Stage("load the model")
+        for name, wanted in (("first fine-tune", recipe.first_finetune), ("repair target", recipe.repair_target)):
+            if wanted:
+                yield self._finetune(name, wanted)
+        if recipe.data.sampling:
+            yield self._sampling()
+        for training in ("lora", *sorted({METHODS[m].training for m in methods} - {"lora"})):
+            yield from (self._side(training, side) for side in SIDES)
+        for copies in sorted({abs(round(k)) for k in methods.get("joint training") or ()}):
+            assert recipe.repair_target is not None
+            yield self._finetune(f"joint training, {copies} copies", recipe.repair_target, copies)
+        if {"activation", "activation all layers"} & methods.keys():
+            yield self._activations()
+        if "activation" in methods:
+            yield self._layer_scan()
+        if search := self._search():
+            yield search
+        yield from self._sweep()
+        if self._samples_count():
+            yield self._samples()
+        yield self._costs_stage()
+
+    # Trainings
+
+    def _finetune(self, name: str, wanted: FinetuneRecipe, copies: int = 0) -> Stage:
+        examples, stand_ins = self._examples(wanted)
+        settings = self.recipe.train_settings(_plain(wanted.train))
+        rows = encoded(self.lm, examples, settings, stand_ins=stand_ins)
+        if copies:
+            desired = self._sides()[SIDES.index(getattr(wanted, "desired_side", "positive"))]
+            rows = [*rows, *desired[: getattr(wanted, "desired_examples", None)] * copies]
+        made = plan_training(self.lm, rows, settings, examples=len(rows), checkpointing=self.checkpointing)
+        return Stage(name, made.work, made, adapters=1, checkpoints=0 if copies else 1, models=2 if copies else 1)
+
+    def _side(self, training: str, side: str) -> Stage:
+        recipe = self.recipe
+        train, own = _plain(recipe.train), {}
+        if training != "lora":
+            own = next((f for name, f in recipe.train_of.items() if METHODS[name].training == training), {})
+        kept = any(METHODS[name].from_snapshots for name in recipe.sweep.methods) and training == "lora"
+        dense = training in ("bias", "full")
+        train |= ({"kind": training, "bf16": recipe.dtype == "bfloat16"} if dense else {}) | _plain(own)
+        settings = recipe.train_settings(train)
+        rows = self._sides()[SIDES.index(side)]  # type: ignore[arg-type]
+        preferences = training == "DPO"
+        made = plan_training(
+            self.lm,
+            rows,
+            settings,
+            examples=len(rows),
+            preferences=preferences,
+            checkpointing=self.checkpointing,
+        )
+        name = f"train {side}" if training == "lora" else f"train {training} {side}"
+        snapshots = len(SHARES) if kept or preferences else 0
+        return Stage(
+            name,
+            made.work,
+            made,
+            float32=dense,
+            adapters=0 if training == "full" else 1 + snapshots,
+            checkpoints=1 if training == "full" else 0,
+        )
+
+    def _sides(self) -> tuple[list[Any], list[Any]]:
+        """The rows of D+ and D-; where the model writes them, all answers at their longest."""
+        if self._rows is None:
+            settings = self.recipe.train_settings(_plain(self.recipe.train))
+            if sampling := self.recipe.data.sampling:
+                questions = asked_questions(self.behavior, sampling.questions)
+                prompts = [len(self.lm.chat_ids(q)) for q in questions]
+                number = len(self.behavior.positive_prompts) * sampling.samples
+                lengths = (prompts * number)[: self.recipe.data.limit]
+                made = rows_of_lengths(lengths, sampling.max_new_tokens, settings.max_length)
+                self._rows = (made, made)
+            else:
+                self._rows = self._given_sides(settings)
+        return self._rows
+
+    def _given_sides(self, settings: TrainSettings) -> tuple[list[Any], list[Any]]:
+        data = self.recipe.data
+        names = [name for name in (data.pairs, data.positive, data.negative) if name]
+        if all(map(is_here, names)):
+            found = self.recipe.sides()
+            assert found is not None
+            positive, negative = (encoded(self.lm, side, settings) for side in found)
+            return positive, negative
+        sides = [examples_or_stand_ins(name, self.notes)[: data.limit] for name in (names * 2)[:2]]
+        positive, negative = (encoded(self.lm, side, settings, stand_ins=True) for side in sides)
+        return positive, negative
+
+    def _examples(self, wanted: FinetuneRecipe) -> tuple[list[Example], bool]:
+        if wanted.generate or all(map(is_here, wanted.data)):
+            return self.recipe.finetune_examples(wanted), False
+        return [e for name in wanted.data for e in examples_or_stand_ins(name, self.notes)[: wanted.limit]], True
+
+    # Data that the model writes, and what is summed and searched
+
+    def _sampling(self) -> Stage:
+        sampling = self.recipe.data.sampling
+        assert sampling is not None
+        model, questions = CountingModel(self.lm), asked_questions(self.behavior, sampling.questions)
+        prompts = (*self.behavior.positive_prompts, *self.behavior.negative_prompts)
+        for text in prompts:
+            once = CountingModel(self.lm.with_system_prompt(text))
+            once.replies(questions, max_new_tokens=sampling.max_new_tokens, batch_size=SamplingSettings().batch_size)
+            model.work.add(once.work, sampling.samples)
+        answers = len(questions) * len(prompts) * sampling.samples
+        if self.recipe.judge and not sampling.likelihood:
+            model.work.judged += answers
+        return Stage("sample answers", model.work)
+
+    def _activations(self) -> Stage:
+        stage, limit = Stage("activations", sums=True), self.recipe.sweep.activation_pairs
+        for rows in self._sides():
+            lengths = sorted((len(row["input_ids"]) for row in rows[:limit]), reverse=True)
+            for start in range(0, len(lengths), BATCH):
+                stage.work.make(Reading(len(lengths[start : start + BATCH]), lengths[start]))
+        return stage
+
+    def _layer_scan(self) -> Stage:
+        sweep = self.recipe.sweep
+        blocks = len(self.lm.blocks)
+        layers = len(range(sweep.layer_step // 2, blocks, sweep.layer_step))
+        stage = Stage("layer of the activations", models=self.models)
+        task = next((t for t in self._tasks if t[0] == metric_key(sweep.behavior)[0]), None)
+        if task is not None and task[1] is not None:
+            few = task[1].of_split("validation").first(sweep.search_items)
+            stage.work.add(self._work_of(task[0], few, BATCH), 2 * layers)
+        return stage
+
+    def _search(self) -> Stage | None:
+        sweep = self.recipe.sweep
+        texts = next((task for name, task, _ in self._tasks if name == "prose" and task), None)
+        searched = [n for n in (*sweep.variants, *sweep.methods) if self._is_searched(n)]
+        if not searched or texts is None:
+            return None
+        few = texts.of_split("validation").first(sweep.search_items)
+        stage = Stage(f"search for k of {len(searched)} methods", models=self.models)
+        for name in searched:
+            work = self._work_of("prose", few, BATCH)
+            stage.work.add(work, len(sweep.sides))
+            stage.work.add(work, TRIES * len(sweep.sides), rank=self._rank(name))
+        return stage
+
+    def _is_searched(self, name: str) -> bool:
+        return self.recipe.sweep.methods.get(name) is None and name not in ("fine-tuned", "DPO")
+
+    # Measurements
+
+    def _sweep(self) -> Iterator[Stage]:
+        base = Stage("measure the base", models=self.models)
+        for name, task, factor in self._tasks:
+            base.work.add(self._work_of(name, task, self.recipe.batch_size), factor)
+        yield base
+        for method, ks in self._strengths().items():
+            stage = Stage(f"measure {method} at {ks} k", models=self.models)
+            for name, task, factor in self._tasks:
+                part = self._part(method, task)
+                if part is not None or task is None:
+                    work = self._work_of(name, part, self.recipe.batch_size)
+                    stage.work.add(work, factor * ks, rank=self._rank(method))
+            yield stage
+
+    def _part(self, method: str, task: Task | None) -> Task | None:
+        """The items that a method is measured on: see `planned_cells`."""
+        if task is None:
+            return None
+        if method != "contrastive":
+            if "test" not in task.splits:
+                return None
+            task = task.of_split("test")
+        count = self.recipe.sweep.items_of.get(method)
+        return task.first(count) if count else task
+
+    def _strengths(self) -> Mapping[str, int]:
+        """At how many k other than 0 each variant and method is measured."""
+        sweep, found = self.recipe.sweep, {}
+        for name in (*sweep.variants, *sweep.methods):
+            listed = sweep.methods.get(name)
+            if listed is not None:
+                found[name] = len({k for k in listed if k})
+            elif name in ("fine-tuned", "DPO"):
+                found[name] = 2 * len(SHARES)
+            else:
+                found[name] = len(sweep.sides) * len(sweep.fractions_of.get(name, sweep.fractions))
+        return found
+
+    def _work_of(self, name: str, task: Task | None, batch_size: int) -> Work:
+        """What a task asks, judges included; one of the harness, whose data are elsewhere, by its known sizes."""
+        key = (
+            name,
+            tuple(task.ids) if task else (),
+        )
+        if key not in self._costs:
+            if task is None:
+                self._costs[key] = self._harness(name, batch_size)
+            else:
+                model, before = CountingModel(self.lm), self.judge.calls
+                with suppress(SteerError):  # what it finds in the replies is nothing
+                    task.measure(model, batch_size=batch_size)
+                model.work.judged = self.judge.calls - before
+                self._costs[key] = model.work
+        return self._costs[key]
+
+    def _harness(self, name: str, batch_size: int) -> Work:
+        spec = next(task for task in self.recipe.tasks if task.shown_name == name)
+        known, work = HARNESS.get(spec.data or "", UNKNOWN_HARNESS), Work()
+        documents = min(known.documents, spec.limit or known.documents)
+        batches = documents / batch_size
+        if known.reply:
+            reply = spec.max_new_tokens or known.reply
+            work.make(Reading(batch_size, known.prompt, 0, batch_size, cached=True), batches)
+            work.make(Reading(batch_size, 1, known.prompt + reply // 2, batch_size), batches * (reply - 1))
+            work.make(Reading(batch_size, 1, known.prompt + reply, batch_size), 0)
+            work.generated += documents * reply
+        else:
+            width = known.prompt + known.candidate
+            scored = known.candidates * known.candidate
+            work.make(Reading(batch_size, width, 0, batch_size * known.candidate), batches * known.candidates)
+            work.scored += documents * scored
+        return work
+
+    def _load_tasks(self) -> list[tuple[str, Task | None, float]]:
+        """Each task's name, its items or None for those of the harness, and how often its work counts."""
+        found: list[tuple[str, Task | None, float]] = []
+        held = tuple(held_out_pairs(self.recipe)) if all(map(is_here, _names(self.recipe))) else ()
+        for fields in self.recipe.tasks:
+            name = fields.shown_name
+            if fields.task == "harness":
+                self.notes.append(f"task {name}: documents of the harness are counted by known or assumed sizes")
+                found.append((name, None, 1.0))
+                continue
+            standing, wanted = task_or_stand_in(fields, self.notes)
+            own = None if held or self.recipe.behavior == OWN else self.recipe.behavior
+            about = standing.behavior or (own if own and is_here(own) else self._shipped_behavior())
+            spec = TaskSpec(**vars(standing), judge=self.judge if self.recipe.judge else None, held_out=held)
+            task = load_task(replace(spec, behavior=None if held else about))
+            found.append((name, task, wanted / len(task.ids) if standing.data != fields.data else 1.0))
+        return found
+
+    def _shipped_behavior(self) -> str:
+        from ..behavior import SHIPPED
+
+        return SHIPPED[0]
+
+    def _behavior(self) -> Behavior:
+        if self.recipe.behavior == OWN:
+            return behavior_of(self.recipe)
+        return behavior_or_stand_in(self.recipe.behavior, self.notes)
+
+    def _rank(self, method: str) -> int:
+        """The rank of the product that steers; 0 where none is added to the layers."""
+        if method in ("activation", "activation all layers", "system prompt", "bias-only", "full"):
+            return 0
+        rank = self.recipe.train_settings(_plain(self.recipe.train)).rank
+        return rank if method in ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO") else 2 * rank
+
+    def _samples_count(self) -> int:
+        wanted = self.recipe.samples
+        return len((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
+
+    def _samples(self) -> Stage:
+        wanted, model = self.recipe.samples, CountingModel(self.lm)
+        prompts = list((wanted.prompts or self.behavior.questions[::-1])[: wanted.count])
+        ks = 1 + self._strengths()["contrastive"]
+        rows = [prompt for prompt in prompts for _ in range(ks)]
+        model.replies(rows, max_new_tokens=wanted.max_new_tokens, batch_size=TOGETHER)
+        stage = Stage(f"samples at {ks} k", models=self.models)
+        stage.work.add(model.work, rank=self._rank("contrastive"))
+        return stage
+
+    def _costs_stage(self) -> Stage:
+        stage = Stage("costs", models=self.models)
+        width = len(self.lm.chat_ids(cost.PROMPT))
+        for method in self._strengths():
+            for rank in (0, self._rank(method)):
+                stage.work.make(Reading(cost.BATCH, width, 0, cost.BATCH, rank, cached=True), cost.TRIALS)
+                step = Reading(cost.BATCH, 1, width + cost.NEW_TOKENS, cost.BATCH, rank)
+                stage.work.make(step, cost.TRIALS * (cost.NEW_TOKENS - 1))
+            stage.work.generated += 2 * cost.TRIALS * cost.BATCH * cost.NEW_TOKENS
+        return stage
+
+
+def _plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A training's fields without those that change no token: these are in the plan's `Choices`."""
+    return {name: value for name, value in fields.items() if name not in RESOURCES}
+
+
+def _names(recipe: Recipe) -> Sequence[str]:
+    """The recipe's own files of pairs."""
+    data = recipe.data
+    return [name for name in (data.pairs, data.positive, data.negative) if name]

@@ -143,9 +143,9 @@ class Run:
         """What a task measures on the base, by one item of each split."""
         lm = self.artifacts.lm()
         try:
-            return task.first(1).measure(lm)
+            return task.first(1).against(lm).measure(lm)
         except SteerError:  # one reply may have no answer; that none has is an error
-            return task.measure(lm, batch_size=self.recipe.batch_size)
+            return task.against(lm).measure(lm, batch_size=self.recipe.batch_size)
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""

@@ -8,7 +8,7 @@ until a method is made.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 SNAPSHOT_COUNT = 4  # equally spaced points of a training that are kept for the methods that need them
 SHARES = tuple(number / SNAPSHOT_COUNT for number in range(1, SNAPSHOT_COUNT + 1))  # of a training, at its snapshots
-Training = Literal["lora", "bias", "full", "DPO"]  # how the two sides are trained
+# How the two sides are trained; the names of folders in a run. Two-way trainings make one adapter.
+Training = Literal["lora", "bias", "full", "DPO", "kl", "dial-pairs", "two-way", "two-way-even", "two-way-kl"]
+TWO_WAY: tuple[Training, ...] = ("two-way", "two-way-even", "two-way-kl")
+DialOf = Literal["contrastive", "random"]  # which vector's coefficients are learned
 TrainingCost = tuple[Path, float]  # a fine-tune, and the share of its training that a method uses
 Costs = Callable[[RunFolder, float], Sequence[TrainingCost]]
 
@@ -39,7 +42,19 @@ class MethodSources(Protocol):
         ...
 
     def difference(self, training: Training = "lora") -> WeightVector:
-        """w = tau+ - tau- of these fine-tunes."""
+        """w = tau+ - tau- of these fine-tunes; of a two-way training, its one adapter."""
+        ...
+
+    def random_vector(self) -> WeightVector:
+        """A random vector with the contrastive one's norm in each tensor."""
+        ...
+
+    def learned_dial(self, of: DialOf) -> WeightVector:
+        """The vector weighed by coefficients that are learned on the recipe's `dial` pairs."""
+        ...
+
+    def trained_activation(self) -> ActivationVector:
+        """The activation vector at the chosen layer, trained at both signs at once on the pairs."""
         ...
 
     def activations(self) -> ActivationVector:
@@ -82,6 +97,9 @@ class Method:
     costs: Costs  # the fine-tunes that it is made from at k
     ks: KRule = KRule("any k", lambda _k: True)
     training: Training = "lora"  # other than lora: both sides are trained for it alone, with a recipe's `train_of`
+    preset: Mapping[str, float] = field(default_factory=dict)  # its own training settings, below a recipe's `train_of`
+    uses_dial_pairs: bool = False  # pairs that the sides are not trained on, by a recipe's `dial`
+    needs_pairs: bool = False  # D+ and D- must answer the same prompts
     from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
     strengths_from_checkpoints: bool = False  # a listed |k| is a training of its own, signed by `repair_sign`
     needs_repair_target: bool = False
@@ -149,6 +167,24 @@ def _all_layers(name: str, sources: MethodSources) -> Steering:
     return Direction(name, sources.activations().increments())
 
 
+def _random(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.random_vector())
+
+
+def _learned_dial(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.learned_dial("random" if name == "random dial" else "contrastive"))
+
+
+def _trained_activation(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.trained_activation())
+
+
 def _system_prompt(name: str, sources: MethodSources) -> Steering:
     from .steering import SystemPrompt
 
@@ -195,6 +231,16 @@ def _both_of(training: Training) -> Costs:
     return lambda run, _k: [(run.finetune_of(training, side), 1.0) for side in SIDES]
 
 
+def _two_way_of(training: Training) -> Costs:
+    """The one adapter of a two-way training."""
+    return lambda run, _k: [(run.two_way(training), 1.0)]
+
+
+def _dial_of(of: DialOf) -> Costs:
+    """The sides, and the learning of their coefficients; a random vector takes its norms alone from them."""
+    return lambda run, k: [*BOTH_SIDES(run, k), (run.dial(of), 1.0)]
+
+
 def _side_of(k: float) -> Side:
     return "positive" if k > 0 else "negative"
 
@@ -203,7 +249,7 @@ def _no_training(run: RunFolder, k: float) -> list[TrainingCost]:
     return []
 
 
-BOTH_SIDES = _lora(positive=1.0, negative=1.0)  # of the contrastive method, and of its variants
+BOTH_SIDES: Costs = _lora(positive=1.0, negative=1.0)  # of the contrastive method, and of its variants
 _A_SHARE = KRule(
     f"k of {', '.join(f'{share:g}' for share in SHARES)}, or one of these negated", lambda k: abs(k) in (0.0, *SHARES)
 )
@@ -231,6 +277,65 @@ METHODS: Mapping[str, Method] = {
         _both_of("full"),
         training="full",
         in_memory="changes every weight",
+    ),
+    "contrastive KL": Method(
+        "the contrastive method, each side trained with a term that keeps it near the base on neutral replies",
+        _contrastive,
+        _both_of("kl"),
+        training="kl",
+        preset={"kl_weight": 1.0},
+    ),
+    "two-way": Method(
+        "one adapter w, trained so that theta + w fits D+ and theta - w fits D- in each step",
+        _contrastive,
+        _two_way_of("two-way"),
+        training="two-way",
+        needs_pairs=True,
+    ),
+    "two-way even": Method(
+        "the same with a penalty on the even part of the answers' log-probabilities",
+        _contrastive,
+        _two_way_of("two-way-even"),
+        training="two-way-even",
+        preset={"even_weight": 1.0},
+        needs_pairs=True,
+    ),
+    "two-way KL": Method(
+        "two-way training that keeps both signs near the base on neutral replies",
+        _contrastive,
+        _two_way_of("two-way-kl"),
+        training="two-way-kl",
+        preset={"kl_weight": 1.0},
+        needs_pairs=True,
+    ),
+    "learned dial": Method(
+        "the contrastive vector weighed by side, depth and kind of module, with few learned coefficients",
+        _learned_dial,
+        _dial_of("contrastive"),
+        uses_dial_pairs=True,
+    ),
+    "dial pairs": Method(
+        "control: the contrastive method trained on the pairs that the learned dial learns its coefficients on",
+        _contrastive,
+        _both_of("dial-pairs"),
+        training="dial-pairs",
+        uses_dial_pairs=True,
+    ),
+    "random": Method(
+        "control: a random vector with the contrastive one's norm in each tensor", _random, BOTH_SIDES
+    ),
+    "random dial": Method(
+        "control: the random vector with learned coefficients of its own",
+        _learned_dial,
+        _dial_of("random"),
+        uses_dial_pairs=True,
+    ),
+    "activation trained": Method(
+        "x_l + k v_l at that layer, v_l trained so that k = 1 fits D+ and k = -1 fits D- in each step",
+        _trained_activation,
+        lambda run, _k: [(run.trained_activation, 1.0)],
+        in_memory="adds to activations",
+        needs_pairs=True,
     ),
     "activation": Method(
         "x_l + k a_l at one layer, chosen on validation items",

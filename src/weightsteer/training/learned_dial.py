@@ -237,8 +237,8 @@ class _Learner:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            multiplier *= math.exp(SHRINK * max(-1.0, min(1.0, float(kl) / settings.kl - 1)))
-            progress(step + 1, settings.steps, f"margin {float(margin):+.3f}, KL {float(kl):.3f}")
+            multiplier *= math.exp(SHRINK * max(-1.0, min(1.0, float(kl.detach()) / settings.kl - 1)))
+            progress(step + 1, settings.steps, f"margin {float(margin.detach()):+.3f}, KL {float(kl.detach()):.3f}")
         after = self.measure(numbers.detach(), k)
         kept = {f"{name} at the start": value for name, value in before.items()} | after
         return numbers.detach(), {**kept, "multiplier": multiplier}

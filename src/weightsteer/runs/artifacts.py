@@ -31,7 +31,8 @@ from ..run_card import RunCard
 from ..run_folder import RunFolder
 from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
-from ..steering.methods import METHODS, SNAPSHOT_COUNT, TWO_WAY, DialOf, Training
+from ..steering.method import TWO_WAY, DialOf, Training
+from ..steering.methods import METHODS, SNAPSHOT_COUNT
 from ..steering.trained_activation import train_activation
 from ..training import preferences_of, train_preference, train_side, train_two_way, two_way_vector
 from ..training.defaults import resolve, width_of

@@ -67,7 +67,10 @@ def test_learned_coefficients_move_the_pairs_both_ways_and_are_a_vector(
     dial.save(tmp_path / "dial")
     kept = WeightVector.load(tmp_path / "dial")
     found = kept.card.measured["dial"]
-    assert found["margin at k"] - found["margin at -k"] > found["margin at k at the start"] - found["margin at -k at the start"]
+    assert (
+        found["margin at k"] - found["margin at -k"]
+        > found["margin at k at the start"] - found["margin at -k at the start"]
+    )
     assert kept.card.measured["parameters"] == CoefficientForm(list(kept.deltas), two_sides=True).count
     assert kept.card.measured["search_tokens"] > 0
     told = kept.card.settings["coefficients"]

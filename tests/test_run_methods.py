@@ -113,13 +113,21 @@ def test_sides_that_were_filtered_apart_pair_question_by_question() -> None:
     assert pairs == [("one", "p1", "n2"), ("one", "p2", "n3"), ("two", "p3", "n1")]
 
 
-TRAINED = ("contrastive KL", "two-way", "two-way even", "learned dial", "dial pairs", "random dial", "activation trained")
+TRAINED = (
+    "contrastive KL",
+    "two-way",
+    "two-way even",
+    "learned dial",
+    "dial pairs",
+    "random dial",
+    "activation trained",
+)
 
 
 def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(tmp_path: Path) -> None:
     tasks = [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose", "token_kl")]
     sweep = {
-        "methods": {name: None for name in ("contrastive", *TRAINED)},
+        "methods": dict.fromkeys(("contrastive", *TRAINED)),
         "kl": 0.05,
         "fractions": [1.0],
         "activation_pairs": 4,

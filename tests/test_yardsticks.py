@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import random_vector
 from test_compare import BEHAVIOR, write_run
 from weightsteer.behavior import ContrastPair, sides_of
 from weightsteer.errors import SteerError
@@ -86,6 +85,7 @@ def _neutral() -> set[str]:
 
 def test_odd_and_even_parts_of_a_known_effect(tmp_path: Path) -> None:
     """f(k) = 3 k + k^2 at measured strengths; between them an item's change is linear in k."""
+
     def effect(k: float) -> float:
         return 3 * k + k * k
 

@@ -32,8 +32,9 @@ def measure_costs(
 ) -> list[MetricRow]:
     """Rows of what each method costs at each of its strengths; what is kept there is not measured again.
 
-    Metrics: `training tokens` and `training seconds` of all learning rates that were tried, how many `settings tried`
-    that were (for the training that tried most), and `parameters` that were trained (of one fine-tune); and at the strongest k `time per token`, decoding time over the base's, paired.
+    Metrics: `training tokens` and `training seconds` of all that was tried, how many `settings tried` that were (in
+    the training that tried most), and `parameters` that were trained (of one fine-tune); and at the strongest k
+    `time per token`, decoding time over the base's, paired.
 
     Args:
         trainings: (method, run, k) -> the fine-tunes it takes, and the share of each that is used.

@@ -83,9 +83,7 @@ def _parts(
     return _summed(method, k, (up - down) / 2, (up + down) / 2, draws, seed)
 
 
-def _changes_at(
-    run: Mapping[Key, Measurement], method: str, k: float, behavior: MetricKey
-) -> dict[int, float]:
+def _changes_at(run: Mapping[Key, Measurement], method: str, k: float, behavior: MetricKey) -> dict[int, float]:
     """Each test item's change at k, between the two measured strengths around it."""
     task, metric = behavior
     strengths = sorted((abs(at) for name, at, about in run if name == method and about == task and at * k > 0))
@@ -110,6 +108,4 @@ def _summed(method: str, k: float, odd: Array, even: Array, draws: int, seed: in
         picked = np.ix_(rng.integers(len(odd), size=len(odd)), rng.integers(odd.shape[1], size=odd.shape[1]))
         means.append((odd[picked].mean(), even[picked].mean()))
     errors = np.std(np.array(means), axis=0, ddof=1)
-    return OddEven(
-        method, k, float(odd.mean()), float(errors[0]), float(even.mean()), float(errors[1]), odd.shape[1]
-    )
+    return OddEven(method, k, float(odd.mean()), float(errors[0]), float(even.mean()), float(errors[1]), odd.shape[1])

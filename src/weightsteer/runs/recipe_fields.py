@@ -122,7 +122,7 @@ class EngineRecipe(Strict):
 
 
 class DialRecipe(Strict):
-    """How the learned dial learns its coefficients: on pairs that the sides are not trained on, under a budget of KL."""
+    """How the learned dial learns its coefficients: on pairs that no side is trained on, under a budget of KL."""
 
     # a file of pairs, or a shipped behaviour; without it, those of `data.pairs` that `data.limit` leaves out
     pairs: str | None = None

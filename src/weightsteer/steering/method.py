@@ -1,4 +1,4 @@
-"""What a method is: how it is made, what it costs, which k it takes, what it needs, and what it is made from (no torch)."""
+"""What a method is: how it is made and from what, what it costs, which k it takes, what it needs (no torch)."""
 
 from __future__ import annotations
 

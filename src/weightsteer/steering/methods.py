@@ -229,9 +229,7 @@ METHODS: Mapping[str, Method] = {
         training="dial-pairs",
         uses_dial_pairs=True,
     ),
-    "random": Method(
-        "control: a random vector with the contrastive one's norm in each tensor", _random, BOTH_SIDES
-    ),
+    "random": Method("control: a random vector with the contrastive one's norm in each tensor", _random, BOTH_SIDES),
     "random dial": Method(
         "control: the random vector with learned coefficients of its own",
         _learned_dial,

@@ -128,7 +128,9 @@ def learn_dial(
     }
     made = {**found.card.settings, "dial": {**asdict(chosen), "k": k}}
     data = {**found.card.data_sha256, "dial pairs": digest(pair_rows(pairs))}
-    card = replace(found.card, settings=made, data_sha256=data, measured={**found.card.measured, **costs, "dial": measured})
+    card = replace(
+        found.card, settings=made, data_sha256=data, measured={**found.card.measured, **costs, "dial": measured}
+    )
     return replace(found, card=card)
 
 

@@ -94,7 +94,9 @@ class CoefficientForm:
         )
 
 
-def weigh(positive: WeightVector, negative: WeightVector | None, numbers: Tensor, form: CoefficientForm) -> WeightVector:
+def weigh(
+    positive: WeightVector, negative: WeightVector | None, numbers: Tensor, form: CoefficientForm
+) -> WeightVector:
     """The vector at these coefficients; its card's settings tell them.
 
     Args:

@@ -26,7 +26,7 @@ class _Prompt:
 
 @dataclass(frozen=True)
 class LoopScorer:
-    """Metrics: `loops`, 1 where a reply is empty or repeats itself (`looping.LOOPING`); `repeated`, how much it does."""
+    """Metrics: `loops`, 1 where a reply is empty or repeats itself (`looping.LOOPING`); `repeated`, how much."""
 
     name: str = "loops"
 

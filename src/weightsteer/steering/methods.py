@@ -271,6 +271,7 @@ METHODS: Mapping[str, Method] = {
         lambda run, k: [(run.finetune_of("DPO", _side_of(k)), abs(k))],
         _A_SHARE,
         training="DPO",
+        needs_pairs=True,
         needs_package=("trl", "TRL; pip install 'weightsteer[dpo]'"),
     ),
     "joint training": Method(

@@ -12,12 +12,20 @@ from conftest import random_vector, tiny_lm
 from weightsteer.behavior import ContrastPair
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
+from weightsteer.training import neutral
 from weightsteer.training.learned_dial import DialSettings, learn_dial
 from weightsteer.vectors.coefficients import CoefficientForm, weigh
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.random_like import random_like
 from weightsteer.vectors.weight_vector import WeightVector
+
+
+@pytest.fixture(autouse=True)
+def fewer_neutral_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short replies to a few prompts."""
+    monkeypatch.setattr(neutral, "PROMPTS", 6)
+    monkeypatch.setattr(neutral, "REPLY_TOKENS", 6)
 
 
 def test_at_the_start_the_weighed_vector_is_w(sides: tuple[Path, Path]) -> None:

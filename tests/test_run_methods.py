@@ -22,7 +22,7 @@ from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.run_methods import make_method
 from weightsteer.steering.methods import costs_of
 from weightsteer.steering.steering import Direction
-from weightsteer.training import list_snapshots
+from weightsteer.training import list_snapshots, neutral
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 
 IDS = torch.tensor([[4, 5, 6, 7]])
@@ -124,7 +124,11 @@ TRAINED = (
 )
 
 
-def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(tmp_path: Path) -> None:
+def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neutral, "PROMPTS", 4)
+    monkeypatch.setattr(neutral, "REPLY_TOKENS", 4)
     tasks = [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose", "token_kl")]
     sweep = {
         "methods": dict.fromkeys(("contrastive", *TRAINED)),

@@ -16,12 +16,19 @@ from weightsteer.files import sha256_of
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.scoring import mean_kl, prompt_log_probs, score_choices
-from weightsteer.training import TrainSettings, train_side, train_two_way, two_way_vector
+from weightsteer.training import TrainSettings, neutral, train_side, train_two_way, two_way_vector
 from weightsteer.training.neutral import draw, neutral_rows
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.weight_vector import WeightVector
 
 ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def fewer_neutral_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short replies to a few prompts."""
+    monkeypatch.setattr(neutral, "PROMPTS", 6)
+    monkeypatch.setattr(neutral, "REPLY_TOKENS", 6)
 
 
 def swapped(pairs: Sequence[ContrastPair]) -> list[ContrastPair]:
@@ -126,7 +133,7 @@ def test_what_has_no_such_term_refuses_its_weight(lm: LM, pairs: list[ContrastPa
 
 
 def test_a_step_that_is_made_again_sees_the_same_neutral_replies() -> None:
-    rows = neutral_rows(tiny_lm(), count=6)
+    rows = neutral_rows(tiny_lm())
     assert draw(rows, 3, 17) == draw(rows, 3, 17)
     assert len(rows) == 6
     for row in rows:

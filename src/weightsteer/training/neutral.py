@@ -17,18 +17,15 @@ from ..lm import LM
 from .job import Encoded
 from .trainer import IGNORED
 
+PROMPTS = 40  # that are used, of those in the file
 REPLY_TOKENS = 40  # of the base's reply to each prompt
 TOGETHER = 20  # replies that are written in one batch
 
 
-def neutral_rows(lm: LM, *, count: int | None = None) -> list[Encoded]:
-    """The shipped prompts, each with the model's own greedy reply; labels are `IGNORED` outside the reply.
-
-    Args:
-        count: only the first so many prompts.
-    """
+def neutral_rows(lm: LM) -> list[Encoded]:
+    """The shipped prompts, each with the model's own greedy reply; labels are `IGNORED` outside the reply."""
     path = Path(str(resources.files("weightsteer") / "data" / "training" / "neutral.jsonl"))
-    prompts = [row["prompt"] for row in read_jsonl(path, required=("prompt",))][:count]
+    prompts = [row["prompt"] for row in read_jsonl(path, required=("prompt",))][:PROMPTS]
     replies = lm.generate(prompts, max_new_tokens=REPLY_TOKENS, batch_size=TOGETHER)
     rows = []
     for prompt, reply in zip(prompts, replies, strict=True):

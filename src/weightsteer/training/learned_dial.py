@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
@@ -146,6 +146,15 @@ def _frozen(lm: LM) -> Iterator[None]:
             parameter.requires_grad_(required[name])
 
 
+def _balanced(measured: Mapping[str, float]) -> float:
+    """The multiplier at which a larger w gains as much margin as it costs in KL: margins grow with k, the KL with k^2.
+
+    1 where the vector lifts no margin at the start.
+    """
+    odd = (measured["margin at k"] - measured["margin at -k"]) / 2
+    return odd / (2 * measured["kl"]) if odd > 0 and measured["kl"] > 0 else 1.0
+
+
 class _Learner:
     """The data, and the passes of the model that the coefficients are learned by."""
 
@@ -230,7 +239,8 @@ class _Learner:
         numbers = self.form.start().requires_grad_(True)
         optimizer = torch.optim.Adam([numbers], lr=settings.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-        multiplier, before = 1.0, self.measure(self.form.start(), k)
+        before = self.measure(self.form.start(), k)
+        multiplier = _balanced(before)
         for step, chosen in enumerate(self._batches()):
             margin, kl, loss = self._step(numbers, k, chosen, step)
             (loss + multiplier * kl).backward()  # type: ignore[no-untyped-call]

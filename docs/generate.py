@@ -54,7 +54,9 @@ def methods_page() -> str:
             "risen by the recipe's `loss_increase`. The letters are those of the paper: theta is the base",
             "model, tau+ and tau- are the task vectors of the two fine-tunes, and a_l is the activation",
             "vector of layer l. The *repair target* is a fine-tune of the base that every method is to",
-            "repair; a recipe names it in its field `repair_target`.",
+            "repair; a recipe names it in its field `repair_target`. With `kl` in place of `loss_increase`,",
+            "k is found by the token KL to the base. [Experiments](experiments.md) says how the methods",
+            "with terms of their own, and the learned dial, are set.",
             "",
             *methods,
             "",
@@ -76,6 +78,10 @@ def _needs(method: Method) -> str:
         needs.append("a training of its own")
     if method.needs_repair_target:
         needs.append("`repair_target`")
+    if method.needs_pairs:
+        needs.append("both answers to each prompt")
+    if method.uses_dial_pairs:
+        needs.append("pairs for `dial`")
     if method.needs_package:
         needs.append(f"the package {method.needs_package[0]}")
     return ", ".join(needs)

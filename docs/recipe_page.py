@@ -25,6 +25,7 @@ from weightsteer.evaluation.task_spec import TaskFields
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.recipe_fields import (
     DataRecipe,
+    DialRecipe,
     EngineRecipe,
     FinetuneRecipe,
     GenerateRecipe,
@@ -42,6 +43,7 @@ PARTS: Mapping[str, type] = {  # where a part stands in a recipe -> its class
     "train": TrainSettings,
     "tasks": TaskFields,
     "sweep": SweepRecipe,
+    "dial": DialRecipe,
     "samples": SampleRecipe,
     "judge": JudgeRecipe,
     "engine": EngineRecipe,

@@ -10,14 +10,19 @@ from torch import Tensor
 
 from test_runs import mute, small_recipe
 from weightsteer.behavior import SIDES, Example, pairs_of
+from weightsteer.errors import SteerError
+from weightsteer.evaluation.results import read_rows
 from weightsteer.lm import LM
+from weightsteer.run_card import RunCard
+from weightsteer.run_folder import RunFolder
 from weightsteer.runs.artifacts import RunArtifacts
+from weightsteer.runs.dial_pairs import dial_pairs
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.run_methods import make_method
 from weightsteer.steering.methods import costs_of
 from weightsteer.steering.steering import Direction
-from weightsteer.training import list_snapshots
+from weightsteer.training import list_snapshots, neutral
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 
 IDS = torch.tensor([[4, 5, 6, 7]])
@@ -106,3 +111,64 @@ def test_sides_that_were_filtered_apart_pair_question_by_question() -> None:
     negative = [Example(q, a) for q, a in (("two", "n1"), ("one", "n2"), ("one", "n3"), ("one", "n4"))]
     pairs = [(p.prompt, p.positive, p.negative) for p in pairs_of(positive, negative)]
     assert pairs == [("one", "p1", "n2"), ("one", "p2", "n3"), ("two", "p3", "n1")]
+
+
+TRAINED = (
+    "contrastive KL",
+    "two-way",
+    "two-way even",
+    "learned dial",
+    "dial pairs",
+    "random dial",
+    "activation trained",
+)
+
+
+def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neutral, "PROMPTS", 4)
+    monkeypatch.setattr(neutral, "REPLY_TOKENS", 4)
+    tasks = [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose", "token_kl")]
+    sweep = {
+        "methods": dict.fromkeys(("contrastive", *TRAINED)),
+        "kl": 0.05,
+        "fractions": [1.0],
+        "activation_pairs": 4,
+        "search_items": 1,
+    }
+    dial = {"count": 4, "steps": 2, "batch_size": 2}
+    train = {"contrastive KL": {"kl_weight": 0.25}}
+    Run(
+        Recipe.load(small_recipe(tmp_path, tasks=tasks, sweep=sweep, dial=dial, train_of=train)),
+        tmp_path / "run",
+        show=mute,
+    ).run()
+    run = RunFolder(tmp_path / "run")
+    assert {row.method for row in read_rows(run.rows)} == {"base", "contrastive", *TRAINED}
+    assert RunCard.load(run.finetune_of("kl", "positive")).settings["kl_weight"] == 0.25
+    assert RunCard.load(run.two_way("two-way-even")).settings["even_weight"] == 1.0
+    costs = {(row.method, row.metric): row.value for row in read_rows(run.costs)}
+    assert all(costs[name, "settings tried"] == 1 for name in TRAINED)
+    assert all(costs[name, "training tokens"] > 0 for name in TRAINED)
+    assert costs["learned dial", "training tokens"] > costs["contrastive", "training tokens"]
+    made = RunCard.load(run.dial("contrastive"))
+    assert made.data_sha256["dial pairs"]
+    assert {"w", "common", "depth", "kinds"} == set(made.settings["coefficients"])
+
+
+def test_what_the_dial_learns_on_is_not_trained_on(tmp_path: Path) -> None:
+    """Shipped pairs that the limit leaves out; a file of the same pairs, or none that are left, is refused."""
+    recipe = Recipe.load(small_recipe(tmp_path, dial={"count": 12}))
+    sides = recipe.sides()
+    assert sides is not None
+    chosen = dial_pairs(recipe, sides)
+    assert len(chosen) == 12
+    assert not {pair.prompt for pair in chosen} & {example.prompt for side in sides for example in side}
+    sweep = {"methods": {"contrastive": None, "learned dial": None}, "search_items": 1}
+    whole = small_recipe(tmp_path, data={"pairs": "formal"}, behavior="formal", sweep=sweep)
+    with pytest.raises(SteerError, match=r"formal leaves 0 pairs that are not trained on.*'dial.pairs'"):
+        Run(Recipe.load(whole), tmp_path / "run", show=mute)
+    no_task = small_recipe(tmp_path, sweep={**sweep, "kl": 0.1})
+    with pytest.raises(SteerError, match=r"field 'sweep.kl': needs a task 'token_kl'"):
+        Run(Recipe.load(no_task), tmp_path / "run", show=mute)

@@ -46,7 +46,7 @@ class RunFolder:
         return self._named(side, FORMER_SIDES[side])
 
     def finetune_of(self, training: str, side: Side) -> Path:
-        """One side of a method with a training of its own: bias, full or DPO."""
+        """One side of a method with a training of its own, such as bias, full or DPO."""
         return RunFolder(self.path / training).finetune(side)
 
     def joint_finetune(self, copies: float) -> Path:
@@ -81,6 +81,24 @@ class RunFolder:
     def vector_of(self, training: str) -> Path:
         """The vector between the two sides of another kind of training."""
         return self.path / training / "vector"
+
+    def two_way(self, training: str) -> Path:
+        """The one adapter of a two-way training."""
+        return self.path / training / "both"
+
+    @property
+    def random(self) -> Path:
+        """The random vector with the norms of the contrastive one."""
+        return self.path / "random"
+
+    def dial(self, of: str) -> Path:
+        """The vector with learned coefficients: of the contrastive one, or of the random one."""
+        return self.path / "dial" / of
+
+    @property
+    def trained_activation(self) -> Path:
+        """The activation vector that is trained at both signs."""
+        return self.path / "trained_activation"
 
     @property
     def activations(self) -> Path:

@@ -173,3 +173,36 @@ def mean_kl(reference: Sequence[Tensor], lm: LM, prompts: Sequence[PromptLike]) 
     if math.isnan(total):
         raise SteerError("mean_kl: the model gives no numbers (NaN); it is broken, or steered too far")
     return total / count
+
+
+@torch.no_grad()
+def text_log_probs(lm: LM, texts: Sequence[str], *, most: int | None = None) -> list[Tensor]:
+    """Next-token log-probabilities along running text without a template: (tokens - 1, vocabulary) for each text.
+
+    Args:
+        most: only the first so many tokens of each.
+
+    Raises:
+        SteerError: a text of fewer than two tokens.
+    """
+    rows = []
+    for row in text_ids(lm, texts):
+        tokens = torch.tensor([row[:most]], device=lm.device)
+        rows.append(log_softmax(lm.model(input_ids=tokens, use_cache=False).logits[0, :-1]))
+    return rows
+
+
+@torch.no_grad()
+def text_kls(reference: Sequence[Tensor], lm: LM, texts: Sequence[str]) -> list[Tensor]:
+    """KL(reference || lm) of each token of running text, in nats: (tokens - 1,) for each text; NaN of a broken model.
+
+    `reference` is `text_log_probs` of the unsteered model, which says how much of each text is read.
+    """
+    found = []
+    for number, (log_p, text) in enumerate(zip(reference, texts, strict=True)):
+        with rows_of_batch([number], len(texts)):
+            (log_q,) = text_log_probs(lm, [text], most=len(log_p) + 1)
+        p = log_p.exp()
+        kl = torch.where(p > 0, p * (log_p - log_q), p).sum(dim=-1)
+        found.append(kl.clamp(min=0))  # of equal distributions rounding may leave less than nothing
+    return found

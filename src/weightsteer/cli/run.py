@@ -41,6 +41,7 @@ from .options import (
     vector_and_lm,
 )
 from .plan import print_plan, refuse_without_plan
+from .yardsticks import KL, KLS, LOOPS, measured_by_all, parts_of, say_parts
 
 if TYPE_CHECKING:
     from ..evaluation.compare import ComparisonAtLoss
@@ -221,12 +222,15 @@ def compare(
     capability: Annotated[str, typer.Option(help="task/metric whose rise is the loss increase.")] = "prose/nll",
     reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "contrastive",
     loss_increases: Annotated[str, typer.Option(help="Loss increases, nats per token.")] = "0.05,0.1,0.2",
+    kls: Annotated[str, typer.Option(help="Token KLs (95th percentile), nats, where token_kl was measured.")] = KLS,
+    parts: Annotated[bool, typer.Option("--parts", help="Only the odd and even parts of each method.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare methods at the same loss increase, as a Markdown table; errors by bootstrap over items and runs.
 
     Each number is a change from the model at k = 0. Rows "more" are k above 0, rows "less" are k below 0: there a
-    method works if the number is negative.
+    method works if the number is negative. Where the runs measured them, tables at equal token KL and of replies that
+    loop follow, and the odd and even parts of methods that have both signs. As JSON, the first table alone.
 
     Example: weightsteer compare runs/syc runs/syc-seed1 runs/syc-seed2 --behavior false_beliefs/follows
     """
@@ -236,17 +240,23 @@ def compare(
 
     refuse_other_recipes(runs)
     levels = [number(text, "--loss-increases") for text in loss_increases.split(",")]
-    found = compare_at_loss(
-        runs,
-        metric_key(behavior),
-        capability=metric_key(capability),
-        reference=reference,
-        loss_increases=levels,
-    )
-    if as_json:
-        say_json([asdict(row) for row in found])
-    else:
-        _print_comparison(found, metric_key(behavior), metric_key(capability), reference, levels)
+    key, cost = metric_key(behavior), metric_key(capability)
+    if parts:
+        say_json(parts_of(runs, key)) if as_json else say_parts(runs, key)
+        return
+    shown = [(key, cost, levels)]
+    if not as_json and cost != KL and measured_by_all(runs, KL):
+        shown.append((key, KL, [number(text, "--kls") for text in kls.split(",")]))
+    if not as_json and key != LOOPS and measured_by_all(runs, LOOPS):
+        shown += [(LOOPS, yardstick, at) for _, yardstick, at in shown]
+    for changed, yardstick, at in shown:
+        found = compare_at_loss(runs, changed, capability=yardstick, reference=reference, loss_increases=at)
+        if as_json:
+            say_json([asdict(row) for row in found])
+        else:
+            _print_comparison(found, changed, yardstick, reference, at)
+    if not as_json:
+        say_parts(runs, key)
 
 
 def _print_comparison(
@@ -278,6 +288,7 @@ def _print_comparison(
             *line["against"].values(),
         ]
         say("| " + " | ".join(cells) + " |")
+    say()
 
 
 def measure(

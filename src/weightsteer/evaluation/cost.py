@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,8 +33,9 @@ def measure_costs(
 ) -> list[MetricRow]:
     """Rows of what each method costs at each of its strengths; what is kept there is not measured again.
 
-    Metrics: `training tokens` and `training seconds` of all learning rates that were tried, and `parameters` that
-    were trained (of one fine-tune); and at the strongest k `time per token`, decoding time over the base's, paired.
+    Metrics: `training tokens` and `training seconds` of all that was tried, how many `settings tried` that were (in
+    the training that tried most), and `parameters` that were trained (of one fine-tune); and at the strongest k
+    `time per token`, decoding time over the base's, paired.
 
     Args:
         trainings: (method, run, k) -> the fine-tunes it takes, and the share of each that is used.
@@ -75,9 +76,16 @@ def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> 
     totals = {
         "training tokens": sum(share * card.measured_number("search_tokens") for card, share in cards),
         "training seconds": sum(share * card.measured_number("search_seconds") for card, share in cards),
+        "settings tried": max((_settings_tried(card) for card, _ in cards), default=0),
         "parameters": max((card.measured_number("parameters") for card, _ in cards), default=0),
     }
     return [MetricRow(name, k, TASK, metric, float(value), 1, 0.0) for metric, value in totals.items()]
+
+
+def _settings_tried(card: RunCard) -> float:
+    """How many learning rates were tried, or what the card says of a training without a choice of them."""
+    losses = card.measured.get("validation_loss")
+    return len(losses) if isinstance(losses, Mapping) else card.measured_number("settings")
 
 
 def _overhead(lm: LM, method: Steering, k: float) -> MetricRow:

@@ -31,6 +31,7 @@ def measure_strengths(
         SteerError: the model gives no number for any item, as one that is steered too far does.
     """
     base: Measurement | None = None
+    task = task.against(lm)
     with vector.applied(lm, 0.0) as handle:
         for k in (0.0, *ks):
             handle.k = k

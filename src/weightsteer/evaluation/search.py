@@ -1,9 +1,9 @@
-"""What is searched for on a few validation items: the k at a stated loss increase, and the layer to steer at."""
+"""What is searched for on a few validation items: the k at a stated loss increase or KL, and the layer to steer at."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import fmean
 
 from ..errors import SteerError
@@ -13,6 +13,7 @@ from ..steering.activations import ActivationVector
 from ..steering.steering import Steering
 from .tasks.task import Task, mean_of
 
+NEAR = 0.15  # of the aim: a search ends within it
 FAR_TOO_MUCH = 1e3  # nats of loss increase that stand for a loss that overflowed
 
 
@@ -38,21 +39,48 @@ def k_at_loss_increase(
         most: the largest |k| that is tried; it is taken where the loss has not risen so far even there.
     """
     base = mean_of(texts.measure(lm)[metric])
-    below, above = (0.0, 0.0), None  # (|k|, loss increase) of the tries nearest the aim
-    tried: dict[float, float] = {}  # |k| -> how far its loss increase is from the aim
+
+    def rise(k: float) -> float:
+        with method.applied(lm, k) as handle:
+            return mean_of(texts.measure(handle.lm)[metric]) - base
+
+    return _search(rise, loss_increase, sign, tries, most)
+
+
+def k_at_kl(
+    lm: LM, method: Steering, texts: Task, *, kl: float, sign: int, metric: str = "p95", tries: int = 6
+) -> float:
+    """The k on one side at which the token KL to the base on `texts` is about `kl` nats; see `k_at_loss_increase`.
+
+    Args:
+        texts: a task `token_kl`; `metric` `p95` is the mean over texts of the 95th percentile of their tokens' KL.
+    """
+    held = texts.against(lm)
+
+    def rise(k: float) -> float:
+        with method.applied(lm, k) as handle:
+            found = [FAR_TOO_MUCH if v is None or math.isnan(v) else v for v in held.measure(handle.lm)[metric]]
+            return mean_of(found)
+
+    return _search(rise, kl, sign, tries, math.inf)
+
+
+def _search(rise: Callable[[float], float], aim: float, sign: int, tries: int, most: float) -> float:
+    """The k of one sign at which `rise(k)`, which grows about with k^2, is about `aim`; see `k_at_loss_increase`."""
+    below, above = (0.0, 0.0), None  # (|k|, rise) of the tries nearest the aim
+    tried: dict[float, float] = {}  # |k| -> how far its rise is from the aim
     size = min(1.0, most)
-    while len(tried) < tries and min(tried.values(), default=loss_increase) > 0.15 * loss_increase:
-        with method.applied(lm, sign * size) as handle:
-            found = mean_of(texts.measure(handle.lm)[metric]) - base
+    while len(tried) < tries and min(tried.values(), default=aim) > NEAR * aim:
+        found = rise(sign * size)
         found = found if math.isfinite(found) else FAR_TOO_MUCH
-        tried[size] = abs(found - loss_increase)
-        if found < loss_increase:
+        tried[size] = abs(found - aim)
+        if found < aim:
             if size >= most:
                 return sign * most
             below = (size, found)
         else:
             above = (size, found)
-        size = min(_next_size(below, above, loss_increase), most)
+        size = min(_next_size(below, above, aim), most)
     nearest = min(tried, key=lambda size: tried[size])
     return float(f"{sign * nearest:.2g}")
 

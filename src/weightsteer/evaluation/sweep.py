@@ -254,6 +254,7 @@ def _measure(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: i
             yield _measured(served, planned, task, engine.kind, batch_size)
     if not here:
         return
+    here = [task.against(lm) for task in here]
     applied = planned.method.applied(lm, planned.k) if planned.method else nullcontext(SteeringHandle(0.0, lm))
     with applied as handle, torch.no_grad():
         for task in here:

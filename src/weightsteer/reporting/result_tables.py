@@ -13,6 +13,7 @@ from .tables import Cell, Head, Table, estimate, number
 COSTS = {  # metric -> head, form
     "training tokens": ("Training tokens", ",.0f"),
     "training seconds": ("Training seconds", ",.0f"),
+    "settings tried": ("Settings tried", ",.0f"),
     "parameters": ("Parameters trained", ",.0f"),
     "time per token": ("Time for each generated token, base = 1", ".2f"),
 }

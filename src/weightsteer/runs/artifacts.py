@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ..behavior import SIDES, Behavior, Example, pairs_of
+from ..behavior import SIDES, Behavior, ContrastPair, Example, pairs_of, sides_of
 from ..checkpoints.embedded_model import EMBEDDED_NAME
 from ..checkpoints.locate import checkpoint_folder
 from ..checkpoints.whole import is_whole
@@ -31,10 +31,16 @@ from ..run_card import RunCard
 from ..run_folder import RunFolder
 from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
-from ..steering.methods import METHODS, SNAPSHOT_COUNT, Training
-from ..training import preferences_of, train_preference, train_side
+from ..steering.method import TWO_WAY, DialOf, Training
+from ..steering.methods import METHODS, SNAPSHOT_COUNT
+from ..steering.trained_activation import train_activation
+from ..training import preferences_of, train_preference, train_side, train_two_way, two_way_vector
+from ..training.defaults import resolve, width_of
+from ..training.learned_dial import DialSettings, learn_dial
 from ..vectors.difference import subtract_finetunes, task_vector
+from ..vectors.random_like import random_like
 from ..vectors.weight_vector import WeightVector
+from .dial_pairs import dial_pairs
 from .recipe import Recipe
 from .recipe_fields import FinetuneRecipe
 
@@ -182,8 +188,12 @@ class RunArtifacts:
         """See `MethodSources.finetunes`."""
         if training == "DPO":
             return self._prefer()
-        train, base = dict(self.recipe.train), self.base()
-        if training == "lora":
+        train, base, sides = dict(self.recipe.train), self.base(), self.sides()
+        if training in ("kl", "dial-pairs"):
+            train |= self._train_of(training)
+            sides = sides_of(self.dial_pairs()) if training == "dial-pairs" else sides
+            out = {side: self.folder.finetune_of(training, side) for side in SIDES}
+        elif training == "lora":
             if any(METHODS[name].from_snapshots for name in self.recipe.sweep.methods):
                 train["snapshots"] = SNAPSHOT_COUNT
             out = {side: self.folder.finetune(side) for side in SIDES}
@@ -191,19 +201,83 @@ class RunArtifacts:
             train |= {"kind": training, "bf16": self.recipe.dtype == "bfloat16", **self._train_of(training)}
             out = {side: self.folder.finetune_of(training, side) for side in SIDES}
             base = self.base_float32()
-        given = zip(SIDES, self.sides(), strict=True)
-        positive, negative = (self._train(base, examples, out[side], train) for side, examples in given)
+        positive, negative = (
+            self._train(base, examples, out[side], train) for side, examples in zip(SIDES, sides, strict=True)
+        )
         return positive, negative
 
     def _train_of(self, training: Training) -> Mapping[str, Any]:
         """The recipe's own settings for the method that trains so."""
-        return next((fields for name, fields in self.recipe.train_of.items() if METHODS[name].training == training), {})
+        name = next(name for name, method in METHODS.items() if method.training == training)
+        return {**METHODS[name].preset, **self.recipe.train_of.get(name, {})}
+
+    def _pairs(self) -> list[ContrastPair]:
+        """The pairs that the two sides form.
+
+        Raises:
+            SteerError: they have too few questions in common.
+        """
+        pairs = pairs_of(*self.sides())
+        if len(pairs) < 2:
+            raise SteerError(
+                f"recipe {self.recipe.name}: a method of its sweep needs pairs: questions that D+ and D- have in common"
+            )
+        return pairs
+
+    def _two_way(self, training: Training) -> Path:
+        """The one adapter of a two-way training, on the pairs that the two sides form."""
+        settings = self.recipe.train_settings({**self.recipe.train, **self._train_of(training)})
+        with self.show(f"train {training}") as progress:
+            out = self.folder.two_way(training)
+            return train_two_way(self.base(), self._pairs(), out, settings=settings, progress=progress)
+
+    def dial_pairs(self) -> list[ContrastPair]:
+        """Pairs that the sides are not trained on, for the coefficients."""
+        return dial_pairs(self.recipe, self.sides())
+
+    def random_vector(self) -> WeightVector:
+        """See `MethodSources.random_vector`; kept in the run's folder."""
+        path = self.folder.random
+        if not is_whole(path):
+            random_like(self.difference(), self.recipe.seed).save(path)
+        return WeightVector.load(path)
+
+    def learned_dial(self, of: DialOf) -> WeightVector:
+        """See `MethodSources.learned_dial`; kept in the run's folder."""
+        path, wanted = self.folder.dial(of), self.recipe.dial
+        if not is_whole(path):
+            sides: tuple[WeightVector, WeightVector | None] = self.random_vector(), None
+            if of == "contrastive":
+                positive, negative = self.finetunes()
+                sides = task_vector(positive), task_vector(negative)
+            fields = wanted.model_dump(exclude={"pairs", "count"})
+            settings = DialSettings(**fields, seed=self.recipe.seed)
+            with self.show(f"coefficients of {of}") as progress:
+                learn_dial(self.base(), *sides, self.dial_pairs(), settings=settings, progress=progress).save(path)
+        return WeightVector.load(path)
+
+    def trained_activation(self) -> ActivationVector:
+        """See `MethodSources.trained_activation`; trained on as many pairs, as often, as the LoRA sides see."""
+        path, train = self.folder.trained_activation, self.recipe.train
+        if not is_whole(path):
+            start, pairs = self.activations().only(self.activation_layer()), self._pairs()
+            width = width_of(self.base().model)
+            whole = resolve(self.recipe.train_settings(train), examples=len(pairs), width=width)
+            with self.show("train an activation") as progress:
+                train_activation(
+                    self.base(),
+                    start,
+                    pairs,
+                    epochs=max(1, round(whole.epochs)),
+                    batch_size=whole.batch_size,
+                    seed=self.recipe.seed,
+                    progress=progress,
+                ).save(path)
+        return ActivationVector.load(path)
 
     def _prefer(self) -> tuple[Path, Path]:
         """DPO towards each side, on the pairs that the two sides form."""
-        pairs = pairs_of(*self.sides())
-        if len(pairs) < 2:
-            raise SteerError(f"recipe {self.recipe.name}: DPO needs pairs: questions that D+ and D- have in common")
+        pairs = self._pairs()
         train = {**self.recipe.train, "snapshots": SNAPSHOT_COUNT, **self._train_of("DPO")}
         settings, tuned = self.recipe.train_settings(train), []
         for side in SIDES:
@@ -216,7 +290,10 @@ class RunArtifacts:
         """See `MethodSources.difference`; kept as an adapter in the run's folder."""
         path = self.folder.vector if training == "lora" else self.folder.vector_of(training)
         if not is_whole(path):
-            subtract_finetunes(*self.finetunes(training)).save(path)
+            if training in TWO_WAY:
+                two_way_vector(self._two_way(training)).save(path)
+            else:
+                subtract_finetunes(*self.finetunes(training)).save(path)
         return WeightVector.load(path)
 
     def activations(self) -> ActivationVector:

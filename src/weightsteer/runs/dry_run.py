@@ -14,7 +14,7 @@ from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.arithmetic_text import FAMILIES
 from .own_data import OWN
 from .recipe import Recipe
-from .recipe_fields import DataRecipe, FinetuneRecipe, GenerateRecipe, JudgeRecipe, RepairRecipe
+from .recipe_fields import DataRecipe, DialRecipe, FinetuneRecipe, GenerateRecipe, JudgeRecipe, RepairRecipe
 from .validate import check_trainings
 
 TRAIN: Mapping[str, Any] = {
@@ -52,6 +52,7 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
         "repair_target": recipe.repair_target and _small_finetune(recipe.repair_target, RepairRecipe),
         "train": dict(TRAIN),
         "train_of": {},
+        "dial": DialRecipe(pairs=SHIPPED[0], count=EXAMPLES, steps=2, batch_size=2),
         "judge": recipe.judge and JudgeRecipe(model=str(model)),
         "tasks": [_small_task(task) for task in recipe.tasks],
         "sweep": recipe.sweep.model_copy(

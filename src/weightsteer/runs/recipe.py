@@ -24,6 +24,7 @@ from .identity import content_of, refuse_path, same_model, without_folders
 from .own_data import OWN, held_out_pairs, own_sides, with_own_behavior
 from .recipe_fields import (
     DataRecipe,
+    DialRecipe,
     EngineRecipe,
     FinetuneRecipe,
     JudgeRecipe,
@@ -62,6 +63,7 @@ class Recipe(Strict):
     data: DataRecipe = DataRecipe(pairs="sycophancy")  # what both sides are trained on
     train: dict[str, Any] = Field(default={})  # how both sides are trained: the fields of `train` below
     train_of: dict[TrainedAlone, dict[str, Any]] = Field(default={})  # a method's own settings over these
+    dial: DialRecipe = DialRecipe()  # how the learned dial learns its coefficients
     repair_target: RepairRecipe | None = None  # a fine-tune that every method is to repair
     judge: JudgeRecipe | None = None  # who scores replies, for tasks and sampling that need a judge
     engine: EngineRecipe | None = None  # a server on which the sweep measures what it can; without it, all runs here
@@ -184,7 +186,7 @@ class Recipe(Strict):
 
         data, finetunes = self.data, (self.first_finetune, self.repair_target)
         listed = [task.data for task in self.tasks] + [name for made in finetunes if made for name in made.data]
-        names = [self.model, self.behavior, data.pairs, data.positive, data.negative]
+        names = [self.model, self.behavior, data.pairs, data.positive, data.negative, self.dial.pairs]
         names += [task.behavior for task in self.tasks] + [part for text in listed if text for part in text.split(",")]
         return [name for name in names if name and name.partition(":")[0] not in SHIPPED]
 

@@ -121,12 +121,25 @@ class EngineRecipe(Strict):
     tolerance: float | None = Field(default=None, gt=0)
 
 
+class DialRecipe(Strict):
+    """How the learned dial learns its coefficients: on pairs that no side is trained on, under a budget of KL."""
+
+    # a file of pairs, or a shipped behaviour; without it, those of `data.pairs` that `data.limit` leaves out
+    pairs: str | None = None
+    count: int = Field(default=40, ge=2)  # at most so many of them
+    kl: float = Field(default=0.05, gt=0)  # budget: mean token KL to the base on neutral replies, in nats
+    steps: int = Field(default=40, ge=1)  # of Adam, on the coefficients
+    learning_rate: float = Field(default=0.05, gt=0)  # falls to 0 in a straight line
+    batch_size: int = Field(default=4, ge=1)  # pairs in a step
+    knots: int = Field(default=4, ge=1, le=32)  # numbers of the curve over depth
+
+
 class SweepRecipe(Strict):
     """Which methods, at which strengths.
 
     A method's strengths are a list of k, or None: the k at which the loss on ordinary text has
     risen by `loss_increase` nats is found on each side, and `fractions` of it are swept, so that all
-    methods cover the same range of loss increase.
+    methods cover the same range of loss increase. With `kl`, the k is found by the token KL instead.
     """
 
     # method -> its strengths k, or null to search for them
@@ -139,6 +152,8 @@ class SweepRecipe(Strict):
     }
     variants: dict[str, str] = {}  # name -> expression of w, positive (tau+) and negative (tau-), swept like a method
     loss_increase: float = Field(default=0.2, gt=0)  # nats per token over the base, on ordinary text
+    # in place of `loss_increase`: the 95th percentile of the token KL to the base, in nats; takes a task `token_kl`
+    kl: float | None = Field(default=None, gt=0)
     fractions: list[float] = [0.25, 0.5, 0.75, 1.0]  # of the k that was found, which are swept
     fractions_of: dict[str, list[float]] = {}  # a method's own fractions
     sides: list[Literal[-1, 1]] = [-1, 1]  # which way k goes

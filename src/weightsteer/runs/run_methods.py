@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.search import k_at_loss_increase
+from ..evaluation.search import k_at_kl, k_at_loss_increase
 from ..evaluation.tasks.task import Task
 from ..files import read_kept, write_json
 from ..former_names import METHODS as FORMER_METHODS
@@ -55,7 +55,7 @@ def known_strengths(folder: RunFolder) -> dict[str, list[float]]:
 
 
 def strengths_of(method: Steering, artifacts: RunArtifacts, texts: Task) -> list[float]:
-    """The recipe's own, or all that was trained, or fractions of the k at the recipe's loss increase on each side."""
+    """The recipe's own, or all that was trained, or fractions of the k at its loss increase, or KL, on each side."""
     sweep, lm = artifacts.recipe.sweep, artifacts.lm()
     listed = sweep.methods.get(method.name)
     entry = METHODS.get(method.name)
@@ -64,5 +64,10 @@ def strengths_of(method: Steering, artifacts: RunArtifacts, texts: Task) -> list
     if listed is not None:
         return listed
     fractions = sweep.fractions_of.get(method.name, sweep.fractions)
-    ends = [k_at_loss_increase(lm, method, texts, loss_increase=sweep.loss_increase, sign=sign) for sign in sweep.sides]
+    if sweep.kl is not None:
+        read = artifacts.tasks["token_kl"].of_split("validation").first(sweep.search_items)
+        ends = [k_at_kl(lm, method, read, kl=sweep.kl, sign=sign) for sign in sweep.sides]
+    else:
+        rise = sweep.loss_increase
+        ends = [k_at_loss_increase(lm, method, texts, loss_increase=rise, sign=sign) for sign in sweep.sides]
     return sorted(float(f"{end * fraction:.3g}") for end in ends for fraction in fractions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NoReturn
 
-from ..behavior import Behavior, Prompt
+from ..behavior import Behavior, Prompt, pairs_of
 from ..data_building.sampling import asked_questions
 from ..errors import SteerError
 from ..evaluation.metrics import metric_key
@@ -17,8 +17,11 @@ from ..former_names import METHODS as FORMER_METHODS
 from ..judges.judge import rubric_of
 from ..steering.methods import METHODS
 from ..vectors.expression import check_expression
+from .dial_pairs import dial_pairs
 from .recipe import Recipe
 from .recipe_fields import VARIANT_VECTORS
+
+LEAST_PAIRS = 2  # of which one is held out of training
 
 
 def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
@@ -82,6 +85,13 @@ def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
             _refuse(recipe, f"method {name!r} needs the field 'behavior': a trait file with system prompts")
         if package := method.missing_package():
             _refuse(recipe, f"method {name!r} needs {package}")
+        sides = recipe.sides()
+        if method.needs_pairs and sides and len(pairs_of(*sides)) < LEAST_PAIRS:
+            _refuse(recipe, f"method {name!r} needs pairs: questions that D+ and D- have in common")
+        if method.uses_dial_pairs and not recipe.data.sampling:
+            dial_pairs(recipe, recipe.sides() or ([], []))
+    if recipe.sweep.kl is not None and "token_kl" not in (task.shown_name for task in recipe.tasks):
+        _refuse(recipe, "field 'sweep.kl': needs a task 'token_kl'")
     for name in recipe.train_of:
         if name not in methods:
             _refuse(recipe, f"field 'train_of': {name!r} is no method of its sweep")
@@ -149,6 +159,8 @@ def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]
 def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[Prompt]:
     for side in recipe.sides() or ():
         yield from (example.prompt for example in side)
+    if any(METHODS[name].uses_dial_pairs for name in recipe.sweep.methods) and recipe.sides():
+        yield from (pair.prompt for pair in dial_pairs(recipe, recipe.sides() or ([], [])))
     if recipe.data.sampling:
         yield from asked_questions(behavior, recipe.data.sampling.questions)
     for wanted in (recipe.first_finetune, recipe.repair_target):

@@ -7,98 +7,23 @@ until a method is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING
 
 from ..behavior import SIDES
 from ..run_folder import RunFolder, Side
+from .method import TWO_WAY as TWO_WAY
+from .method import Costs, DialOf, Training, TrainingCost
+from .method import KRule as KRule
+from .method import Method as Method
+from .method import MethodSources as MethodSources
 
 if TYPE_CHECKING:
-    from ..behavior import Behavior
-    from ..vectors.weight_vector import WeightVector
-    from .activations import ActivationVector
     from .steering import Steering
 
 SNAPSHOT_COUNT = 4  # equally spaced points of a training that are kept for the methods that need them
 SHARES = tuple(number / SNAPSHOT_COUNT for number in range(1, SNAPSHOT_COUNT + 1))  # of a training, at its snapshots
-Training = Literal["lora", "bias", "full", "DPO"]  # how the two sides are trained
-TrainingCost = tuple[Path, float]  # a fine-tune, and the share of its training that a method uses
-Costs = Callable[[RunFolder, float], Sequence[TrainingCost]]
-
-
-class MethodSources(Protocol):
-    """What methods are made from. Each is trained or computed when it is first asked for, and kept in the run."""
-
-    @property
-    def behavior(self) -> Behavior: ...
-    def finetunes(self, training: Training = "lora") -> tuple[Path, Path]:
-        """The fine-tunes on D+ and D-."""
-        ...
-
-    def difference(self, training: Training = "lora") -> WeightVector:
-        """w = tau+ - tau- of these fine-tunes."""
-        ...
-
-    def activations(self) -> ActivationVector:
-        """Mean response activations of D+ minus D-, every layer."""
-        ...
-
-    def activation_layer(self) -> int:
-        """The layer that moves the behaviour most, on validation items."""
-        ...
-
-    def repair_target(self) -> Path:
-        """The fine-tune that is to be repaired."""
-        ...
-
-    def joint_finetunes(self) -> Mapping[int, Path]:
-        """Copies of the desired examples -> the repair target trained again with them."""
-        ...
-
-    @property
-    def repair_sign(self) -> float:
-        """Which way k goes to repair: 1 towards D+, -1 towards D-."""
-        ...
-
-
-@dataclass(frozen=True)
-class KRule:
-    """Which strengths a method takes."""
-
-    described: str  # for the docs and for errors: "k of 1 or -1"
-    allows: Callable[[float], bool]
-    must_be_listed: bool = False  # a recipe has to list them: nothing can be searched
-
-
-@dataclass(frozen=True)
-class Method:
-    """One way to steer, as a recipe names it."""
-
-    summary: str  # one line for the table in the docs
-    make: Callable[[str, MethodSources], Steering]
-    costs: Costs  # the fine-tunes that it is made from at k
-    ks: KRule = KRule("any k", lambda _k: True)
-    training: Training = "lora"  # other than lora: both sides are trained for it alone, with a recipe's `train_of`
-    from_snapshots: bool = False  # the LoRA fine-tunes have to keep snapshots
-    strengths_from_checkpoints: bool = False  # a listed |k| is a training of its own, signed by `repair_sign`
-    needs_repair_target: bool = False
-    scans_layers: bool = False  # it steers at one layer, which a scan has to choose first
-    in_memory: str = ""  # why no server can measure it; "": a server of weight vectors can
-    needs_package: tuple[str, str] | None = None  # what is imported, and what to install
-
-    @property
-    def has_own_training(self) -> bool:
-        """Whether a recipe can set its training apart."""
-        return self.training != "lora"
-
-    def missing_package(self) -> str | None:
-        """What to install, if the method's package is not there."""
-        if self.needs_package is None or find_spec(self.needs_package[0]) is not None:
-            return None
-        return self.needs_package[1]
 
 
 def snapshots_of(finetune: Path) -> dict[float, Path]:
@@ -150,6 +75,24 @@ def _all_layers(name: str, sources: MethodSources) -> Steering:
     return Direction(name, sources.activations().increments())
 
 
+def _random(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.random_vector())
+
+
+def _learned_dial(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.learned_dial("random" if name == "random dial" else "contrastive"))
+
+
+def _trained_activation(name: str, sources: MethodSources) -> Steering:
+    from .steering import Direction
+
+    return Direction(name, sources.trained_activation())
+
+
 def _system_prompt(name: str, sources: MethodSources) -> Steering:
     from .steering import SystemPrompt
 
@@ -196,6 +139,16 @@ def _both_of(training: Training) -> Costs:
     return lambda run, _k: [(run.finetune_of(training, side), 1.0) for side in SIDES]
 
 
+def _two_way_of(training: Training) -> Costs:
+    """The one adapter of a two-way training."""
+    return lambda run, _k: [(run.two_way(training), 1.0)]
+
+
+def _dial_of(of: DialOf) -> Costs:
+    """The sides, and the learning of their coefficients; a random vector takes its norms alone from them."""
+    return lambda run, k: [*BOTH_SIDES(run, k), (run.dial(of), 1.0)]
+
+
 def _side_of(k: float) -> Side:
     return "positive" if k > 0 else "negative"
 
@@ -204,7 +157,7 @@ def _no_training(run: RunFolder, k: float) -> list[TrainingCost]:
     return []
 
 
-BOTH_SIDES = _lora(positive=1.0, negative=1.0)  # of the contrastive method, and of its variants
+BOTH_SIDES: Costs = _lora(positive=1.0, negative=1.0)  # of the contrastive method, and of its variants
 _A_SHARE = KRule(
     f"k of {', '.join(f'{share:g}' for share in SHARES)}, or one of these negated", lambda k: abs(k) in (0.0, *SHARES)
 )
@@ -232,6 +185,64 @@ METHODS: Mapping[str, Method] = {
         _both_of("full"),
         training="full",
         in_memory="changes every weight",
+    ),
+    "contrastive KL": Method(
+        "the contrastive method, each side trained with a term that keeps it near the base on neutral replies",
+        _contrastive,
+        _both_of("kl"),
+        training="kl",
+        preset={"kl_weight": 1.0},
+    ),
+    "two-way": Method(
+        "one adapter w, trained so that theta + w fits D+ and theta - w fits D- in each step",
+        _contrastive,
+        _two_way_of("two-way"),
+        training="two-way",
+        needs_pairs=True,
+    ),
+    "two-way even": Method(
+        "the same with a penalty on the even part of the answers' log-probabilities",
+        _contrastive,
+        _two_way_of("two-way-even"),
+        training="two-way-even",
+        preset={"even_weight": 1.0},
+        needs_pairs=True,
+    ),
+    "two-way KL": Method(
+        "two-way training that keeps both signs near the base on neutral replies",
+        _contrastive,
+        _two_way_of("two-way-kl"),
+        training="two-way-kl",
+        preset={"kl_weight": 1.0},
+        needs_pairs=True,
+    ),
+    "learned dial": Method(
+        "the contrastive vector weighed by side, depth and kind of module, with few learned coefficients",
+        _learned_dial,
+        _dial_of("contrastive"),
+        uses_dial_pairs=True,
+    ),
+    "dial pairs": Method(
+        "control: the contrastive method trained on the pairs that the learned dial learns its coefficients on",
+        _contrastive,
+        _both_of("dial-pairs"),
+        training="dial-pairs",
+        uses_dial_pairs=True,
+    ),
+    "random": Method("control: a random vector with the contrastive one's norm in each tensor", _random, BOTH_SIDES),
+    "random dial": Method(
+        "control: the random vector with learned coefficients of its own",
+        _learned_dial,
+        _dial_of("random"),
+        uses_dial_pairs=True,
+    ),
+    "activation trained": Method(
+        "x_l + k v_l at that layer, v_l trained so that k = 1 fits D+ and k = -1 fits D- in each step",
+        _trained_activation,
+        lambda run, _k: [(run.trained_activation, 1.0)],
+        scans_layers=True,
+        in_memory="adds to activations",
+        needs_pairs=True,
     ),
     "activation": Method(
         "x_l + k a_l at one layer, chosen on validation items",
@@ -262,6 +273,7 @@ METHODS: Mapping[str, Method] = {
         lambda run, k: [(run.finetune_of("DPO", _side_of(k)), abs(k))],
         _A_SHARE,
         training="DPO",
+        needs_pairs=True,
         needs_package=("trl", "TRL; pip install 'weightsteer[dpo]'"),
     ),
     "joint training": Method(

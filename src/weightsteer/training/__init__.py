@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .sft import split_validation as split_validation
     from .sft import train_side as train_side
     from .trainer import IGNORED as IGNORED
+    from .two_way import train_two_way as train_two_way
+    from .two_way import two_way_vector as two_way_vector
 
 HOMES = {
     "both_sides": ("train_vector",),
@@ -31,6 +33,7 @@ HOMES = {
     "settings": ("KINDS", "PAPER", "TrainSettings"),
     "sft": ("encode", "split_validation", "train_side"),
     "trainer": ("IGNORED",),
+    "two_way": ("train_two_way", "two_way_vector"),
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

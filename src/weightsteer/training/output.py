@@ -10,7 +10,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSetti
     Args:
         card: made from `wanted`.
     """
-    begun = replace(card, settings={**card.settings, **asdict(former)})
+    begun = replace(card, settings={**card.settings, **former.recorded})
     there = (out / CARD_FILE).exists() and not is_emptied(out / CARD_FILE)
     finished = there and not differences(RunCard.load(out), begun)
     return (begun, former) if finished or _stamp(_work_of(out)) == _identity(begun) else (card, wanted)

@@ -18,7 +18,7 @@ from .defaults import resolve, width_of
 from .job import Encoded
 from .lr_search import search
 from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
-from .settings import PAPER, RATE, TrainSettings, filled
+from .settings import PAPER, RATE, TrainSettings, filled, refuse_weights
 from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base
 from .trainables import refuse_rank
 from .trainer import IGNORED
@@ -78,10 +78,11 @@ def train_preference(
         raise SteerError(f"kind: preference tuning trains lora, found {given.kind!r}")
     if expected := RATE.refusal(beta):
         raise SteerError(f"beta: expected {expected}, found {beta!r}")
+    refuse_weights(given, "preference tuning")
     refuse_placement(lm)
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
     wanted = resolve(given, examples=len(preferences), width=width_of(lm.model), preferences=True)
-    card = finetune_card(lm, data, {**asdict(wanted), "method": "dpo", "beta": beta})
+    card = finetune_card(lm, data, {**wanted.recorded, "method": "dpo", "beta": beta})
     with hold(out):
         card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import SteerError
@@ -46,6 +46,7 @@ def _number(default: Any, bounds: Bounds) -> Any:
 
 COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
+WEIGHTS = ("kl_weight", "even_weight")  # of what is added to the loss on the answers
 
 
 def _checked_rates(rates: object) -> tuple[float, ...]:
@@ -93,6 +94,10 @@ class TrainSettings:
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
     max_length: int = _number(1024, Bounds(2, MOST))  # tokens; longer examples are cut at the end
     seed: int = _number(0, Bounds(0, LARGEST_SEED))
+    # weight of the token KL to the base on neutral replies, nats per token; lora only
+    kl_weight: float = _number(0.0, Bounds(0, whole=False))
+    # two-way training: weight of the squared even part of the answers' token log-probabilities
+    even_weight: float = _number(0.0, Bounds(0, whole=False))
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -106,6 +111,12 @@ class TrainSettings:
                 raise SteerError(f"{entry.name}: expected {expected}, found {value!r}")
         if self.learning_rates is not None:
             object.__setattr__(self, "learning_rates", _checked_rates(self.learning_rates))
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The settings as a card keeps them: a weight of 0 changes nothing, so it does not stand there."""
+        kept = asdict(self)
+        return {name: value for name, value in kept.items() if name not in WEIGHTS or value}
 
 
 @dataclass(frozen=True)
@@ -126,3 +137,10 @@ def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:
     """The settings with what is None taken from `source`."""
     given = {entry.name: getattr(settings, entry.name) for entry in fields(TrainSettings)}
     return replace(source, **{name: value for name, value in given.items() if value is not None})
+
+
+def refuse_weights(settings: TrainSettings, training: str, *names: str) -> None:
+    """Raise where a weight is set that this training has no use for; `names`: all of them, unless some are given."""
+    for name in names or WEIGHTS:
+        if getattr(settings, name):
+            raise SteerError(f"{name}: {training} has no such term; leave it out")

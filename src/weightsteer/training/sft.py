@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ from .defaults import held_out, held_out_share, resolve, width_of
 from .job import Encoded, Job
 from .lora_targets import base_norm
 from .lr_search import search
+from .neutral import neutral_rows
+from .one_training import MakeTrainer
 from .output import as_begun, claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
-from .settings import PAPER, TrainSettings, WholeSettings, filled
+from .settings import PAPER, TrainSettings, WholeSettings, filled, refuse_weights
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
+from .weighted_trainer import make_weighted_trainer
 
 MOST_KEPT = 32  # held-out examples in a fine-tune's card
 
@@ -57,9 +61,12 @@ def train_side(
             below the base's, too little memory, or `out` holds something else or a fine-tune of other inputs.
     """
     out, given = Path(out), settings or TrainSettings()
+    refuse_weights(given, "training on one side", "even_weight")
+    if given.kl_weight and given.kind != "lora":
+        raise SteerError(f"kl_weight: needs kind lora, whose base stays at hand, found {given.kind!r}; leave it out")
     refuse_placement(lm)
     wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
-    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, asdict(wanted))
+    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, wanted.recorded)
     with hold(out):
         card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)
@@ -71,8 +78,13 @@ def train_side(
         card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(examples, settings))
         jobs = jobs_of(lm, rows, settings, work, card)
         with claimed(work, card):
-            outcomes = search(jobs, make_trainer, progress)
+            outcomes = search(jobs, _maker(lm, settings), progress)
         return finish(out, work, card, outcomes)
+
+
+def _maker(lm: LM, settings: WholeSettings) -> MakeTrainer:
+    """The plain trainer, unless something is added to its loss."""
+    return partial(make_weighted_trainer, neutral=neutral_rows(lm)) if settings.kl_weight else make_trainer
 
 
 def jobs_of(lm: LM, rows: Sequence[Encoded], settings: WholeSettings, work: Path, card: RunCard) -> list[Job]:

@@ -21,7 +21,7 @@ def make_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback]) -
     """The Trainer of a job whose rows `encode` made."""
     arguments = TrainingArguments(**arguments_of(job))
     stay_on_one_device(arguments)
-    trainer = _AnswerTrainer(
+    trainer = AnswerTrainer(
         model=model,
         args=arguments,
         train_dataset=job.train,
@@ -76,7 +76,7 @@ def stay_on_one_device(arguments: TrainingArguments) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
-class _AnswerTrainer(Trainer):
+class AnswerTrainer(Trainer):
     """Trainer whose loss projects only the answer positions onto the vocabulary, in length-sorted batches."""
 
     def compute_loss(

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from ...behavior import Prompt
 from ...errors import SteerError
@@ -19,6 +19,9 @@ from ...thinking import why_unanswered
 from ..metrics import Metric
 from ..results import SPLITS
 from ..task_spec import TaskSpec
+
+if TYPE_CHECKING:
+    from ...lm import LM
 
 Values = dict[str, list[float | None]]  # metric -> one value an item, in their order; None: it does not count there
 
@@ -126,6 +129,10 @@ class Task(Protocol):
         """One value an item for each metric: `ask`, then `rate`."""
         ...
 
+    def against(self, lm: LM) -> Self:
+        """The same task with what it needs to know of the unsteered model; for most tasks nothing."""
+        ...
+
     def first(self, limit: int) -> Self:
         """The same task with at most `limit` items of each split."""
         ...
@@ -215,6 +222,10 @@ class ItemTask(ABC):
     def measure(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.measure`."""
         return self.rate(self.ask(lm, batch_size=batch_size, progress=progress), progress=progress)
+
+    def against(self, lm: LM) -> Self:
+        """See `Task.against`."""
+        return self
 
     def _selected(self, indices: Sequence[int]) -> Self:
         chosen = ((self.items[i], self.splits[i], self.ids[i]) for i in indices)

@@ -1,0 +1,35 @@
+"""The pairs on which a run learns coefficients: none of them is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..behavior import ContrastPair, Example, sample_pairs
+from ..errors import SteerError
+from ..example_files.load import load_pairs
+from .own_data import held_out_pairs
+from .recipe import Recipe
+
+
+def dial_pairs(recipe: Recipe, sides: tuple[Sequence[Example], Sequence[Example]]) -> list[ContrastPair]:
+    """The recipe's `dial.pairs`, or what `data.limit` leaves of `data.pairs`; the same draw for the same seed.
+
+    Args:
+        sides: D+ and D- as they are trained on.
+
+    Raises:
+        SteerError: pairs that are trained on, or too few that are not; what to write instead.
+    """
+    wanted = recipe.dial
+    trained = {example.prompt for side in sides for example in side}
+    source = wanted.pairs or recipe.data.pairs
+    if source is None:
+        raise SteerError(f"recipe {recipe.name}: field 'dial.pairs': expected a file of pairs to learn coefficients on")
+    asked = {pair.prompt for pair in held_out_pairs(recipe)}
+    rest = [pair for pair in load_pairs(source) if pair.prompt not in trained | asked]
+    if len(rest) < 2:
+        raise SteerError(
+            f"recipe {recipe.name}: {source} leaves {len(rest)} pairs that are not trained on, to learn coefficients "
+            "on; name others in 'dial.pairs', or lower 'data.limit'"
+        )
+    return sample_pairs(rest, wanted.count, recipe.seed)

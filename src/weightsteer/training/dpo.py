@@ -24,10 +24,10 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
     """TRL's trainer of a job whose rows `encode_preferences` made; `model` is a fresh PEFT model."""
     assert isinstance(model, PeftModel)
     config = DPOConfig(
-        **arguments_of(job),
+        **{**arguments_of(job), "per_device_eval_batch_size": job.rows_at_once},
         beta=beta,
         max_length=None,  # the rows are cut already
-        gradient_checkpointing=False,
+        gradient_checkpointing=False,  # `trainable` turns it on
     )
     stay_on_one_device(config)
     trainer = _PreferenceTrainer(
@@ -38,6 +38,10 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
         processing_class=job.lm.tokenizer,
         callbacks=callbacks,
     )
+    trainer.grouped_by = job.settings.batch_size
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # over a quantised base TRL makes the adapter bfloat16, and small steps are lost
+            parameter.data = parameter.data.float()
     if REFERENCE in model.peft_config:  # a copy of an adapter that is still zero: the base without it is the same
         model.delete_adapter(REFERENCE)
     trainer.remove_callback(PrinterCallback)
@@ -65,13 +69,15 @@ def undo_trl_changes(model: PreTrainedModel) -> Iterator[None]:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer that takes rows of token ids as they are, in an order that a resumed run repeats."""
 
+    grouped_by: int  # rows of a batch
+
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         return dataset  # TRL would tokenize texts anew, by a template that is not `LM.chat_ids`
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = self.train_dataset
         lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return SeededLengthSampler(self.args.train_batch_size, lengths, self.args.seed)
+        return SeededLengthSampler(self.grouped_by, lengths, self.args.seed)
 
     def _send_telemetry(self) -> None:
         """TRL would tell its makers of every run; ours are the user's own business."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import SteerError
@@ -44,6 +44,8 @@ def _number(default: Any, bounds: Bounds) -> Any:
     return field(default=default, metadata={"bounds": bounds})
 
 
+SWITCHES = ("bf16", "gradient_checkpointing")  # fields that are true or false
+RESOURCES = ("gradient_checkpointing",)  # fields by which no result changes, only what it takes to make it
 COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
 
@@ -91,14 +93,17 @@ class TrainSettings:
     patience: int = _number(3, COUNT)  # evaluations without improvement before stopping; not if there are snapshots
     snapshots: int = _number(0, Bounds(0, MOST))  # equally spaced points of the run to keep besides the best one
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
+    # each block's activations are computed again on the way back: a tenth of the memory, a third more time
+    gradient_checkpointing: bool = False
     max_length: int = _number(1024, Bounds(2, MOST))  # tokens; longer examples are cut at the end
     seed: int = _number(0, Bounds(0, LARGEST_SEED))
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SteerError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
-        if not isinstance(self.bf16, bool):
-            raise SteerError(f"bf16: expected true or false, found {self.bf16!r}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise SteerError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         for entry in fields(self):
             bounds, value = entry.metadata.get("bounds"), getattr(self, entry.name)
             unset = value is None and entry.default is None
@@ -120,6 +125,11 @@ class WholeSettings(TrainSettings):
 
 
 PAPER = WholeSettings()  # for models of 1.5 to 7 billion parameters and thousands of examples
+
+
+def identity_of(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that a fine-tune is known by: those that change what comes out."""
+    return {name: value for name, value in asdict(settings).items() if name not in RESOURCES}
 
 
 def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:

@@ -135,7 +135,7 @@ def test_checkpointing_gives_the_same_fine_tune(
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
     plain = train_side(lm, examples, tmp_path / "plain", settings=settings)
     passes: list[bool] = []
-    counting = lm.model.model.layers[0].mlp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    counting = lm.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     train_side(lm, examples, tmp_path / "counted", settings=settings)
     once, _ = passes.count(True), passes.clear()
     saving = train_side(lm, examples, tmp_path / "saving", settings=replace(settings, gradient_checkpointing=True))

@@ -20,8 +20,10 @@ from ..evaluation.sweep import planned_cells, run_sweep
 from ..evaluation.tasks.task import Task, Values
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..files import digest, read_finished, write_jsonl
+from ..fitting import kept_in, rows_by_default
 from ..judges.endpoint import Endpoint
 from ..leftovers import sweep_within
+from ..lm import LM
 from ..locks import hold
 from ..run_card import RunCard, StrengthRange
 from ..run_folder import RunFolder
@@ -85,7 +87,7 @@ class Run:
         Args:
             preview: called once the vector is there, with a prompt and its replies, before anything is measured on it.
         """
-        with hold(self.folder.path):
+        with hold(self.folder.path), kept_in(self.folder.batches):
             sweep_within(self.folder.path)
             self._try_judge()
             self._meet_engine()
@@ -101,7 +103,7 @@ class Run:
 
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
-        with hold(self.folder.path):
+        with hold(self.folder.path), kept_in(self.folder.batches):
             self._meet_engine()
             self.check_metrics()
             methods = self.methods()
@@ -145,7 +147,7 @@ class Run:
         try:
             return task.first(1).measure(lm)
         except SteerError:  # one reply may have no answer; that none has is an error
-            return task.measure(lm, batch_size=self.recipe.batch_size)
+            return task.measure(lm, batch_size=self._batch_size(lm))
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""
@@ -185,6 +187,10 @@ class Run:
         """Every method of the recipe with its strengths; trains what they need."""
         return methods_with_strengths(self.artifacts, self.search_texts)
 
+    def _batch_size(self, lm: LM) -> int:
+        """The most prompts in a batch; memory may allow fewer."""
+        return self.recipe.batch_size or rows_by_default(lm.device)
+
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """All measurements, then the rows."""
         lm, engine = self.artifacts.lm(), None
@@ -193,7 +199,7 @@ class Run:
             plan = planned_cells(methods, self.tasks, validated, items_of, self.engine.meet(lm))
             engine = self.engine.ready(plan, lm)
         with self.show("sweep") as progress:
-            batch = self.recipe.batch_size
+            batch = self._batch_size(lm)
             return run_sweep(
                 lm,
                 methods,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -38,7 +39,7 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
         processing_class=job.lm.tokenizer,
         callbacks=callbacks,
     )
-    trainer.grouped_by = job.settings.batch_size
+    trainer.grouped_by, trainer.parts = job.settings.batch_size, job.settings.batch_size // job.rows_at_once
     for parameter in model.parameters():
         if parameter.requires_grad:  # over a quantised base TRL makes the adapter bfloat16, and small steps are lost
             parameter.data = parameter.data.float()
@@ -46,6 +47,20 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
         model.delete_adapter(REFERENCE)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def weights_of_parts(sizes: Sequence[int], parts: int) -> list[float]:
+    """By what to multiply the mean loss of each part of a step, so that the step is the one of whole batches.
+
+    The Trainer takes the mean over all parts, and a batch's last parts may be smaller than the others.
+
+    Args:
+        sizes: of the parts of one step, in order.
+        parts: in how many a whole batch is split.
+    """
+    batches = [sizes[start : start + parts] for start in range(0, len(sizes), parts)]
+    share = len(sizes) / len(batches)
+    return [size * share / sum(batch) for batch in batches for size in batch]
 
 
 @contextmanager
@@ -70,6 +85,17 @@ class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer that takes rows of token ids as they are, in an order that a resumed run repeats."""
 
     grouped_by: int  # rows of a batch
+    parts: int  # in how many a whole batch passes through the model
+    weights: Iterator[float] = iter(())  # of the next parts
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.weights = iter(weights_of_parts([len(next(iter(sample.values()))) for sample in samples], self.parts))
+        return samples, items
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * next(self.weights) if torch.is_grad_enabled() else loss
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         return dataset  # TRL would tokenize texts anew, by a template that is not `LM.chat_ids`

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_lm
 from torch import Tensor, nn
 
+from conftest import tiny_lm
 from weightsteer import fitting
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.checkpoints.safetensors_file import load_tensors
@@ -30,7 +30,7 @@ CHOICES = [["Yes, it is.", "No."]] * 7
 
 @contextmanager
 def little_memory(model: nn.Module, tokens: int) -> Iterator[list[int]]:
-    """A model that raises above so many tokens a pass, counted with those in its cache; yields the sizes that passed."""
+    """A model that raises above so many tokens a pass, those in its cache too; yields the rows that passed."""
     passed: list[int] = []
 
     def refuse(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -102,7 +102,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(lm: LM) -> None:
 
     with pytest.raises(RuntimeError, match="shapes differ"):
         in_parts(lm.model, "score", range(2), [1, 1], fail)
-    assert is_out_of_memory(torch.OutOfMemoryError("x")) and not is_out_of_memory(ValueError("x"))
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert not is_out_of_memory(ValueError("x"))
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
@@ -150,7 +151,9 @@ def test_checkpointing_gives_the_same_fine_tune(
     assert all(torch.equal(before[key], value) for key, value in lm.model.state_dict().items())
     assert json.loads((saving / "weightsteer.json").read_text())["measured"]["gradient_checkpointing"] is True
     assert train_side(lm, examples, tmp_path / "plain", settings=settings) == plain  # one identity with and without
-    assert train_side(lm, examples, tmp_path / "plain", settings=replace(settings, gradient_checkpointing=True)) == plain
+    assert (
+        train_side(lm, examples, tmp_path / "plain", settings=replace(settings, gradient_checkpointing=True)) == plain
+    )
 
 
 def test_checkpointing_computes_again_what_a_hook_adds(

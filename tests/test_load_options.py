@@ -1,4 +1,4 @@
-"""How models are loaded: quantised bases from training to the sweep, attention, devices; what cannot be, in one line."""
+"""How models are loaded: quantised bases, attention, devices; what cannot be, in one line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from conftest import TEMPLATE, random_vector
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.checkpoints.load_options import LoadOptions, Quantize
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.packed_check import refuse_unsteered_pack
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.runs.tiny_model import byte_tokenizer
 from weightsteer.training import TrainSettings, train_side, train_vector
-from weightsteer.vectors.packed import unpacked
 from weightsteer.vectors.difference import task_vector
+from weightsteer.vectors.packed import unpacked
 
 IDS = torch.tensor([[1, 70, 80, 90, 100, 2]])
 
@@ -87,6 +88,19 @@ def test_the_hook_on_nf4_computes_the_dense_sum(wide: Path) -> None:
                 twins[name].weight.copy_(weight + vector.deltas[f"{name}.weight"].dense())  # type: ignore[operator]
     with vector.applied(lm, 1.0):
         torch.testing.assert_close(logits(lm), logits(dense), rtol=0, atol=2e-5)
+
+
+def test_a_quantised_base_is_believed_after_a_check(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = random_vector(LM.load(wide, device="cpu"))
+    for how in ("nf4", "int8"):
+        refuse_unsteered_pack(quantised(wide, how), vector)  # type: ignore[arg-type]
+    lm = quantised(wide, "nf4")
+    layer = lm.model.model.layers[0].mlp.down_proj
+    plain = type(layer).forward
+    monkeypatch.setattr(type(layer), "__call__", lambda self, x: 2 * nn.Module.__call__(self, x), raising=False)
+    assert plain is type(layer).forward
+    with pytest.raises(SteerError, match="down_proj.weight: at k = 1 the quantised layer moves otherwise"):
+        refuse_unsteered_pack(lm, vector)
 
 
 def test_a_side_over_a_quantised_base_is_another_fine_tune(

@@ -174,8 +174,9 @@ def bytes_per_token(model: nn.Module, work: Work, *, checkpointing: bool = False
     A layer of a block holds its input and output; a training keeps those of all blocks, in float32 where LoRA is
     trained, and with checkpointing those of one block and each block's input.
     """
-    config: Any = model.config.get_text_config()  # type: ignore[operator]
-    item = torch.finfo(model.dtype).bits / 8  # type: ignore[arg-type]
+    sized: Any = model
+    config = sized.config.get_text_config()
+    item = torch.finfo(sized.dtype).bits / 8
     blocks = [sum(map(_width, block.modules())) for block in _blocks(model)]
     logits = 2 * FLOAT32 * float(getattr(config, "vocab_size", 0))
     if work == "train":

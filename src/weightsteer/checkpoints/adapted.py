@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import SteerError
 from ..files import read_json
-from ..progress import quiet_transformers
 from ..places import public_name
+from ..progress import quiet_transformers
 from ..run_card import CARD_FILE, RunCard
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from .embedded_model import EMBEDDED_HUB_ID, EMBEDDED_NAME

@@ -157,6 +157,7 @@ def _check_packed(name: str, model: PreTrainedModel, wanted: str) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         raise SteerError(f"{name}: its weights are quantised already; load it without quantize {wanted}")
+    module: Any
     for module in model.modules():
         if hasattr(module, "compute_dtype"):  # transformers' default is float32, whatever the model's dtype
             module.compute_dtype = model.dtype

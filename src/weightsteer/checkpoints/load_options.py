@@ -38,7 +38,7 @@ class LoadOptions:
 
     quantize: Quantize | None = None
     attention: Attention | None = None
-    max_memory: Mapping[int | str, str | int] | None = None
+    max_memory: Mapping[Any, str | int] | None = None
     device_map: str | Mapping[str, int | str] | None = None
 
     def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ def refuse_missing_packages(options: LoadOptions) -> None:
 
 def _has_flash_attention() -> bool:
     """Whether transformers can use the installed flash-attn; without it, it would fetch code from the hub."""
-    from transformers.utils import is_flash_attn_2_available
+    from transformers.utils.import_utils import is_flash_attn_2_available
 
     return bool(is_flash_attn_2_available())
 

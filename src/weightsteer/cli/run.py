@@ -76,7 +76,11 @@ def run(
     _refuse_inputs(loaded, found, folder)
     if dry_run:
         loaded = _shrink(loaded, folder)
-    options = [*typed_words(), *(["--out", shareable(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
+    options = [
+        *typed_words(),
+        *(["--out", shareable(out)] if out else []),
+        *(["--seed", str(seed)] if seed is not None else []),
+    ]
     command = shlex.join(["weightsteer", "run", shareable(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run, Trust
     from ..training.job import without_gain

@@ -60,7 +60,9 @@ def without_resources(fields: Mapping[str, Any]) -> dict[str, Any]:
     def lean(train: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in train.items() if name not in RESOURCES}
 
-    parts = {n: fields[n] and {**fields[n], "train": lean(fields[n]["train"])} for n in ("first_finetune", "repair_target")}
+    parts = {
+        n: fields[n] and {**fields[n], "train": lean(fields[n]["train"])} for n in ("first_finetune", "repair_target")
+    }
     alone = {method: lean(train) for method, train in fields["train_of"].items()}
     return {**fields, **parts, "train": lean(fields["train"]), "train_of": alone}
 

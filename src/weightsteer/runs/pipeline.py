@@ -15,6 +15,7 @@ from ..errors import SteerError
 from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
+from ..evaluation.packed_check import refuse_unsteered_pack
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import planned_cells, run_sweep
 from ..evaluation.tasks.task import Task, Values
@@ -194,6 +195,7 @@ class Run:
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """All measurements, then the rows."""
         lm, engine = self.artifacts.lm(), None
+        refuse_unsteered_pack(lm, self.artifacts.difference())
         validated, items_of = ("contrastive",), self.recipe.sweep.items_of  # whose k is chosen
         if self.engine is not None:
             plan = planned_cells(methods, self.tasks, validated, items_of, self.engine.meet(lm))

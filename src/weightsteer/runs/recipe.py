@@ -307,7 +307,7 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's fields as two runs are compared by them: without folders, the paper's numbers, and where weights lie."""
+    """A recipe's fields as two runs are compared by them."""
     found = without_resources(_beyond_paper(without_folders(fields)))
     return {**found, "loading": {"quantize": found["loading"]["quantize"]}}
 
@@ -335,10 +335,7 @@ def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
     """
     folders = [RunFolder(Path(run)) for run in runs]
     recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
-    kept = [
-        (path, {**_comparable(fields), "model": public_name(fields["model"])})
-        for path, fields in recipes
-    ]
+    kept = [(path, {**_comparable(fields), "model": public_name(fields["model"])}) for path, fields in recipes]
     for path, fields in kept[1:]:
         for name, value in fields.items():
             if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:

@@ -116,7 +116,7 @@ class LoadRecipe(Strict):
     @model_validator(mode="after")
     def _known(self) -> LoadRecipe:
         try:
-            self.options
+            _ = self.options
         except SteerError as error:
             raise ValueError(str(error)) from None
         return self
@@ -124,7 +124,7 @@ class LoadRecipe(Strict):
     @property
     def options(self) -> LoadOptions:
         """The options as `LM.load` takes them."""
-        return LoadOptions(self.quantize, self.attention, self.max_memory, self.device_map)
+        return LoadOptions(self.quantize, self.attention, dict(self.max_memory or {}) or None, self.device_map)
 
 
 class JudgeRecipe(Strict):

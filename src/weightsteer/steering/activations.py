@@ -150,7 +150,10 @@ def _mean_activations(lm: LM, examples: Sequence[Example], batch_size: int, prog
     def add(part: list[int]) -> list[int]:
         tokens, mask = pad_right([rows[i][0] + rows[i][1] for i in part], lm.pad_id, lm.device)
         answer, _ = pad_right([[0] * len(rows[i][0]) + [1] * len(rows[i][1]) for i in part], 0, lm.device)
-        with summing(lm, answer.flatten().nonzero()[:, 0]) as found, projecting_only(lm.model, torch.zeros_like(answer).bool()):
+        with (
+            summing(lm, answer.flatten().nonzero()[:, 0]) as found,
+            projecting_only(lm.model, torch.zeros_like(answer).bool()),
+        ):
             lm.model(input_ids=tokens, attention_mask=mask, use_cache=False)
         for layer, total in found.items():  # only once all blocks have run: a part may be computed again
             sums[layer] = sums[layer] + total if layer in sums else total

@@ -38,9 +38,9 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     attributes = set(vars(model))
     try:
-        with quiet_transformers(), prepared as ready:
-            with checkpointed(model) if settings.gradient_checkpointing else contextlib.nullcontext():
-                yield ready
+        saving = checkpointed(model) if settings.gradient_checkpointing else contextlib.nullcontext()
+        with quiet_transformers(), prepared as ready, saving:
+            yield ready
     finally:
         for module, before in children.items():  # PEFT leaves the layers that it made before it failed
             module._modules.clear()

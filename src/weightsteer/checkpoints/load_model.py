@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,6 +158,7 @@ def _check_packed(name: str, model: PreTrainedModel, wanted: str) -> None:
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is None or quantizer.pre_quantized:
         raise SteerError(f"{name}: its weights are quantised already; load it without quantize {wanted}")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8 would tell of every product
     module: Any
     for module in model.modules():
         if hasattr(module, "compute_dtype"):  # transformers' default is float32, whatever the model's dtype

@@ -30,6 +30,7 @@ from weightsteer.runs.recipe_fields import (
     FinetuneRecipe,
     GenerateRecipe,
     JudgeRecipe,
+    LoadRecipe,
     RepairRecipe,
     SampleRecipe,
     SweepRecipe,
@@ -38,6 +39,7 @@ from weightsteer.training.settings import TrainSettings
 
 PARTS: Mapping[str, type] = {  # where a part stands in a recipe -> its class
     "The whole file": Recipe,
+    "load": LoadRecipe,
     "data": DataRecipe,
     "data.sampling": SamplingRecipe,
     "train": TrainSettings,
@@ -95,9 +97,15 @@ def _rows(part: type) -> list[str]:
     hints, defaults, meanings = typing.get_type_hints(part), defaults_of(part), meanings_of(part)
     lines = ["| field | value | default | meaning |", "| --- | --- | --- | --- |"]
     for name, default in defaults.items():
-        cells = (f"`{name}`", _type(hints[name]), _default(default), meanings.get(name, ""))
+        cells = (f"`{_shown_name(part, name)}`", _type(hints[name]), _default(default), meanings.get(name, ""))
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return lines
+
+
+def _shown_name(part: type, name: str) -> str:
+    """A field as a recipe has it, where Python calls it otherwise."""
+    alias = part.model_fields[name].alias if issubclass(part, BaseModel) else None
+    return alias or name
 
 
 def defaults_of(part: type) -> dict[str, Any]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .behavior import ContrastPair as ContrastPair
     from .behavior import Example as Example
     from .behavior import sides_of as sides_of
+    from .checkpoints.load_options import LoadOptions as LoadOptions
     from .data_building.lint import lint_sides as lint_sides
     from .data_building.sampling import sample_sides as sample_sides
     from .data_building.sampling_settings import SamplingSettings as SamplingSettings
@@ -60,6 +61,7 @@ if TYPE_CHECKING:
 
 HOMES = {
     "behavior": ("Behavior", "ContrastPair", "Example", "sides_of"),
+    "checkpoints.load_options": ("LoadOptions",),
     "data_building.lint": ("lint_sides",),
     "data_building.sampling": ("sample_sides",),
     "data_building.sampling_settings": ("SamplingSettings",),

@@ -145,16 +145,17 @@ def score_on_cache(lm: LM, prefix: SharedPrefix, heads: Heads, tails: Tails) -> 
     owner = [row for row, texts in enumerate(tails) for _ in texts]
     flat = [text for texts in tails for text in texts]
     log_p = log_softmax(out.logits[0])  # (batch, vocabulary): the first token of every continuation
-    first = [float(log_p[row, ids[0]]) for row, ids in zip(owner, flat, strict=True)]
+    rows = torch.tensor(owner, device=log_p.device)
+    first = log_p[rows, torch.tensor([ids[0] for ids in flat], device=log_p.device)]
     rest = _continue(lm, out.past_key_values, full, owner, flat)
-    totals = iter([a + b for a, b in zip(first, rest, strict=True)])
+    totals = iter((first.double() + rest.to(first.device)).tolist())
     return [[next(totals) for _ in texts] for texts in tails]
 
 
-def _continue(lm: LM, cache: Any, full: Tensor, owner: list[int], flat: Sequence[Sequence[int]]) -> list[float]:
-    """Summed log-probability of every continuation's tokens after its first."""
+def _continue(lm: LM, cache: Any, full: Tensor, owner: list[int], flat: Sequence[Sequence[int]]) -> Tensor:
+    """Summed log-probability of every continuation's tokens after its first: (continuations,)."""
     if all(len(ids) == 1 for ids in flat):
-        return [0.0] * len(flat)
+        return torch.zeros(len(flat))
     rows = torch.tensor(owner)  # on the CPU: the cache's layers may lie on several devices
     cache.batch_select_indices(rows)
     tokens, mask = pad_right([ids[:-1] or [lm.pad_id] for ids in flat], lm.pad_id, lm.device)
@@ -169,7 +170,7 @@ def _continue(lm: LM, cache: Any, full: Tensor, owner: list[int], flat: Sequence
             past_key_values=cache,
             use_cache=True,
         )
-    return _sums(target_log_probs(out.logits[0], targets[real]), real)
+    return sums_of_rows(target_log_probs(out.logits[0], targets[real]), real)
 
 
 def score_plainly(
@@ -204,14 +205,14 @@ def _plain_totals(lm: LM, rows: Sequence[Sequence[int]], lengths: Sequence[int])
     wanted = (place < ends) & (place >= ends - torch.tensor(lengths, device=tokens.device)[:, None])
     with projecting_only(lm.model, torch.nn.functional.pad(wanted, (0, 1))):
         logits = lm.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
-    return _sums(target_log_probs(logits, tokens[:, 1:][wanted]), wanted)
+    totals: list[float] = sums_of_rows(target_log_probs(logits, tokens[:, 1:][wanted]), wanted).tolist()
+    return totals
 
 
-def _sums(values: Tensor, where: Tensor) -> list[float]:
-    """Values at the true places of `where` (batch, length), in row-major order, summed over each row."""
+def sums_of_rows(values: Tensor, where: Tensor) -> Tensor:
+    """Values at the true places of `where` (batch, length), in row-major order, summed over each row: (batch,)."""
     sums = torch.zeros(len(where), dtype=values.dtype, device=values.device)
-    sums.index_add_(0, where.nonzero()[:, 0].to(values.device), values)
-    return [float(value) for value in sums]
+    return sums.index_add_(0, where.nonzero()[:, 0].to(values.device), values)
 
 
 def log_softmax(logits: Tensor) -> Tensor:

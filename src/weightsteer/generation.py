@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,8 +22,16 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .batches import SharedByAllRowsError, batches_by_length, batches_of_one_length, one_row_for_all, pad_left
+from .batches import (
+    SharedByAllRowsError,
+    batches_by_length,
+    batches_of_one_length,
+    one_row_for_all,
+    pad_left,
+    rows_of_batch,
+)
 from .errors import SteerError
+from .fitting import in_parts
 from .progress import Progress
 from .schema import shown
 from .thinking import MARKERS, Reply, split_thinking
@@ -34,6 +42,14 @@ MOST_NEW_TOKENS = 1_000_000  # no model's context is longer
 ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3}
 COARSE = 0.05  # in 16 bits
 STEPS = 4  # that a model is tried for
+
+
+class HowWritten(TypedDict):
+    """How replies are written."""
+
+    max_new_tokens: int  # of a reply
+    temperature: float  # 0: the likeliest token
+    batch_size: int  # prompts at once, at most
 
 
 class AtText(StoppingCriteria):
@@ -122,6 +138,32 @@ class Writer:
         if together == "of one length":
             return batches_of_one_length(lengths, batch_size, progress)
         return batches_by_length(lengths, 1 if together == "alone" else batch_size, progress)
+
+    def replies(
+        self,
+        rows: Sequence[Sequence[int]],
+        opened: Sequence[bool],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        batch_size: int,
+        progress: Progress,
+        streamer: BaseStreamer | None,
+    ) -> list[Reply]:
+        """A reply to each row of ids, in batches that memory allows; `opened`: the prompt has begun its thinking."""
+        found = [Reply("")] * len(rows)
+        sizes = [len(row) + max_new_tokens for row in rows]
+
+        def write(part: list[int]) -> list[Reply]:
+            with rows_of_batch(part, len(rows)):
+                written = self.write([rows[i] for i in part], max_new_tokens, temperature, streamer=streamer)
+            ends = zip(*written, (opened[i] for i in part), strict=True)
+            return [self.reply(ids, opened=begun, broken=broken) for ids, broken, begun in ends]
+
+        for batch in self.batches([len(row) for row in rows], batch_size, progress):
+            for index, reply in zip(batch, in_parts(self.model, "generate", batch, sizes, write), strict=True):
+                found[index] = reply
+        return found
 
     @torch.no_grad()
     def write(

@@ -11,24 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from .batches import rows_of_batch
 from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
 from .chat_template import ChatTemplate, Exchange, PromptLike, plain_template, turns_of
 from .checkpoints.adapted import Adapted, adapted_model, merge_adapter
 from .checkpoints.checkpoint import fingerprint
-from .checkpoints.device import placement_of
+from .checkpoints.device import placement_for
 from .checkpoints.embedded_model import EMBEDDED_NAME
-from .checkpoints.load_model import load_causal_lm, load_tokenizer
+from .checkpoints.load_model import dtype_named, load_causal_lm, load_tokenizer
+from .checkpoints.load_options import LoadOptions, refuse_missing_packages
 from .checkpoints.locate import locate_model
 from .errors import SteerError
 from .files import digest
-from .generation import Writer
+from .generation import HowWritten, Writer
 from .model_parts import decoder_blocks
 from .model_parts import projecting_only as projecting_only
 from .progress import Progress, silent
@@ -50,6 +47,7 @@ class LM:
     revision: str = ""  # hub commit, or a hash of the local checkpoint; see `fingerprint`
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the template's variables
+    load_options: LoadOptions = field(default_factory=LoadOptions, hash=False)  # as which it was loaded
 
     @classmethod
     def load(
@@ -61,6 +59,7 @@ class LM:
         revision: str | None = None,
         trust_remote_code: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        options: LoadOptions | None = None,
     ) -> LM:
         """Load the embedded model, a Hugging Face id, a folder of safetensors, or a .gguf file.
 
@@ -73,20 +72,22 @@ class LM:
             revision: hub branch, tag or commit.
             trust_remote_code: run code that the model's repository carries; off unless asked.
             chat_template_kwargs: variables of the chat template, such as {"enable_thinking": False}.
+            options: whether the weights are quantised, which attention, and how a large model is spread.
 
         Raises:
             SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
-        name = str(name)
+        name, load = str(name), options or LoadOptions()
+        refuse_missing_packages(load)
         if adapter := adapted_model(name):
+            adapter.refuse_packed_base(name, load)
             below: dict[str, Any] = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}
-            base = cls.load(adapter.base, device=device, dtype=dtype, **below)
+            base = cls.load(adapter.base, device=device, dtype=dtype, options=load, **below)
             return base._with_adapter(adapter, name, chat_template_kwargs)
-        where = locate_model(name)
-        placement = placement_of(device)
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        tokenizer = load_tokenizer(name, where, **options)
-        model = load_causal_lm(name, where, dtype=_dtype_named(dtype), placement=placement, options=options)
+        where, placement = locate_model(name), placement_for(device, load)
+        hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = load_tokenizer(name, where, **hub)
+        model = load_causal_lm(name, where, dtype=dtype_named(dtype), placement=placement, load=load, options=hub)
         if getattr(model, "_hf_peft_config_loaded", False):
             raise SteerError(
                 f"{name}: holds an adapter, which was applied to the model on loading; name the model without it, or "
@@ -95,7 +96,8 @@ class LM:
         model.config.use_cache = True
         commit = getattr(model.config, "_commit_hash", None)
         revision = commit or fingerprint(Path(where))
-        return cls.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=chat_template_kwargs)
+        lm = cls.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=chat_template_kwargs)
+        return replace(lm, load_options=load)
 
     @classmethod
     def wrap(
@@ -136,7 +138,8 @@ class LM:
         tokenizer = load_tokenizer(name, str(adapter.folder)) if adapter.has_tokenizer else self.tokenizer
         model = merge_adapter(self.model, adapter, name)
         revision = fingerprint(adapter.folder)
-        return type(self).wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
+        lm = type(self).wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
+        return replace(lm, load_options=self.load_options)
 
     def with_system_prompt(self, text: str | None) -> LM:
         """The same model under another system prompt (None: the template's own default)."""
@@ -279,16 +282,12 @@ class LM:
         prompt (see `SteeringHandle`), each gets its own. `streamer` gets each batch's tokens as they come.
         """
         texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
-        ids = [self.require_fitting(self.chat_template.ids_of(text)) for text in texts]
-        replies, writer = [Reply("")] * len(ids), self._writer
+        rows = [self.require_fitting(self.chat_template.ids_of(text)) for text in texts]
+        opened = [opens_thinking(text) for text in texts]
         if temperature > 0:
             torch.manual_seed(seed)
-        for batch in writer.batches([len(row) for row in ids], batch_size, progress):
-            with rows_of_batch(batch, len(ids)):
-                written = writer.write([ids[i] for i in batch], max_new_tokens, temperature, streamer=streamer)
-            for index, row, broken in zip(batch, *written, strict=True):
-                replies[index] = writer.reply(row, opened=opens_thinking(texts[index]), broken=broken)
-        return replies
+        how: HowWritten = {"max_new_tokens": max_new_tokens, "temperature": temperature, "batch_size": batch_size}
+        return self._writer.replies(rows, opened, progress=progress, streamer=streamer, **how)
 
     def reply_aloud(
         self,
@@ -339,10 +338,3 @@ class LM:
         """Token id that fills batches; what is filled is masked, so where the model has no row for it, another does."""
         pad = self.tokenizer.pad_token_id
         return int(pad) if pad is not None and pad < self._rows else 0
-
-
-def _dtype_named(name: str) -> torch.dtype | str:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name != "auto" and name not in dtypes:
-        raise SteerError(f"dtype: expected auto, {', '.join(dtypes)}, found {name!r}")
-    return dtypes.get(name, "auto")

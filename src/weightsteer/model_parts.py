@@ -22,6 +22,11 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
     return min(lists, key=lambda entry: entry[:2])[2]
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether transformers has quantised the model's weights, or loaded them so."""
+    return bool(getattr(model, "is_quantized", False))
+
+
 @contextmanager
 def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
     """Compute the vocabulary projection only where `wanted` (batch, length) is true.

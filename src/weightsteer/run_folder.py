@@ -126,6 +126,11 @@ class RunFolder:
         return self.path / "engine.json"
 
     @property
+    def batches(self) -> Path:
+        """How many tokens memory allowed at once, for each kind of work (JSON); absent where all went in at once."""
+        return self.path / "batches.json"
+
+    @property
     def rows(self) -> Path:
         """Means and standard errors that follow from the measurements (JSONL)."""
         return self.path / "rows.jsonl"

@@ -17,8 +17,16 @@ from torch import Tensor
 
 from .batches import batches_by_length, pad_right, rows_of_batch
 from .chat_template import PromptLike, last_words
-from .continuations import log_softmax, score_on_cache, score_plainly, shared_prefix, target_log_probs
+from .continuations import (
+    log_softmax,
+    score_on_cache,
+    score_plainly,
+    shared_prefix,
+    sums_of_rows,
+    target_log_probs,
+)
 from .errors import SteerError
+from .fitting import in_parts
 from .model_parts import projecting_only
 from .progress import Progress, silent
 
@@ -48,6 +56,11 @@ class Candidates:
     head: list[int]
     tails: list[list[int]]
 
+    @property
+    def most_tokens(self) -> int:
+        """The tokens of its rows together, one row for each candidate."""
+        return sum(len(self.head) + len(tail) for tail in self.tails)
+
 
 @torch.no_grad()
 def score_choices(
@@ -75,15 +88,19 @@ def score_choices(
     asked = [part for number, texts in enumerate(choices) for part in candidates_of(lm, number, prompts[number], texts)]
     scores = [[Score(0.0, 1)] * len(texts) for texts in choices]
     prefix = shared_prefix(lm, [part.head for part in asked]) if asked else None
-    for batch in batches_by_length([len(part.head) for part in asked], batch_size, progress):
-        parts = [asked[i] for i in batch]
+
+    def totals_of(places: list[int]) -> list[list[float]]:
+        parts = [asked[i] for i in places]
         heads, tails = [part.head for part in parts], [part.tails for part in parts]
-        if prefix is not None and prefix.fits(heads, tails):
-            with rows_of_batch([part.prompt for part in parts], len(prompts)):
-                totals = score_on_cache(lm, prefix, heads, tails)
-        else:
-            totals = score_plainly(lm, heads, tails, [part.prompt for part in parts], len(prompts), batch_size)
-        for part, row in zip(parts, totals, strict=True):
+        if prefix is None or not prefix.fits(heads, tails):
+            return score_plainly(lm, heads, tails, [part.prompt for part in parts], len(prompts), batch_size)
+        with rows_of_batch([part.prompt for part in parts], len(prompts)):
+            return score_on_cache(lm, prefix, heads, tails)
+
+    sizes = [part.most_tokens for part in asked]
+    for batch in batches_by_length([len(part.head) for part in asked], batch_size, progress):
+        totals = in_parts(lm.model, "score", batch, sizes, totals_of)
+        for part, row in zip((asked[i] for i in batch), totals, strict=True):
             for place, total, ids in zip(part.places, row, part.tails, strict=True):
                 scores[part.prompt][place] = Score(total, len(ids))
     return scores
@@ -113,15 +130,19 @@ def score_texts(lm: LM, texts: Sequence[str], *, batch_size: int = 8) -> list[Sc
         SteerError: a text of fewer than two tokens.
     """
     ids = text_ids(lm, texts)
-    scores = [Score(0.0, 1)] * len(ids)
-    for batch in batches_by_length([len(row) for row in ids], batch_size):
-        tokens, mask = pad_right([ids[i] for i in batch], lm.pad_id, lm.device)
+    scores, lengths = [Score(0.0, 1)] * len(ids), [len(row) for row in ids]
+
+    def totals_of(rows: list[int]) -> list[float]:
+        tokens, mask = pad_right([ids[i] for i in rows], lm.pad_id, lm.device)
         wanted = mask[:, 1:].bool()
-        with rows_of_batch(batch, len(ids)), projecting_only(lm.model, torch.nn.functional.pad(wanted, (0, 1))):
+        with rows_of_batch(rows, len(ids)), projecting_only(lm.model, torch.nn.functional.pad(wanted, (0, 1))):
             logits = lm.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[0]
-        picked = target_log_probs(logits, tokens[:, 1:][wanted])
-        for index, part in zip(batch, picked.split(wanted.sum(dim=1).tolist()), strict=True):
-            scores[index] = Score(float(part.sum()), len(part))
+        totals: list[float] = sums_of_rows(target_log_probs(logits, tokens[:, 1:][wanted]), wanted).tolist()
+        return totals
+
+    for batch in batches_by_length(lengths, batch_size):
+        for index, total in zip(batch, in_parts(lm.model, "score", batch, lengths, totals_of), strict=True):
+            scores[index] = Score(total, lengths[index] - 1)
     return scores
 
 
@@ -159,7 +180,7 @@ def mean_kl(reference: Sequence[Tensor], lm: LM, prompts: Sequence[PromptLike]) 
     Raises:
         SteerError: the two do not see the same tokens (another tokenizer or another template).
     """
-    total, count = 0.0, 0
+    sums, count = [], 0
     for log_p, log_q in zip(reference, prompt_log_probs(lm, prompts), strict=True):
         if log_p.shape != log_q.shape:
             raise SteerError(
@@ -168,8 +189,9 @@ def mean_kl(reference: Sequence[Tensor], lm: LM, prompts: Sequence[PromptLike]) 
             )
         log_p = log_p.to(log_q.device)
         p = log_p.exp()
-        total += float(torch.where(p > 0, p * (log_p - log_q), p).sum())  # a token that cannot come adds nothing
+        sums.append(torch.where(p > 0, p * (log_p - log_q), p).sum())  # a token that cannot come adds nothing
         count += log_p.shape[0]
+    total = float(torch.stack(sums).double().sum()) if sums else 0.0  # one wait for the device, not one a prompt
     if math.isnan(total):
         raise SteerError("mean_kl: the model gives no numbers (NaN); it is broken, or steered too far")
     return total / count

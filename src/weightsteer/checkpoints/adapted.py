@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from ..errors import SteerError
 from ..files import read_json
+from ..places import public_name
 from ..progress import quiet_transformers
 from ..run_card import CARD_FILE, RunCard
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from .embedded_model import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from .load_model import read_by_others
+from .load_options import LoadOptions
 from .locate import base_of, local_folder, locate_model, source_folder
 from .recognise import what_it_holds
 
@@ -34,6 +36,19 @@ class Adapted:
     def has_tokenizer(self) -> bool:
         """Whether the adapter brings a tokenizer of its own, as PEFT's trainers leave one beside it."""
         return (self.folder / "tokenizer_config.json").is_file()
+
+    def refuse_packed_base(self, name: str, load: LoadOptions) -> None:
+        """Raise where the base is to be quantised: a merge would round the adapter into 4 or 8 bits.
+
+        Raises:
+            SteerError: with two ways out.
+        """
+        if load.quantize:
+            raise SteerError(
+                f"{name}: is an adapter, and it cannot be merged into a base in {load.quantize}; load the base "
+                f"{public_name(self.base)} so and steer it with the adapter as a vector at k = 1, or merge it with "
+                "`weightsteer export merged` first"
+            )
 
 
 def card_of(folder: Path) -> RunCard:

@@ -6,6 +6,7 @@ import torch
 
 from ..errors import SteerError
 from ..schema import suggestion
+from .load_options import LoadOptions
 
 
 def placement_of(device: str | None) -> str:
@@ -24,6 +25,20 @@ def placement_of(device: str | None) -> str:
     raise SteerError(
         f"device {device!r}: is not on this machine; expected one of {listed}{suggestion(device, known)}{lacking}"
     )
+
+
+def placement_for(device: str | None, load: LoadOptions) -> str:
+    """The device for a model: "auto" where options say how it is spread, and else what `placement_of` finds.
+
+    Raises:
+        SteerError: no such device here, or one device and a way to spread over several.
+    """
+    if load.device_map is None and load.max_memory is None:
+        return placement_of(device)
+    if device not in (None, "auto"):
+        named = "device_map" if load.device_map is not None else "max_memory"
+        raise SteerError(f"device {device!r}: is one device, and {named} spreads the model; leave one of the two out")
+    return "auto"
 
 
 def device_names() -> list[str]:

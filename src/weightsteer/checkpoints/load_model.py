@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import SteerError, first_line
 from ..files import read_json
 from ..progress import quiet_transformers
 from .bounded import bounded_modules, count_stored
 from .checkpoint import read_config
+from .load_options import LoadOptions
 
 MOST_TOKENS = 1 << 31  # of a vocabulary
 PANIC = "PanicException"  # of libraries in Rust; it is no Exception
@@ -69,10 +77,26 @@ def load_tokenizer(name: str, where: str, **options: Any) -> PreTrainedTokenizer
     return tokenizer
 
 
+def dtype_named(name: str) -> torch.dtype | str:
+    """The dtype of that name; "auto" stays.
+
+    Raises:
+        SteerError: no such dtype.
+    """
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name != "auto" and name not in dtypes:
+        raise SteerError(f"dtype: expected auto, {', '.join(dtypes)}, found {name!r}")
+    return dtypes.get(name, "auto")
+
+
 def load_causal_lm(
-    name: str, where: str, *, dtype: torch.dtype | str, placement: str, options: Mapping[str, Any]
+    name: str, where: str, *, dtype: torch.dtype | str, placement: str, load: LoadOptions, options: Mapping[str, Any]
 ) -> PreTrainedModel:
     """A model's weights, on the device `placement`, or spread by accelerate for "auto".
+
+    Args:
+        load: quantisation, attention, and how it is spread.
+        options: for `from_pretrained`.
 
     Raises:
         SteerError: it cannot be loaded, its config does not belong to its weights, or a parameter is stored nowhere.
@@ -89,9 +113,9 @@ def load_causal_lm(
         made: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=dtype,
-            device_map="auto" if placement == "auto" else None,
             use_safetensors=True,  # never a pickle
             output_loading_info=True,
+            **_how_to_load(load, placement),
             **options,
         )
         model, report = made
@@ -100,10 +124,45 @@ def load_causal_lm(
             raise SteerError(
                 f"{name}: its config asks for {missing[0]}{more}, which its files do not hold; they would be random"
             )
-        if placement != "auto":
+        if load.quantize:
+            _check_packed(name, model, load.quantize)
+        elif placement != "auto":
             model = model.to(placement)
     _check_ends(name, model)
     return model
+
+
+def _how_to_load(load: LoadOptions, placement: str) -> dict[str, Any]:
+    """The options in `from_pretrained`'s names."""
+    found: dict[str, Any] = {"device_map": (load.device_map or "auto") if placement == "auto" else None}
+    if load.max_memory:
+        found["max_memory"] = dict(load.max_memory)
+    if load.attention:
+        found["attn_implementation"] = load.attention
+    if load.quantize:
+        packed = {"nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}}
+        found["quantization_config"] = BitsAndBytesConfig(**packed.get(load.quantize, {"load_in_8bit": True}))
+        if placement != "auto":  # packed weights do not move afterwards
+            found["device_map"] = {"": _device_for_accelerate(placement)}
+    return found
+
+
+def _device_for_accelerate(placement: str) -> int | str:
+    """A device as accelerate's maps name it: a GPU by its number, which its check before a training expects."""
+    device = torch.device(placement)
+    return placement if device.type in ("cpu", "mps") else device.index or 0
+
+
+def _check_packed(name: str, model: PreTrainedModel, wanted: str) -> None:
+    """Raise if the weights were quantised already; else let products be computed in the dtype that the model has."""
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.pre_quantized:
+        raise SteerError(f"{name}: its weights are quantised already; load it without quantize {wanted}")
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # int8 would tell of every product
+    module: Any
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # transformers' default is float32, whatever the model's dtype
+            module.compute_dtype = model.dtype
 
 
 def _check_generation_config(path: Path) -> None:

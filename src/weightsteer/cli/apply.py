@@ -9,6 +9,7 @@ import typer
 from ..errors import SteerError
 from ..progress import show_progress
 from ..shown import note, say, say_columns, say_json
+from .loading import loading
 from .options import (
     Device,
     Dtype,
@@ -40,6 +41,7 @@ Temperature = Annotated[
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling; default: 0.")]
 
 
+@loading
 def steer(
     folder: Vector,
     prompt: Annotated[str, typer.Argument(help="What the user says.")],
@@ -97,6 +99,7 @@ def _stream(vector: WeightVector, lm: LM, prompt: str, k: float, **options: floa
         raise SteerError(missing)
 
 
+@loading
 def chat(
     folder: Vector,
     k: Annotated[str | None, typer.Option("--k", help="Strength at the start; default: the card's.")] = None,

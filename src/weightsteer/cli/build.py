@@ -16,6 +16,7 @@ from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import say, say_json
 from .arguments import refuse_twice
+from .loading import loading
 from .options import (
     Base,
     Device,
@@ -39,6 +40,7 @@ from .options import (
 )
 
 
+@loading
 def sample(
     behavior: Annotated[str, typer.Argument(help="A shipped behaviour or a trait file.")],
     out: Out,
@@ -161,6 +163,7 @@ def generate(
     say(f"{out}: {len(examples)} examples")
 
 
+@loading
 def train(
     out: Out,
     pairs: Annotated[str | None, typer.Option(help="A shipped behaviour or a file of pairs.")] = None,
@@ -186,6 +189,10 @@ def train(
     snapshots: Annotated[
         int | None, typer.Option(help="Points of each training to keep besides the best." + default("snapshots"))
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, more time: activations are computed twice."),
+    ] = False,
     paper: Annotated[
         bool, typer.Option("--paper", help="The paper's numbers for all that is not given, whatever data and model.")
     ] = False,
@@ -212,6 +219,7 @@ def train(
     refuse_unfit(*sides)
     rates = tuple(number(rate, "--lr") for rate in lr.split(",")) if lr is not None else None
     from ..behavior import SIDES
+    from ..fitting import kept_in
     from ..run_folder import RunFolder
     from ..training import PAPER, Preference, TrainSettings, train_preference, train_side
     from ..vectors.difference import subtract_finetunes
@@ -220,10 +228,11 @@ def train(
         PAPER if paper else TrainSettings(),
         **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, alpha=alpha, learning_rates=rates),
         **drop_unset(epochs=epochs, max_steps=max_steps, batch_size=batch_size, snapshots=snapshots, seed=seed),
+        gradient_checkpointing=gradient_checkpointing,
     )
     lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     warn_unfit(*sides, lm.tokenizer)
-    with hold(out):
+    with hold(out), kept_in(RunFolder(out).batches):
         for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
             target = RunFolder(out).finetune(name)
             with show_progress(f"train {name}") as progress:

@@ -14,6 +14,7 @@ import typer
 from ..errors import SteerError
 from ..schema import parse_json, parse_number
 from ..shown import note
+from .loading import typed_options
 
 if TYPE_CHECKING:
     from ..behavior import Example
@@ -98,6 +99,7 @@ def load_lm(
         revision=revision,
         trust_remote_code=trust,
         chat_template_kwargs=variables,
+        options=typed_options(),
     )
 
 

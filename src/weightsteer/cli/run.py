@@ -17,6 +17,7 @@ from ..files import refuse_inputs
 from ..places import shareable
 from ..progress import show_progress
 from ..shown import markdown_text, say, say_columns, say_json
+from .loading import loading, typed_options, typed_words
 from .options import (
     Device,
     Dtype,
@@ -49,8 +50,10 @@ if TYPE_CHECKING:
     from ..evaluation.results import Measurement, MetricRow
     from ..runs.pipeline import Run
     from ..runs.recipe import Recipe
+    from ..runs.recipe_fields import LoadRecipe
 
 
+@loading
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe (YAML), or the name of a shipped one.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder; default runs/<name>.")] = None,
@@ -83,7 +86,7 @@ def run(
     found = find_recipe(recipe)
     loaded = Recipe.load(found)
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
-    loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed))
+    loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed, loading=_typed_loading(loaded)))
     if plan:
         print_plan(loaded, device, devices, as_json=as_json)
         return
@@ -92,7 +95,11 @@ def run(
     refuse_run_inputs(loaded, found, folder)
     if dry_run:
         loaded = shrink(loaded, folder)
-    options = [*(["--out", shareable(out)] if out else []), *(["--seed", str(seed)] if seed is not None else [])]
+    options = [
+        *typed_words(),
+        *(["--out", shareable(out)] if out else []),
+        *(["--seed", str(seed)] if seed is not None else []),
+    ]
     command = shlex.join(["weightsteer", "run", shareable(recipe), *options, *(["--dry-run"] if dry_run else [])])
     from ..runs.pipeline import Run, Trust
     from ..training.job import without_gain
@@ -111,6 +118,14 @@ def run(
     say(f"report: {page}\nplot:   {started.folder.plot}\nvector: {started.folder.vector}")
     if not dry_run:
         _print_next(started)
+
+
+def _typed_loading(recipe: Recipe) -> LoadRecipe | None:
+    """The recipe's loading with the options that were typed in place of its own; None where none was."""
+    from ..runs.recipe_fields import LoadRecipe
+
+    typed = typed_options()
+    return LoadRecipe.model_validate({**recipe.loading.model_dump(), **typed.described}) if typed else None
 
 
 def _show_replies(prompt: str, replies: Mapping[float, str]) -> None:
@@ -291,6 +306,7 @@ def _print_comparison(
     say()
 
 
+@loading
 def measure(
     folder: Vector,
     task: Annotated[str, typer.Option(help="A task, such as false_beliefs; an unknown name lists them.")],

@@ -14,6 +14,7 @@ import typer
 
 from ..errors import SteerError
 from ..shown import note, say
+from .loading import loading
 from .options import Device, Dtype, Model, RemoteCode, TemplateVariables, drop_unset, load_lm, require_base
 from .serve_command import example_name
 
@@ -36,6 +37,7 @@ MostRows = Annotated[int | None, typer.Option("--max-batch", min=1, help="Replie
 Queue = Annotated[int | None, typer.Option(min=1, help="Requests that may wait; more get 429. Default: 256.")]
 
 
+@loading
 def serve(
     vectors: Vectors,
     model: Model = None,
@@ -62,6 +64,7 @@ def serve(
     )
 
 
+@loading
 def play(
     vectors: Vectors,
     model: Model = None,

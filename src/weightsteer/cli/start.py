@@ -14,6 +14,7 @@ from ..locks import hold
 from ..progress import show_progress
 from ..run_card import refuse_foreign
 from ..shown import note, one_line, say, say_columns, say_table
+from .loading import loading
 from .options import (
     Device,
     Dtype,
@@ -37,6 +38,7 @@ SHOWN_PAIRS = 3
 Budget = Annotated[float, typer.Option(help="Nats per token that ordinary text may cost.")]
 
 
+@loading
 def calibrate(
     folder: Vector,
     pairs: Annotated[
@@ -80,6 +82,7 @@ def _print_calibration(found: Calibration) -> None:
     say(f"recommended k: {found.strength.recommended:g} (more) and {found.strength.negative:g} (less)")
 
 
+@loading
 def make(
     source: Annotated[
         str, typer.Argument(help="A shipped behaviour, a file of pairs, a trait file, or a folder that `init` wrote.")

@@ -119,7 +119,7 @@ class Passes:
         """The vocabulary projection and its softmax at so many positions: 2 products with a backward pass, else 1."""
         if not answers:
             return 0.0
-        rows, width = self.model.whole.get_output_embeddings().weight.shape  # type: ignore[union-attr]
+        rows, width = self.model.whole.get_output_embeddings().weight.shape
         size, products = self.model.dtype.itemsize, 2 if trained else 1
         narrow = self.model.dtype != torch.float32
         flops, weights = 2.0 * rows * width * answers, rows * width * size
@@ -182,7 +182,7 @@ class Passes:
 
     def _train(self, made: Step, blocks: int) -> Cost:
         ready = self._training(blocks, made.kind, made.rank, made.checkpointing)
-        base: Any = ready.get_base_model() if hasattr(ready, "get_base_model") else ready
+        base: Any = ready.get_base_model() if isinstance(ready, PeftModel) else ready
         for parameter in ready.parameters():
             parameter.grad = None
         with self.fake:

@@ -16,6 +16,7 @@ from ..evaluation.metrics import metric_key
 from ..evaluation.task_spec import TaskSpec
 from ..evaluation.tasks import load_task
 from ..evaluation.tasks.task import Task
+from ..fitting import ON_CPU
 from ..lm import LM
 from ..runs.own_data import OWN, behavior_of, held_out_pairs
 from ..runs.recipe import Recipe
@@ -112,7 +113,7 @@ class Stages:
         dense = training in ("bias", "full")
         train |= ({"kind": training, "bf16": recipe.dtype == "bfloat16"} if dense else {}) | _plain(own)
         settings = recipe.train_settings(train)
-        rows = self._sides()[SIDES.index(side)]  # type: ignore[arg-type]
+        rows = self._sides()[SIDES.index(side)]
         preferences = training == "DPO"
         made = plan_training(
             self.lm,
@@ -221,15 +222,16 @@ class Stages:
 
     def _sweep(self) -> Iterator[Stage]:
         base = Stage("measure the base", models=self.models)
+        rows = self.recipe.batch_size or ON_CPU  # where the recipe leaves it open, an accelerator takes what fits
         for name, task, factor in self._tasks:
-            base.work.add(self._work_of(name, task, self.recipe.batch_size), factor)
+            base.work.add(self._work_of(name, task, rows), factor)
         yield base
         for method, ks in self._strengths().items():
             stage = Stage(f"measure {method} at {ks} k", models=self.models)
             for name, task, factor in self._tasks:
                 part = self._part(method, task)
                 if part is not None or task is None:
-                    work = self._work_of(name, part, self.recipe.batch_size)
+                    work = self._work_of(name, part, rows)
                     stage.work.add(work, factor * ks, rank=self._rank(method))
             yield stage
 

@@ -22,6 +22,7 @@ from ..evaluation.tasks.task import Task
 from ..example_files.load import load_examples
 from ..export.merge import MergeSettings, export_merged
 from ..files import read_json, read_kept, write_json
+from ..fitting import free_memory
 from ..judges.endpoint import ChatModel, Endpoint
 from ..judges.judge import Judge, LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from ..judges.keys import require_own_key
@@ -64,7 +65,9 @@ def load_judge(recipe: Recipe, folder: RunFolder, keys: Sequence[str] = ()) -> C
     if judge is None:
         return None
     if judge.url is None:
-        return LocalChatModel(LM.load(judge.model, device=recipe.device, dtype=recipe.dtype))
+        return LocalChatModel(
+            LM.load(judge.model, device=recipe.device, dtype=recipe.dtype, options=recipe.loading.options)
+        )
     require_own_key(judge.key_env, judge.url, keys)
     return Endpoint(
         judge.url, judge.model, key_env=judge.key_env, concurrency=judge.concurrency, cache=folder.judge_cache
@@ -135,19 +138,23 @@ class RunArtifacts:
     def base_float32(self) -> LM:
         """The base in float32, for trainings whose weights do not move in 8 bits of mantissa."""
         if self._float32 is None:
-            base = self.base()
-            exact = base.model.dtype == torch.float32
-            name, device = self._base_name, self.recipe.device
-            variables = self.recipe.chat_template_kwargs
-            self._float32 = (
-                base if exact else LM.load(name, device=device, dtype="float32", chat_template_kwargs=variables)
-            )
+            exact = self.base().model.dtype == torch.float32
+            self._float32 = self.base() if exact else self._load(self._base_name, dtype="float32")
         return self._float32
 
-    def _load(self, name: str) -> LM:
+    def _free_float32(self, made: Training) -> None:
+        """Let go of the float32 copy once no training is left that takes it: it is twice the base's size."""
+        wanted = {METHODS[name].training for name in self.recipe.sweep.methods} & {"bias", "full"}
+        left = {t for t in wanted - {made} if not all(is_whole(self.folder.finetune_of(t, side)) for side in SIDES)}
+        if self._float32 is not None and self._float32 is not self._base and not left:
+            self._float32 = None
+            free_memory()
+
+    def _load(self, name: str, dtype: str | None = None) -> LM:
         recipe = self.recipe
-        variables = recipe.chat_template_kwargs
-        return LM.load(name, device=recipe.device, dtype=recipe.dtype, chat_template_kwargs=variables)
+        variables, options = recipe.chat_template_kwargs, recipe.loading.options
+        how = dtype or recipe.dtype
+        return LM.load(name, device=recipe.device, dtype=how, chat_template_kwargs=variables, options=options)
 
     def _load_finetuned(self, lm: LM, base: str, wanted: FinetuneRecipe, adapter: Path, merged: Path) -> LM:
         """Train on `wanted`, merge it into the base as a checkpoint in the run's folder, and load that."""
@@ -201,9 +208,10 @@ class RunArtifacts:
             train |= {"kind": training, "bf16": self.recipe.dtype == "bfloat16", **self._train_of(training)}
             out = {side: self.folder.finetune_of(training, side) for side in SIDES}
             base = self.base_float32()
-        positive, negative = (
-            self._train(base, examples, out[side], train) for side, examples in zip(SIDES, sides, strict=True)
-        )
+        given = zip(SIDES, sides, strict=True)
+        positive, negative = (self._train(base, examples, out[side], train) for side, examples in given)
+        del base
+        self._free_float32(training)
         return positive, negative
 
     def _train_of(self, training: Training) -> Mapping[str, Any]:

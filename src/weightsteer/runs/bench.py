@@ -32,7 +32,7 @@ from ..steering.steering import Steering
 from ..training.job import without_gain
 from .artifacts import RunArtifacts, load_judge
 from .own_data import behavior_of
-from .pipeline import VALIDATED, metrics_shown, write_sides
+from .pipeline import VALIDATED, batch_size_of, metrics_shown, write_sides
 from .recipe import Recipe
 from .run_methods import make_method, method_names, strengths_of
 
@@ -150,7 +150,7 @@ class Bench:
                 case LoadModel():
                     return self.artifacts.lm().name
                 case TryTask(task):
-                    return metrics_shown(self.tasks[task], self.artifacts.lm(), self.recipe.batch_size)
+                    return metrics_shown(self.tasks[task], self.artifacts.lm(), self.recipe)
                 case Make():
                     return self._make()
                 case ScanLayer(layer):
@@ -198,7 +198,8 @@ class Bench:
         part = next(part for part in parts if part.name == job.task)
         if part.sha256 != job.sha256:
             raise SteerError(f"task {job.task}: this worker reads other items than the driver; give both the same data")
-        return measure_cell(self.artifacts.lm(), method, job.k, part, self.recipe.batch_size)
+        lm = self.artifacts.lm()
+        return measure_cell(lm, method, job.k, part, batch_size_of(self.recipe, lm))
 
     def _costs(self, name: str, ks: Sequence[float]) -> list[MetricRow]:
         lm = self.artifacts.lm()

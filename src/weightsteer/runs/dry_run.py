@@ -14,7 +14,15 @@ from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.arithmetic_text import FAMILIES
 from .own_data import OWN
 from .recipe import Recipe
-from .recipe_fields import DataRecipe, DialRecipe, FinetuneRecipe, GenerateRecipe, JudgeRecipe, RepairRecipe
+from .recipe_fields import (
+    DataRecipe,
+    DialRecipe,
+    FinetuneRecipe,
+    GenerateRecipe,
+    JudgeRecipe,
+    LoadRecipe,
+    RepairRecipe,
+)
 from .validate import check_trainings
 
 TRAIN: Mapping[str, Any] = {
@@ -46,6 +54,7 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
         "model": str(model),
         "device": "cpu",
         "dtype": "float32",
+        "loading": LoadRecipe(),  # the tiny model is too narrow for a quantisation
         "behavior": recipe.behavior if _is_here(recipe.behavior) and not stands_in else SHIPPED[0],
         "data": data,
         "first_finetune": recipe.first_finetune and _small_finetune(recipe.first_finetune, FinetuneRecipe),

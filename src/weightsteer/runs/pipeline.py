@@ -15,11 +15,13 @@ from ..errors import SteerError
 from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
 from ..evaluation.metrics import MetricKey, metric_key
+from ..evaluation.packed_check import refuse_unsteered_pack
 from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import planned_cells, run_sweep
 from ..evaluation.tasks.task import Task
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..files import digest, read_finished, write_jsonl
+from ..fitting import kept_in, rows_by_default
 from ..judges.endpoint import Endpoint
 from ..leftovers import sweep_within
 from ..lm import LM
@@ -87,7 +89,7 @@ class Run:
         Args:
             preview: called once the vector is there, with a prompt and its replies, before anything is measured on it.
         """
-        with hold(self.folder.path):
+        with hold(self.folder.path), kept_in(self.folder.batches):
             sweep_within(self.folder.path)
             self._try_judge()
             self._meet_engine()
@@ -103,7 +105,7 @@ class Run:
 
     def measure_again(self) -> list[MetricRow]:
         """The sweep of a run that is trained, and the choice of k."""
-        with hold(self.folder.path):
+        with hold(self.folder.path), kept_in(self.folder.batches):
             self._meet_engine()
             self.check_metrics()
             methods = self.methods()
@@ -131,7 +133,7 @@ class Run:
             for number, task in enumerate(self.tasks):
                 progress(number, len(self.tasks), task.name)
                 if task.name not in found:
-                    found[task.name] = metrics_shown(task, self.artifacts.lm(), self.recipe.batch_size)
+                    found[task.name] = metrics_shown(task, self.artifacts.lm(), self.recipe)
             progress(len(self.tasks), len(self.tasks), "done")
         self.require_metrics(found)
 
@@ -186,12 +188,13 @@ class Run:
     def sweep(self, methods: Sequence[tuple[Steering, list[float]]]) -> list[MetricRow]:
         """All measurements, then the rows."""
         lm, engine = self.artifacts.lm(), None
+        refuse_unsteered_pack(lm, self.artifacts.difference())
         items_of = self.recipe.sweep.items_of
         if self.engine is not None:
             plan = planned_cells(methods, self.tasks, VALIDATED, items_of, self.engine.meet(lm))
             engine = self.engine.ready(plan, lm)
         with self.show("sweep") as progress:
-            batch = self.recipe.batch_size
+            batch = batch_size_of(self.recipe, lm)
             return run_sweep(
                 lm,
                 methods,
@@ -261,12 +264,17 @@ class Run:
             return write_run_report(self.recipe, self.folder, command=self.command)
 
 
-def metrics_shown(task: Task, lm: LM, batch_size: int) -> list[str]:
+def batch_size_of(recipe: Recipe, lm: LM) -> int:
+    """The most prompts in a batch; memory may allow fewer."""
+    return recipe.batch_size or rows_by_default(lm.device)
+
+
+def metrics_shown(task: Task, lm: LM, recipe: Recipe) -> list[str]:
     """The metrics that a task measures on the base, by one item of each split."""
     try:
         return list(task.first(1).measure(lm))
     except SteerError:  # one reply may have no answer; that none has is an error
-        return list(task.measure(lm, batch_size=batch_size))
+        return list(task.measure(lm, batch_size=batch_size_of(recipe, lm)))
 
 
 def write_sides(artifacts: RunArtifacts) -> None:

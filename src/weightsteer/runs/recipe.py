@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ..errors import SteerError
 from ..evaluation.choose_k import DEFAULT_BUDGET
@@ -20,7 +20,7 @@ from ..places import public_name, recall, remember, without_paths
 from ..run_card import CARD_FILE, RunCard
 from ..run_folder import RunFolder
 from ..schema import describe_mistake, suggestion
-from .identity import content_of, refuse_path, same_model, without_folders
+from .identity import content_of, refuse_path, same_model, without_folders, without_resources
 from .own_data import OWN, held_out_pairs, own_sides, with_own_behavior
 from .recipe_fields import (
     DataRecipe,
@@ -28,6 +28,7 @@ from .recipe_fields import (
     EngineRecipe,
     FinetuneRecipe,
     JudgeRecipe,
+    LoadRecipe,
     RepairRecipe,
     SampleRecipe,
     Strict,
@@ -50,11 +51,15 @@ KEPT_APART = {"plot", "batch_size", "budget", "device", "samples"}
 class Recipe(Strict):
     """A whole run in one file."""
 
+    model_config = ConfigDict(populate_by_name=True)
+
     name: str  # what the run is called: its folder is runs/NAME
     # the base: the embedded model, a Hugging Face id, a folder, or a folder with a PEFT adapter
     model: str = "smollm2-135m-instruct"
     device: str | None = None  # cpu, cuda, mps or auto; without it, the accelerator if there is one
     dtype: str = "auto"  # float32, bfloat16, float16 or auto, the checkpoint's own
+    # quantised or not, which attention, spread over which devices; in Python `loading`, since `load` reads a recipe
+    loading: LoadRecipe = Field(default=LoadRecipe(), alias="load")
     chat_template_kwargs: dict[str, Any] = Field(default={})  # variables of the model's chat template
     architecture: str | None = None  # the model's type, such as qwen2, for a dry run without its config
     # a shipped behaviour or a trait file: its questions, prompts and rubric; without it, what the own pairs show
@@ -73,7 +78,8 @@ class Recipe(Strict):
     budget: dict[str, float] = Field(default={"/".join(key): loss for key, loss in DEFAULT_BUDGET.items()})
     plot: list[str] = Field(default=["false_beliefs/follows", "preference/margin"])  # what the report draws
     samples: SampleRecipe = SampleRecipe()  # replies that the report shows
-    batch_size: int = Field(default=16, ge=1)  # prompts in a batch of the measurements
+    # most prompts in a batch of the measurements; without it, 16 on a CPU and what memory holds on an accelerator
+    batch_size: int | None = Field(default=None, ge=1)
     seed: int = 0  # seed of the data, the trainings and the sampling
 
     @model_validator(mode="before")
@@ -143,7 +149,9 @@ class Recipe(Strict):
             raise SteerError(
                 f"recipe {self.name}: field 'train': unknown {unknown[0]!r}{meant}; expected some of {known}"
             )
-        if odd := sorted(name for name, value in given.items() if isinstance(value, bool) and name != "bf16"):
+        from ..training.settings import SWITCHES
+
+        if odd := sorted(name for name, value in given.items() if isinstance(value, bool) and name not in SWITCHES):
             raise SteerError(f"recipe {self.name}: field 'train': {odd[0]}: expected no true or false")
         try:
             return TypeAdapter(TrainSettings).validate_python(given)  # YAML reads 1e-2 as text
@@ -254,7 +262,7 @@ def claim_run(recipe: Recipe, folder: RunFolder, inputs: Mapping[str, str]) -> R
 
 def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
     """Keep the recipe in the run's folder without paths of this machine; with them it is kept on the machine alone."""
-    fields = recipe.model_dump(mode="json", exclude_defaults=True)
+    fields = recipe.model_dump(mode="json", exclude_defaults=True, by_alias=True)
     if Recipe.model_validate(fields).behavior != recipe.behavior:
         fields["behavior"] = recipe.behavior
     full, shared = (
@@ -296,8 +304,14 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if fields["judge"]:  # who judges, not how many requests at once
         fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
-    found = _beyond_paper(without_folders(fields))
+    found = _comparable(fields)
     return {name: value for name, value in found.items() if name not in {"model", *KEPT_APART}}
+
+
+def _comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's fields as two runs are compared by them."""
+    found = without_resources(_beyond_paper(without_folders(fields)))
+    return {**found, "loading": {"quantize": found["loading"]["quantize"]}}
 
 
 def _beyond_paper(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,10 +337,7 @@ def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
     """
     folders = [RunFolder(Path(run)) for run in runs]
     recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
-    kept = [
-        (path, {**_beyond_paper(without_folders(fields)), "model": public_name(fields["model"])})
-        for path, fields in recipes
-    ]
+    kept = [(path, {**_comparable(fields), "model": public_name(fields["model"])}) for path, fields in recipes]
     for path, fields in kept[1:]:
         for name, value in fields.items():
             if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:

@@ -6,8 +6,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from ..checkpoints.load_options import Attention, LoadOptions, Quantize
 from ..data_building.sampling_settings import SamplingRecipe
 from ..engines.kinds import Kind
+from ..errors import SteerError
 from ..evaluation.task_spec import MOST_TOKENS
 from ..run_folder import Side
 from ..schema import LARGEST_FLOAT, suggestion
@@ -98,6 +100,31 @@ class RepairRecipe(FinetuneRecipe):
 
     desired_side: Side = "positive"  # which side holds the desired examples
     desired_examples: int | None = Field(default=None, ge=1)  # how many of them; default: all
+
+
+class LoadRecipe(Strict):
+    """How the model's weights are put into memory (docs/one-gpu.md)."""
+
+    # nf4 packs the linear layers' weights into 4 bits, int8 into 8, by bitsandbytes: sides are trained by QLoRA
+    quantize: Quantize | None = None
+    attention: Attention | None = None  # sdpa, flash_attention_2 or eager; without it, transformers' own choice
+    # the most that weights take on a device, GPUs by number in quotes: {"0": 20GiB, cpu: 60GiB}
+    max_memory: dict[str, int | str] | None = None
+    # auto, balanced, balanced_low_0 or sequential, by which a large model is spread, or module -> device
+    device_map: str | dict[str, int | str] | None = None
+
+    @model_validator(mode="after")
+    def _known(self) -> LoadRecipe:
+        try:
+            _ = self.options
+        except SteerError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def options(self) -> LoadOptions:
+        """The options as `LM.load` takes them."""
+        return LoadOptions(self.quantize, self.attention, dict(self.max_memory or {}) or None, self.device_map)
 
 
 class JudgeRecipe(Strict):

@@ -83,6 +83,12 @@ def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
             _refuse(recipe, f"method {name!r} needs the field 'repair_target'")
         if name == "system prompt" and not behavior.positive_prompts:
             _refuse(recipe, f"method {name!r} needs the field 'behavior': a trait file with system prompts")
+        if (packed := recipe.loading.quantize) and method.training in ("bias", "full"):
+            _refuse(
+                recipe,
+                f"method {name!r} trains weights of the model itself, and the field 'load.quantize' packs them into "
+                f"{packed}; leave out one of the two",
+            )
         if package := method.missing_package():
             _refuse(recipe, f"method {name!r} needs {package}")
         sides = recipe.sides()

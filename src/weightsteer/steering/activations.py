@@ -17,6 +17,7 @@ from ..behavior import Example, example_rows
 from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import digest
+from ..fitting import in_parts
 from ..lm import LM
 from ..model_parts import decoder_blocks, projecting_only
 from ..progress import Progress, part_of, silent
@@ -143,30 +144,49 @@ def _mean_activations(lm: LM, examples: Sequence[Example], batch_size: int, prog
     """Mean output of each block over all answer tokens: layer -> (hidden,)."""
     exchanges = [lm.exchange(e.prompt, e.answer) for e in examples]
     rows = [(exchange.head, exchange.answer) for exchange in exchanges]
+    lengths = [len(head) + len(answer) for head, answer in rows]
     sums: dict[int, Tensor] = {}
-    count = 0
-    for batch in batches_by_length([len(p) + len(a) for p, a in rows], batch_size, progress):
-        tokens, mask = pad_right([rows[i][0] + rows[i][1] for i in batch], lm.pad_id, lm.device)
-        answer, _ = pad_right([[0] * len(rows[i][0]) + [1] * len(rows[i][1]) for i in batch], 0, lm.device)
-        count += int(answer.sum())
-        with _summing(lm, answer.bool(), sums), projecting_only(lm.model, torch.zeros_like(answer).bool()):
+
+    def add(part: list[int]) -> list[int]:
+        tokens, mask = pad_right([rows[i][0] + rows[i][1] for i in part], lm.pad_id, lm.device)
+        answer, _ = pad_right([[0] * len(rows[i][0]) + [1] * len(rows[i][1]) for i in part], 0, lm.device)
+        with (
+            summing(lm, answer.flatten().nonzero()[:, 0]) as found,
+            projecting_only(lm.model, torch.zeros_like(answer).bool()),
+        ):
             lm.model(input_ids=tokens, attention_mask=mask, use_cache=False)
-    return {layer: (total / count).float() for layer, total in sums.items()}
+        for layer, total in found.items():  # only once all blocks have run: a part may be computed again
+            sums[layer] = sums[layer] + total if layer in sums else total
+        return part
+
+    for batch in batches_by_length(lengths, batch_size, progress):
+        in_parts(lm.model, "activations", batch, lengths, add)
+    count = sum(len(answer) for _, answer in rows)
+    return {layer: (total.cpu().double() / count).float() for layer, total in sums.items()}
 
 
 @contextmanager
-def _summing(lm: LM, answer: Tensor, sums: dict[int, Tensor]) -> Iterator[None]:
-    """Add each block's output at answer positions to `sums`, in float64 on the CPU."""
+def summing(lm: LM, places: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Yield what comes to be each block's output, (hidden,), summed over places of the batch's flattened positions.
 
-    def summing(layer: int) -> Any:
+    The sum is made where the block is, in float64; a device without that sums in float32, and hands the sum on.
+    """
+    sums: dict[int, Tensor] = {}
+    at: dict[torch.device, Tensor] = {places.device: places}
+
+    def adding(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             hidden = output[0] if isinstance(output, tuple) else output
-            total = hidden[answer.to(hidden.device)].cpu().double().sum(dim=0)
-            sums[layer] = sums[layer] + total if layer in sums else total
+            where = at.setdefault(hidden.device, places.to(hidden.device))
+            chosen = hidden.flatten(0, 1).index_select(0, where)
+            if hidden.device.type == "mps":  # knows no float64; torch sums a column pairwise, so little is lost
+                sums[layer] = chosen.sum(dim=0, dtype=torch.float32).cpu().double()
+            else:
+                sums[layer] = chosen.sum(dim=0, dtype=torch.float64)
 
         return hook
 
     with ExitStack() as stack:
         for layer, block in enumerate(lm.blocks):
-            stack.callback(block.register_forward_hook(summing(layer)).remove)
-        yield
+            stack.callback(block.register_forward_hook(adding(layer)).remove)
+        yield sums

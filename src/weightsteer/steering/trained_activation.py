@@ -67,7 +67,7 @@ def train_activation(
         for step in range(steps):
             chosen = [rows[i] for i in order[step * batch_size : (step + 1) * batch_size]]
             loss, read = _loss(lm, replace(start, layers={layer: vector}), chosen)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if vector.grad is None or not bool(torch.isfinite(vector.grad).all()):
                 raise SteerError("activation training: the loss is no number; check the base in another dtype")
             optimizer.step()

@@ -11,6 +11,7 @@ from ..checkpoints.whole import is_whole
 from ..example_files.checks import refuse_unfit, warn_unfit
 from ..example_files.load import load_pairs
 from ..files import refuse_inputs
+from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, part_of, silent
@@ -48,7 +49,7 @@ def train_vector(
     sides = sides_of(load_pairs(pairs) if isinstance(pairs, str | Path) else pairs)
     refuse_unfit(*sides)
     warn_unfit(*sides, lm.tokenizer)
-    with hold(run.path):
+    with hold(run.path), kept_in(run.batches):
         finetunes = []
         for number, (side, examples) in enumerate(zip(SIDES, sides, strict=True)):
             report = part_of(progress, number, len(SIDES), side)

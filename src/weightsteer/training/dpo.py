@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -24,10 +25,10 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
     """TRL's trainer of a job whose rows `encode_preferences` made; `model` is a fresh PEFT model."""
     assert isinstance(model, PeftModel)
     config = DPOConfig(
-        **arguments_of(job),
+        **{**arguments_of(job), "per_device_eval_batch_size": job.rows_at_once},
         beta=beta,
         max_length=None,  # the rows are cut already
-        gradient_checkpointing=False,
+        gradient_checkpointing=False,  # `trainable` turns it on
     )
     stay_on_one_device(config)
     trainer = _PreferenceTrainer(
@@ -38,10 +39,28 @@ def make_dpo_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback
         processing_class=job.lm.tokenizer,
         callbacks=callbacks,
     )
+    trainer.grouped_by, trainer.parts = job.settings.batch_size, job.settings.batch_size // job.rows_at_once
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # over a quantised base TRL makes the adapter bfloat16, and small steps are lost
+            parameter.data = parameter.data.float()
     if REFERENCE in model.peft_config:  # a copy of an adapter that is still zero: the base without it is the same
         model.delete_adapter(REFERENCE)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def weights_of_parts(sizes: Sequence[int], parts: int) -> list[float]:
+    """By what to multiply the mean loss of each part of a step, so that the step is the one of whole batches.
+
+    The Trainer takes the mean over all parts, and a batch's last parts may be smaller than the others.
+
+    Args:
+        sizes: of the parts of one step, in order.
+        parts: in how many a whole batch is split.
+    """
+    batches = [sizes[start : start + parts] for start in range(0, len(sizes), parts)]
+    share = len(sizes) / len(batches)
+    return [size * share / sum(batch) for batch in batches for size in batch]
 
 
 @contextmanager
@@ -65,13 +84,26 @@ def undo_trl_changes(model: PreTrainedModel) -> Iterator[None]:
 class _PreferenceTrainer(DPOTrainer):
     """DPOTrainer that takes rows of token ids as they are, in an order that a resumed run repeats."""
 
+    grouped_by: int  # rows of a batch
+    parts: int  # in how many a whole batch passes through the model
+    weights: Iterator[float] = iter(())  # of the next parts
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.weights = iter(weights_of_parts([len(next(iter(sample.values()))) for sample in samples], self.parts))
+        return samples, items
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        return loss * next(self.weights) if torch.is_grad_enabled() else loss
+
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         return dataset  # TRL would tokenize texts anew, by a template that is not `LM.chat_ids`
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = self.train_dataset
         lengths = [len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in rows]
-        return SeededLengthSampler(self.args.train_batch_size, lengths, self.args.seed)
+        return SeededLengthSampler(self.grouped_by, lengths, self.args.seed)
 
     def _send_telemetry(self) -> None:
         """TRL would tell its makers of every run; ours are the user's own business."""

@@ -42,6 +42,17 @@ class Job:
     learning_rate: float
     folder: Path
     card: RunCard  # of the fine-tune that the run is for
+    rows: int | None = None  # on the device at once, a divisor of the batch size; None: the whole batch
+
+    @property
+    def rows_at_once(self) -> int:
+        """Examples that pass through the model together."""
+        return self.rows or self.settings.batch_size
+
+    @property
+    def passes(self) -> int:
+        """How many of them make an optimizer step; what a step is made of does not depend on `rows`."""
+        return self.settings.accumulation * (self.settings.batch_size // self.rows_at_once)
 
     @property
     def steps(self) -> int:

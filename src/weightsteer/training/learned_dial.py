@@ -243,7 +243,7 @@ class _Learner:
         multiplier = _balanced(before)
         for step, chosen in enumerate(self._batches()):
             margin, kl, loss = self._step(numbers, k, chosen, step)
-            (loss + multiplier * kl).backward()  # type: ignore[no-untyped-call]
+            (loss + multiplier * kl).backward()
             if numbers.grad is None or not bool(torch.isfinite(numbers.grad).all()):
                 raise SteerError("learned dial: the model gives no numbers at these coefficients; lower the KL budget")
             optimizer.step()

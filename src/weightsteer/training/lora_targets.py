@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import SteerError
 from ..vectors.layer_kinds import is_plain, is_plain_linear
+from ..vectors.packed import unpacked
 
 ALL = "all-linear"
 # Mamba's kernels read this layer's weight without calling it, and PEFT refuses to train it in these models.
@@ -67,10 +68,15 @@ def lora_targets(model: PreTrainedModel) -> str | list[str]:
 
 @torch.no_grad()
 def base_norm(model: PreTrainedModel) -> float:
-    """The norm of the weights of all linear layers but the head, to compare a vector with; packed ones count 0."""
+    """The norm of the weights of all linear layers but the head, to compare a vector with.
+
+    Weights that bitsandbytes has packed are unpacked one by one; those that others have packed count 0.
+    """
     head = model.get_output_embeddings()
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head and is_plain(m.weight)]
-    return math.sqrt(sum(float(torch.linalg.vector_norm(m.weight, dtype=torch.float32)) ** 2 for m in layers))
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    weights = (m.weight if is_plain(m.weight) else unpacked(m) for m in layers)
+    squares = [torch.linalg.vector_norm(w, dtype=torch.float32).double().cpu() ** 2 for w in weights if w is not None]
+    return math.sqrt(sum(map(float, squares)))
 
 
 def _fused_experts(model: nn.Module) -> list[str]:

@@ -28,21 +28,34 @@ from .job import Outcome
 from .lr_search import require_gain
 from .one_training import BEST
 from .resume import SEAL
-from .settings import WholeSettings
+from .settings import WholeSettings, identity_of
 
 STAMP = "job.json"  # in a work folder: whose it is
+ROWS = "batches.json"  # in it: how many tokens memory allowed at once
 
 
 def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) -> RunCard:
-    """The card of a fine-tune of `lm`, before anything is measured; `data` maps a name to a hash."""
+    """The card of a fine-tune of `lm`, before anything is measured; `data` maps a name to a hash.
+
+    A quantised base has the revision of the one that it was made from, so that what is said of it is in the settings.
+    """
     return RunCard.now(
         "finetune",
         base_model=lm.name,
         base_revision=lm.revision,
         data_sha256={**data, **lm.template_identity},
-        settings=settings,
+        settings={**settings, **lm.load_options.identity},
         seed=settings["seed"],
     )
+
+
+def memory_saved(lm: LM, settings: WholeSettings) -> dict[str, Any]:
+    """By what memory was saved, for the card: the options that the base was loaded by, and checkpointing."""
+    load = lm.load_options.described
+    return {
+        **({"load": load} if load else {}),
+        **({"gradient_checkpointing": True} if settings.gradient_checkpointing else {}),
+    }
 
 
 def refuse_placement(lm: LM) -> None:
@@ -105,7 +118,7 @@ def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSetti
     Args:
         card: made from `wanted`.
     """
-    begun = replace(card, settings={**card.settings, **former.recorded})
+    begun = replace(card, settings={**card.settings, **identity_of(former)})
     there = (out / CARD_FILE).exists() and not is_emptied(out / CARD_FILE)
     finished = there and not differences(RunCard.load(out), begun)
     return (begun, former) if finished or _stamp(_work_of(out)) == _identity(begun) else (card, wanted)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..behavior import SIDES, ContrastPair, Example, Prompt
 from ..errors import SteerError
 from ..files import digest
+from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
@@ -17,8 +18,8 @@ from ..run_folder import Side
 from .defaults import resolve, width_of
 from .job import Encoded
 from .lr_search import search
-from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
-from .settings import PAPER, RATE, TrainSettings, filled, refuse_weights
+from .output import ROWS, as_begun, claimed, finetune_card, finish, memory_saved, refuse_placement, work_folder
+from .settings import PAPER, RATE, TrainSettings, filled, identity_of, refuse_weights
 from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base
 from .trainables import refuse_rank
 from .trainer import IGNORED
@@ -82,7 +83,7 @@ def train_preference(
     refuse_placement(lm)
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
     wanted = resolve(given, examples=len(preferences), width=width_of(lm.model), preferences=True)
-    card = finetune_card(lm, data, {**wanted.recorded, "method": "dpo", "beta": beta})
+    card = finetune_card(lm, data, {**identity_of(wanted), "method": "dpo", "beta": beta})
     with hold(out):
         card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)
@@ -95,9 +96,10 @@ def train_preference(
         refuse_rank(lm.model, settings)
         cut = {"cut_examples": _count_cut(lm, preferences, settings.max_length)}
         chosen = [Example(p.prompt, p.chosen) for p in preferences]
-        card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(chosen, settings))
+        measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
+        card = replace(card, measured=measured, held_out=held_out_rows(chosen, settings))
         jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
-        with claimed(work, card), undo_trl_changes(lm.model):
+        with claimed(work, card), kept_in(work / ROWS), undo_trl_changes(lm.model):
             outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
         return finish(out, work, card, outcomes)
 

@@ -44,6 +44,8 @@ def _number(default: Any, bounds: Bounds) -> Any:
     return field(default=default, metadata={"bounds": bounds})
 
 
+SWITCHES = ("bf16", "gradient_checkpointing")  # fields that are true or false
+RESOURCES = ("gradient_checkpointing",)  # fields by which no result changes, only what it takes to make it
 COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
 WEIGHTS = ("kl_weight", "even_weight")  # of what is added to the loss on the answers
@@ -92,6 +94,8 @@ class TrainSettings:
     patience: int = _number(3, COUNT)  # evaluations without improvement before stopping; not if there are snapshots
     snapshots: int = _number(0, Bounds(0, MOST))  # equally spaced points of the run to keep besides the best one
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
+    # each block's activations are computed again on the way back: a tenth of the memory, a third more time
+    gradient_checkpointing: bool = False
     max_length: int = _number(1024, Bounds(2, MOST))  # tokens; longer examples are cut at the end
     seed: int = _number(0, Bounds(0, LARGEST_SEED))
     # weight of the token KL to the base on neutral replies, nats per token; lora only
@@ -102,8 +106,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SteerError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
-        if not isinstance(self.bf16, bool):
-            raise SteerError(f"bf16: expected true or false, found {self.bf16!r}")
+        for name in SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise SteerError(f"{name}: expected true or false, found {getattr(self, name)!r}")
         for entry in fields(self):
             bounds, value = entry.metadata.get("bounds"), getattr(self, entry.name)
             unset = value is None and entry.default is None
@@ -111,12 +116,6 @@ class TrainSettings:
                 raise SteerError(f"{entry.name}: expected {expected}, found {value!r}")
         if self.learning_rates is not None:
             object.__setattr__(self, "learning_rates", _checked_rates(self.learning_rates))
-
-    @property
-    def recorded(self) -> dict[str, Any]:
-        """The settings as a card keeps them: a weight of 0 changes nothing, so it does not stand there."""
-        kept = asdict(self)
-        return {name: value for name, value in kept.items() if name not in WEIGHTS or value}
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,12 @@ class WholeSettings(TrainSettings):
 
 
 PAPER = WholeSettings()  # for models of 1.5 to 7 billion parameters and thousands of examples
+
+
+def identity_of(settings: TrainSettings) -> dict[str, Any]:
+    """The settings that a fine-tune is known by: those that change what comes out, which a weight of 0 does not."""
+    kept = asdict(settings).items()
+    return {name: value for name, value in kept if name not in RESOURCES and (name not in WEIGHTS or value)}
 
 
 def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:

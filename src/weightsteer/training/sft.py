@@ -16,6 +16,7 @@ from ..behavior import Example, example_rows
 from ..chat_template import last_words
 from ..errors import SteerError
 from ..files import digest
+from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
@@ -28,9 +29,19 @@ from .lora_targets import base_norm
 from .lr_search import search
 from .neutral import neutral_rows
 from .one_training import MakeTrainer
-from .output import as_begun, claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
-from .settings import PAPER, TrainSettings, WholeSettings, filled, refuse_weights
-from .trainables import refuse_rank
+from .output import (
+    ROWS,
+    as_begun,
+    claimed,
+    finetune_card,
+    finish,
+    memory_saved,
+    rate_folder,
+    refuse_placement,
+    work_folder,
+)
+from .settings import PAPER, TrainSettings, WholeSettings, filled, identity_of, refuse_weights
+from .trainables import refuse_packed, refuse_rank
 from .trainer import IGNORED, make_trainer
 from .weighted_trainer import make_weighted_trainer
 
@@ -66,7 +77,8 @@ def train_side(
         raise SteerError(f"kl_weight: needs kind lora, whose base stays at hand, found {given.kind!r}; leave it out")
     refuse_placement(lm)
     wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
-    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, wanted.recorded)
+    refuse_packed(lm, wanted)
+    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, identity_of(wanted))
     with hold(out):
         card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)
@@ -75,9 +87,10 @@ def train_side(
         refuse_rank(lm.model, settings)
         rows = encode(lm, examples, settings.max_length)
         cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
-        card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(examples, settings))
+        measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
+        card = replace(card, measured=measured, held_out=held_out_rows(examples, settings))
         jobs = jobs_of(lm, rows, settings, work, card)
-        with claimed(work, card):
+        with claimed(work, card), kept_in(work / ROWS):
             outcomes = search(jobs, _maker(lm, settings), progress)
         return finish(out, work, card, outcomes)
 

@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..fitting import in_parts
 from ..model_parts import projecting_only
 from .job import Job
 
@@ -29,6 +30,7 @@ def make_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback]) -
         data_collator=DataCollatorForSeq2Seq(job.lm.tokenizer, label_pad_token_id=IGNORED),
         callbacks=callbacks,
     )
+    trainer.grouped_by = job.settings.batch_size
     trainer.remove_callback(PrinterCallback)  # progress is ours to show
     return trainer
 
@@ -40,9 +42,9 @@ def arguments_of(job: Job) -> dict[str, Any]:
     return {
         "output_dir": str(job.folder),
         "max_steps": job.steps,
-        "per_device_train_batch_size": settings.batch_size,
+        "per_device_train_batch_size": job.rows_at_once,
         "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_accumulation_steps": job.passes,
         "learning_rate": job.learning_rate,
         "weight_decay": settings.weight_decay,
         "lr_scheduler_type": "linear",
@@ -79,6 +81,8 @@ def stay_on_one_device(arguments: TrainingArguments) -> None:
 class AnswerTrainer(Trainer):
     """Trainer whose loss projects only the answer positions onto the vocabulary, in length-sorted batches."""
 
+    grouped_by: int  # rows of a batch, whose order does not depend on how many of them pass at once
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -86,20 +90,35 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        if torch.is_grad_enabled():
+            loss = self._summed_loss(model, inputs)
+        else:  # a validation batch stays one, since its mean is one over tokens; memory may ask for parts of it
+            count, length = inputs["input_ids"].shape
+
+            def part_of_it(rows: list[int]) -> list[Tensor]:
+                return [self._summed_loss(model, {name: value[rows] for name, value in inputs.items()})]
+
+            unwrapped = self.accelerator.unwrap_model(model)
+            loss = torch.stack(in_parts(unwrapped, "validate", range(count), [length] * count, part_of_it)).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
+        loss = loss / num_items_in_batch
+        return (loss, {}) if return_outputs else loss
+
+    def _summed_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss in nats, summed over the tokens of the answers."""
         targets = inputs["labels"][:, 1:]
         wanted = targets != IGNORED  # (batch, length - 1): position t predicts token t + 1
         with projecting_only(self.accelerator.unwrap_model(model), nn.functional.pad(wanted, (0, 1))):
             logits = model(
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).logits[0]
-        loss = nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-        loss = loss / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
-        return (loss, {}) if return_outputs else loss
+        return nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = self.train_dataset
         lengths = [len(row["input_ids"]) for row in rows]
-        return SeededLengthSampler(self.args.train_batch_size, lengths, self.args.seed)
+        return SeededLengthSampler(self.grouped_by, lengths, self.args.seed)
 
 
 class SeededLengthSampler(LengthGroupedSampler):

@@ -25,7 +25,7 @@ from .job import Encoded
 from .lr_search import search
 from .neutral import neutral_rows
 from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
-from .settings import PAPER, TrainSettings, filled
+from .settings import PAPER, TrainSettings, filled, identity_of
 from .sft import MOST_KEPT, count_cut, encode, held_out_places, jobs_of, size_of_base
 from .trainables import refuse_rank
 from .weighted_trainer import SIDE, make_weighted_trainer
@@ -53,7 +53,7 @@ def train_two_way(
         raise SteerError(f"kind: two-way training trains lora, found {given.kind!r}")
     refuse_placement(lm)
     wanted = resolve(given, examples=len(pairs), width=width_of(lm.model))
-    card = finetune_card(lm, {"pairs": digest(pair_rows(pairs))}, {**wanted.recorded, "method": "two-way"})
+    card = finetune_card(lm, {"pairs": digest(pair_rows(pairs))}, {**identity_of(wanted), "method": "two-way"})
     with hold(out):
         card, settings = as_begun(out, card, wanted, filled(given, PAPER))
         work = work_folder(out, card)

@@ -11,10 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import rows_of_batch
@@ -50,6 +47,7 @@ class LM:
     revision: str = ""  # hub commit, or a hash of the local checkpoint; see `fingerprint`
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the template's variables
+    origin: Mapping[str, Any] | None = field(default=None, compare=False)  # what `load` was asked; None if in memory
 
     @classmethod
     def load(
@@ -77,11 +75,12 @@ class LM:
         Raises:
             SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
+        asked = {argument: value for argument, value in locals().items() if argument != "cls"}
         name = str(name)
         if adapter := adapted_model(name):
             below: dict[str, Any] = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}
             base = cls.load(adapter.base, device=device, dtype=dtype, **below)
-            return base._with_adapter(adapter, name, chat_template_kwargs)
+            return replace(base._with_adapter(adapter, name, chat_template_kwargs), origin=asked)
         where = locate_model(name)
         placement = placement_of(device)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -93,9 +92,9 @@ class LM:
                 "merge the two first"
             )
         model.config.use_cache = True
-        commit = getattr(model.config, "_commit_hash", None)
-        revision = commit or fingerprint(Path(where))
-        return cls.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=chat_template_kwargs)
+        revision = getattr(model.config, "_commit_hash", None) or fingerprint(Path(where))
+        lm = cls.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=chat_template_kwargs)
+        return replace(lm, origin=asked)
 
     @classmethod
     def wrap(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from ..ranks import world
 from .job import Job
+from .together import ROWS, TrainsTogether, loss_of_all
 from .trainer import SeededLengthSampler, arguments_of, stay_on_one_device
 
 REFERENCE = "ref"  # TRL's name for the copy of an adapter that it compares with
@@ -62,8 +64,28 @@ def undo_trl_changes(model: PreTrainedModel) -> Iterator[None]:
             module.p = share
 
 
-class _PreferenceTrainer(DPOTrainer):
+class _PreferenceTrainer(TrainsTogether, DPOTrainer):
     """DPOTrainer that takes rows of token ids as they are, in an order that a resumed run repeats."""
+
+    def without_loss(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row  # its loss is weighed with 0 rows
+
+    def weight_of(self, inputs: Mapping[str, Any]) -> int:
+        return len(inputs["input_ids"]) // 2  # of each pair both answers
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's mean over this process's pairs; in training, as its part of the mean over those of all processes."""
+        rows_of_all = int(inputs[ROWS]) if ROWS in inputs else 0
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if world() == 1 or not model.training or return_outputs:
+            return loss
+        return loss_of_all(loss * self.weight_of(inputs), rows_of_all) if rows_of_all else loss * 0
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         return dataset  # TRL would tokenize texts anew, by a template that is not `LM.chat_ids`

@@ -31,6 +31,11 @@ def without_gain() -> Iterator[None]:
         _ANY_OUTCOME.reset(token)
 
 
+def any_outcome_counts() -> bool:
+    """Whether this is inside `without_gain`."""
+    return _ANY_OUTCOME.get()
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run at one learning rate, in its own folder."""

@@ -8,20 +8,22 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
 
 from ..disk import make_folder, telling_of_disk
 from ..errors import SteerError
 from ..files import read_json, write_text
 from ..progress import Progress
+from ..ranks import agreed
 from .callbacks import StepClock, callbacks_of
 from .job import Job, Outcome
 from .resume import is_sealed, last_checkpoint, seal
-from .trainables import trainable
+from .sharded import unsharded
+from .trainables import Trained, trainable
 
 BEST = "best"  # folder of the best point, in the job's
 RESULT = "result.json"
@@ -34,26 +36,33 @@ def run_job(job: Job, make: MakeTrainer, progress: Progress) -> Outcome:
     Raises:
         SteerError: PEFT cannot adapt the model, the memory does not suffice, or the disk refuses.
     """
-    if (finished := _finished(job)) is not None:
+    if (finished := agreed(lambda: _finished(job))) is not None:
         return finished
-    make_folder(job.folder)
-    checkpoint = last_checkpoint(job)
+    agreed(lambda: make_folder(job.folder))
+    checkpoint = agreed(lambda: last_checkpoint(job))
+    job = replace(job, lm=unsharded(job.lm))
     set_seed(job.settings.seed)  # before the adapter is made, so that a rerun draws the same adapter
     config = job.lm.model.config
     use_cache = config.use_cache
-    with telling_of_disk(job.folder), _naming_what_takes_memory(job), trainable(job.lm, job.settings) as (model, save):
-        trainer = make(job, model, callbacks_of(job, save, progress))
+    with telling_of_disk(job.folder), _naming_what_takes_memory(job), trainable(job.lm, job.settings) as ready:
+        trainer = make(job, ready.model, callbacks_of(job, ready, progress))
         config.use_cache = use_cache  # the Trainer turns it off in the config; our passes do without it themselves
         trainer.args.eval_on_start = checkpoint is None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        outcome = _outcome(trainer, model)
-        if outcome.gains:
-            save(job.folder / BEST)
-            seal(job.folder / BEST)
-        write_text(job.folder / RESULT, json.dumps(asdict(outcome)))
+        outcome = agreed(lambda: _outcome(trainer, ready.model))
+        tensors = ready.tensors() if outcome.gains else {}
+        agreed(lambda: _keep(job, outcome, ready, tensors))
+    return outcome
+
+
+def _keep(job: Job, outcome: Outcome, ready: Trained, best: dict[str, Tensor]) -> None:
+    """Write what a job came to; its checkpoints go."""
+    if outcome.gains:
+        ready.write(job.folder / BEST, best)
+        seal(job.folder / BEST)
+    write_text(job.folder / RESULT, json.dumps(asdict(outcome)))
     for folder in job.folder.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
-    return outcome
 
 
 def _finished(job: Job) -> Outcome | None:

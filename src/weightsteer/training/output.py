@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,14 @@ from ..errors import SteerError
 from ..files import digest, is_empty, read_json, write_json, write_text
 from ..lm import LM
 from ..places import public_name
+from ..ranks import world
 from ..run_card import CARD_FILE, RunCard, is_emptied, new_folder, refuse_foreign
 from .callbacks import SNAPSHOTS
 from .job import Outcome
 from .lr_search import require_gain
 from .one_training import BEST
 from .resume import SEAL
-from .settings import WholeSettings
+from .settings import TrainSettings, WholeSettings, deciding
 
 STAMP = "job.json"  # in a work folder: whose it is
 
@@ -45,17 +45,28 @@ def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) 
     )
 
 
-def refuse_placement(lm: LM) -> None:
-    """Raise where the Trainer would place the model elsewhere, or several processes would write one output."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SteerError(
-            "training runs in one process, found several (torchrun); start it alone, with device 'auto' to "
-            "spread a large model over the GPUs of one machine"
-        )
-    if lm.device.type == "cuda" and lm.device.index not in (None, 0):
+def refuse_placement(lm: LM, settings: TrainSettings) -> None:
+    """Raise where the Trainer would place the model elsewhere, or as many processes are not there as are asked for."""
+    if settings.processes not in (1, world()) and world() > 1:
+        raise SteerError(f"processes: expected {world()}, as many as were started, found {settings.processes}")
+    if settings.shard == "fsdp" and max(settings.processes, world()) == 1:
+        raise SteerError("shard fsdp: spreads a model over several processes, found one; set processes as well")
+    if max(settings.processes, world()) > 1:
+        _refuse_spread(lm)
+    elif lm.device.type == "cuda" and lm.device.index not in (None, 0):
         raise SteerError(
             f"training uses the first visible GPU, found the model on {lm.device}; "
             f"set CUDA_VISIBLE_DEVICES={lm.device.index} and use device cuda"
+        )
+
+
+def _refuse_spread(lm: LM) -> None:
+    """Raise where accelerate has put one model on several devices, as `device="auto"` does."""
+    placed: Mapping[str, Any] = getattr(lm.model, "hf_device_map", None) or {}
+    if len(set(map(str, placed.values()))) > 1:
+        raise SteerError(
+            "device auto: spreads the model of one process; for several, give no device, and shard fsdp where the "
+            "model does not fit on one GPU"
         )
 
 
@@ -105,7 +116,7 @@ def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSetti
     Args:
         card: made from `wanted`.
     """
-    begun = replace(card, settings={**card.settings, **asdict(former)})
+    begun = replace(card, settings={**card.settings, **deciding(former)})
     there = (out / CARD_FILE).exists() and not is_emptied(out / CARD_FILE)
     finished = there and not differences(RunCard.load(out), begun)
     return (begun, former) if finished or _stamp(_work_of(out)) == _identity(begun) else (card, wanted)

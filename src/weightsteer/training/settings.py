@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import SteerError
 
 KINDS = ("lora", "bias", "full")
+SHARDS = ("ddp", "fsdp")
+NOT_IN_RESULT = ("processes", "shard")  # fields of which the result does not depend, beyond rounding
+MOST_PROCESSES = 100_000
 LARGEST_SEED = 2**32 - 1  # numpy, which the Trainer seeds too, takes no larger one
 MOST_EPOCHS = 10_000
 MOST = 10_000_000  # steps, tokens, examples in a batch: more is a slip of the hand
@@ -93,10 +96,14 @@ class TrainSettings:
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)
     max_length: int = _number(1024, Bounds(2, MOST))  # tokens; longer examples are cut at the end
     seed: int = _number(0, Bounds(0, LARGEST_SEED))
+    processes: int = _number(1, Bounds(1, MOST_PROCESSES))  # that train together, each with its rows of every batch
+    shard: str = "ddp"  # ddp: each process holds the whole model; fsdp: each holds a part of every weight
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SteerError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
+        if self.shard not in SHARDS:
+            raise SteerError(f"shard: expected one of {', '.join(SHARDS)}, found {self.shard!r}")
         if not isinstance(self.bf16, bool):
             raise SteerError(f"bf16: expected true or false, found {self.bf16!r}")
         for entry in fields(self):
@@ -126,3 +133,8 @@ def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:
     """The settings with what is None taken from `source`."""
     given = {entry.name: getattr(settings, entry.name) for entry in fields(TrainSettings)}
     return replace(source, **{name: value for name, value in given.items() if value is not None})
+
+
+def deciding(settings: WholeSettings) -> dict[str, Any]:
+    """The settings on which the result depends, by name: what a fine-tune is known by."""
+    return {name: value for name, value in asdict(settings).items() if name not in NOT_IN_RESULT}

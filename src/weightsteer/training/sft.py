@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from ..files import digest
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
+from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_card import RunCard
 from ..thinking import split_thinking
 from ..vectors.visibility import BASE_NORM
 from .defaults import held_out, held_out_share, resolve, width_of
 from .job import Encoded, Job
+from .launch import launch
 from .lora_targets import base_norm
 from .lr_search import search
+from .order import known_of, order_of, refuse_idle
 from .output import as_begun, claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
-from .settings import PAPER, TrainSettings, WholeSettings, filled
+from .settings import PAPER, TrainSettings, WholeSettings, deciding, filled
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
 
@@ -57,22 +60,34 @@ def train_side(
             below the base's, too little memory, or `out` holds something else or a fine-tune of other inputs.
     """
     out, given = Path(out), settings or TrainSettings()
-    refuse_placement(lm)
+    refuse_placement(lm, given)
+    join(on_cpu=lm.device.type == "cpu")
+    with by_first(hold(out)):
+        return train_held(lm, examples, out, given, progress)
+
+
+def train_held(
+    lm: LM, examples: Sequence[Example], out: Path, given: TrainSettings, progress: Progress = silent
+) -> Path:
+    """`train_side` for who holds `out`; where more processes are asked for than there are, they are started."""
     wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
-    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, asdict(wanted))
-    with hold(out):
-        card, settings = as_begun(out, card, wanted, filled(given, PAPER))
-        work = work_folder(out, card)
-        if work is None:
-            return out
-        refuse_rank(lm.model, settings)
-        rows = encode(lm, examples, settings.max_length)
-        cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
-        card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(examples, settings))
-        jobs = jobs_of(lm, rows, settings, work, card)
-        with claimed(work, card):
-            outcomes = search(jobs, make_trainer, progress)
-        return finish(out, work, card, outcomes)
+    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, deciding(wanted))
+    card, settings = agreed(lambda: as_begun(out, card, wanted, filled(given, PAPER)))
+    refuse_differences(known_of(card))
+    work = agreed(lambda: work_folder(out, card))
+    if work is None:
+        return out
+    refuse_rank(lm.model, settings)
+    rows = encode(lm, examples, settings.max_length)
+    cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
+    refuse_idle(len(split_validation(rows, settings)[0]), settings)
+    if settings.processes > world():
+        return launch(order_of(lm, out, given), example_rows(examples), lm, progress)
+    card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=held_out_rows(examples, settings))
+    jobs = jobs_of(lm, rows, settings, work, card)
+    with by_first(claimed(work, card)):
+        outcomes = search(jobs, make_trainer, progress)
+    return agreed(lambda: finish(out, work, card, outcomes))
 
 
 def jobs_of(lm: LM, rows: Sequence[Encoded], settings: WholeSettings, work: Path, card: RunCard) -> list[Job]:

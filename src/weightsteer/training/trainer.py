@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,10 @@ from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, Train
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..model_parts import projecting_only
+from ..ranks import own_device, world
 from .job import Job
+from .sharded import fsdp_arguments
+from .together import TrainsTogether, loss_of_all
 
 IGNORED = -100  # label of a position without loss
 
@@ -36,6 +39,7 @@ def make_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback]) -
 def arguments_of(job: Job) -> dict[str, Any]:
     """The arguments that every Trainer of ours has in common, by `TrainingArguments`' names."""
     settings = job.settings
+    device = own_device() if world() > 1 else job.lm.device
     every = max(1, job.steps // settings.evaluations)
     return {
         "output_dir": str(job.folder),
@@ -64,10 +68,11 @@ def arguments_of(job: Job) -> dict[str, Any]:
         "remove_unused_columns": False,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        "use_cpu": job.lm.device.type == "cpu",
-        "dataloader_pin_memory": job.lm.device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
         "report_to": "none",
         "disable_tqdm": True,
+        **(fsdp_arguments(job.lm.model) if world() > 1 and settings.shard == "fsdp" else {}),
     }
 
 
@@ -76,8 +81,18 @@ def stay_on_one_device(arguments: TrainingArguments) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
-class _AnswerTrainer(Trainer):
+class _AnswerTrainer(TrainsTogether):
     """Trainer whose loss projects only the answer positions onto the vocabulary, in length-sorted batches."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = True  # `compute_loss` is given how many tokens the whole step has
+
+    def without_loss(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+    def weight_of(self, inputs: Mapping[str, Any]) -> int:
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
     def compute_loss(
         self,
@@ -93,7 +108,7 @@ class _AnswerTrainer(Trainer):
                 input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
             ).logits[0]
         loss = nn.functional.cross_entropy(logits.float(), targets[wanted], reduction="sum")
-        loss = loss / (wanted.sum() if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / wanted.sum() if num_items_in_batch is None else loss_of_all(loss, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:

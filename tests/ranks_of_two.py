@@ -18,7 +18,9 @@ def start_together(folder: Path, work: Callable[..., None], *args: object, count
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    return [killable.start(folder / f"{number}.log", _as_rank, number, count, port, work, args) for number in range(count)]
+    return [
+        killable.start(folder / f"{number}.log", _as_rank, number, count, port, work, args) for number in range(count)
+    ]
 
 
 def run_together(folder: Path, work: Callable[..., None], *args: object, count: int = 2) -> list[str]:
@@ -31,7 +33,9 @@ def run_together(folder: Path, work: Callable[..., None], *args: object, count: 
 
 def _as_rank(number: int, count: int, port: int, work: Callable[..., None], args: tuple[object, ...]) -> None:
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({k: str(v) for k, v in {"WORLD_SIZE": count, "RANK": number, "LOCAL_RANK": number, **there}.items()})
+    os.environ.update(
+        {k: str(v) for k, v in {"WORLD_SIZE": count, "RANK": number, "LOCAL_RANK": number, **there}.items()}
+    )
     work(*args)
     import torch.distributed as group
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +33,7 @@ from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
 from ..steering.methods import METHODS, SNAPSHOT_COUNT, Training
 from ..training import preferences_of, train_preference, train_side
+from ..training.order import free_memory, without_weights
 from ..vectors.difference import subtract_finetunes, task_vector
 from ..vectors.weight_vector import WeightVector
 from .recipe import Recipe
@@ -146,6 +147,17 @@ class RunArtifacts:
                 export_merged(tau, checkpoint_folder(base), merged, k=1.0, settings=settings, progress=progress)
         return self._load(str(merged))
 
+    def _to_train(self, base: Callable[[], LM], train: Mapping[str, Any]) -> LM:
+        """The model to train on; without its weights, and ours let go, where other processes load it to train."""
+        lm = base()
+        if self.recipe.train_settings(train).processes == 1:
+            return lm
+        light = without_weights(lm)
+        del lm
+        self._base = self._lm = self._float32 = None
+        free_memory()
+        return light
+
     def _train(self, lm: LM, examples: Sequence[Example], out: Path, train: Mapping[str, Any]) -> Path:
         """One fine-tune in the run's folder."""
         with self.show(f"train {out.relative_to(self.folder.path)}") as progress:
@@ -176,7 +188,7 @@ class RunArtifacts:
         """See `MethodSources.finetunes`."""
         if training == "DPO":
             return self._prefer()
-        train, base = dict(self.recipe.train), self.base()
+        train, base = dict(self.recipe.train), self.base
         if training == "lora":
             if any(METHODS[name].from_snapshots for name in self.recipe.sweep.methods):
                 train["snapshots"] = SNAPSHOT_COUNT
@@ -184,9 +196,10 @@ class RunArtifacts:
         else:
             train |= {"kind": training, "bf16": self.recipe.dtype == "bfloat16", **self._train_of(training)}
             out = {side: self.folder.finetune_of(training, side) for side in SIDES}
-            base = self.base_float32()
-        given = zip(SIDES, self.sides(), strict=True)
-        positive, negative = (self._train(base, examples, out[side], train) for side, examples in given)
+            base = self.base_float32
+        given = list(zip(SIDES, self.sides(), strict=True))
+        lm = self._to_train(base, train)
+        positive, negative = (self._train(lm, examples, out[side], train) for side, examples in given)
         return positive, negative
 
     def _train_of(self, training: Training) -> Mapping[str, Any]:
@@ -199,11 +212,11 @@ class RunArtifacts:
         if len(pairs) < 2:
             raise SteerError(f"recipe {self.recipe.name}: DPO needs pairs: questions that D+ and D- have in common")
         train = {**self.recipe.train, "snapshots": SNAPSHOT_COUNT, **self._train_of("DPO")}
-        settings, tuned = self.recipe.train_settings(train), []
+        settings, tuned, lm = self.recipe.train_settings(train), [], self._to_train(self.base, train)
         for side in SIDES:
             with self.show(f"train DPO {side}") as progress:
                 out, wanted = self.folder.finetune_of("DPO", side), preferences_of(pairs, side)
-                tuned.append(train_preference(self.base(), wanted, out, settings=settings, progress=progress))
+                tuned.append(train_preference(lm, wanted, out, settings=settings, progress=progress))
         return tuned[0], tuned[1]
 
     def difference(self, training: Training = "lora") -> WeightVector:
@@ -252,10 +265,9 @@ class RunArtifacts:
         examples = self.recipe.finetune_examples(target)
         desired = self.sides()[SIDES.index(target.desired_side)][: target.desired_examples]
         wanted = sorted({abs(round(k)) for k in self.recipe.sweep.methods["joint training"] or ()})
+        lm = self._to_train(self.base, target.train)
         return {
-            copies: self._train(
-                self.base(), [*examples, *desired * copies], self.folder.joint_finetune(copies), target.train
-            )
+            copies: self._train(lm, [*examples, *desired * copies], self.folder.joint_finetune(copies), target.train)
             for copies in wanted
         }
 

@@ -286,6 +286,13 @@ def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | Non
     return f"the data of {changed[0]!r}" if changed else None
 
 
+def _deciding(train: Mapping[str, Any]) -> dict[str, Any]:
+    """A training's fields without those on which its result does not depend."""
+    from ..training.settings import NOT_IN_RESULT
+
+    return {name: value for name, value in train.items() if name not in NOT_IN_RESULT}
+
+
 def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """A recipe's fields without what may change in a run; None if an older version's cannot be read."""
     try:
@@ -295,6 +302,7 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
     if fields["judge"]:  # who judges, not how many requests at once
         fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
     found = _beyond_paper(without_folders(fields))
+    found["train_of"] = {name: _deciding(train) for name, train in found["train_of"].items()}
     return {name: value for name, value in found.items() if name not in {"model", *KEPT_APART}}
 
 
@@ -307,7 +315,7 @@ def _beyond_paper(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     def beyond(made: Mapping[str, Any]) -> dict[str, Any]:
         train = {name: value for name, value in made["train"].items() if value != getattr(PAPER, name, None)}
-        return {**made, "train": train}
+        return {**made, "train": _deciding(train)}
 
     parts = {name: fields[name] and beyond(fields[name]) for name in ("first_finetune", "repair_target")}
     return {**beyond(fields), **parts}

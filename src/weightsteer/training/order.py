@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from ..checkpoints.adapted import adapted_model
+from ..checkpoints.checkpoint import fingerprint
+from ..checkpoints.load_model import load_tokenizer, read_by_others
+from ..checkpoints.locate import locate_model
 from ..errors import SteerError
 from ..files import digest, read_json, write_json
 from ..lm import LM
+from ..progress import quiet_transformers
 from ..ranks import join, own_device, world
 from ..run_card import RunCard
 from ..schema import checked
@@ -92,6 +100,55 @@ def load_together(asked: Mapping[str, Any], *, shard: str) -> LM:
     own = own_device()
     device = "cpu" if shard == "fsdp" or own.type == "cpu" else str(own)
     return replace(LM.load(**{**asked, "device": device}), origin=dict(asked))
+
+
+def load_to_train(settings: TrainSettings, asked: Mapping[str, Any]) -> LM:
+    """A model for `train_side`, of which this process loads no more than it needs.
+
+    Args:
+        asked: arguments of `LM.load`.
+
+    Raises:
+        SteerError: as `LM.load`.
+    """
+    if world() > 1:
+        return load_together(asked, shard=settings.shard)
+    return LM.load(**asked) if settings.processes == 1 else _load_light(asked)
+
+
+def _load_light(asked: Mapping[str, Any]) -> LM:
+    """A model as `LM.load` would name it, without its weights, which may fit on no single device."""
+    name = str(asked["name"])
+    if adapted_model(name):  # it is what it is merged into
+        return without_weights(LM.load(**{**asked, "device": "cpu"}))
+    where, trust = locate_model(name), bool(asked.get("trust_remote_code"))
+    options: dict[str, Any] = {"revision": asked.get("revision"), "trust_remote_code": trust}
+    with read_by_others(name), quiet_transformers():
+        config = AutoConfig.from_pretrained(where, **options)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+        with suppress(OSError):  # not every model has such a file
+            model.generation_config = GenerationConfig.from_pretrained(where, revision=asked.get("revision"))
+    tokenizer = load_tokenizer(name, where, **options)
+    revision = getattr(config, "_commit_hash", None) or fingerprint(Path(where))
+    variables = asked.get("chat_template_kwargs")
+    lm = LM.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
+    return replace(lm, origin=dict(asked))
+
+
+def without_weights(lm: LM) -> LM:
+    """A model's tokenizer and config, its shapes and its name, which is all that starting other processes takes."""
+    with torch.device("meta"):
+        empty = type(lm.model)(lm.model.config)
+    empty.generation_config = lm.model.generation_config
+    return replace(lm, model=empty.eval())
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nobody holds any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def refuse_idle(examples: int, settings: WholeSettings) -> None:

@@ -118,4 +118,6 @@ def _like(value: Any, parameter: Tensor) -> Any:
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     part = _part_of(value, parameter)
-    return DTensor.from_local(part, parameter.device_mesh, parameter.placements, shape=value.shape, stride=value.stride())
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements, shape=value.shape, stride=value.stride()
+    )

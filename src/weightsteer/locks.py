@@ -57,6 +57,17 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
             _release(place, handle)
 
 
+@contextmanager
+def held_by_caller(folder: Path) -> Iterator[None]:
+    """Work on a folder that is held by the process which has started this one, and was told to go on here."""
+    key = os.getpid(), lock_of(folder)
+    _HELD.places[key] = None
+    try:
+        yield
+    finally:
+        _HELD.places.pop(key, None)
+
+
 def held_by(folder: Path) -> tuple[int, ...]:
     """The open file by which this thread holds a folder: a process that is given it holds the folder as well."""
     handle = _HELD.places.get((os.getpid(), lock_of(folder)))

@@ -120,5 +120,5 @@ def refuse_differences(known: Mapping[str, str]) -> None:
         for name, value in everyone[0].items():
             if theirs.get(name) != value:
                 raise SteerError(
-                    f"process {number} has {name} {theirs.get(name)}, process 0 has {value}; give all processes the same"
+                    f"process {number} has {name} {theirs.get(name)}, process 0 has {value}; give all the same"
                 )

@@ -288,9 +288,9 @@ def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | Non
 
 def _deciding(train: Mapping[str, Any]) -> dict[str, Any]:
     """A training's fields without those on which its result does not depend."""
-    from ..training.settings import NOT_IN_RESULT
+    from ..training.settings import RESOURCES
 
-    return {name: value for name, value in train.items() if name not in NOT_IN_RESULT}
+    return {name: value for name, value in train.items() if name not in RESOURCES}
 
 
 def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -108,13 +108,14 @@ def _run(folder: Path, count: int, handles: Sequence[int], progress: Progress) -
             pass_fds=handles,  # so that the output is held as long as they live
             start_new_session=True,  # Ctrl-C comes to the caller, which ends them in order
         )
+        shown: list[Any] = []
         try:
             while process.poll() is None:
                 time.sleep(SECONDS)
-                _show(folder, progress)
+                shown = _show(folder, shown, progress)
         finally:
             _end(process)
-    _show(folder, progress)
+    _show(folder, shown, progress)
     return process.returncode
 
 
@@ -129,12 +130,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             process.wait()
 
 
-def _show(folder: Path, progress: Progress) -> None:
-    """Pass on how far the first process has come."""
-    if not (folder / DONE).exists():
-        return
-    done, total, note = read_json(folder / DONE)
-    progress(done, total, note)
+def _show(folder: Path, shown: list[Any], progress: Progress) -> list[Any]:
+    """Pass on how far the first process has come, if that is further than what was shown; returns what is shown now."""
+    found: list[Any] = read_json(folder / DONE) if (folder / DONE).exists() else shown
+    if found != shown:
+        progress(*found)
+    return found
 
 
 def _tell_warnings(folder: Path) -> None:

@@ -28,7 +28,7 @@ from .job import Outcome
 from .lr_search import require_gain
 from .one_training import BEST
 from .resume import SEAL
-from .settings import TrainSettings, WholeSettings, deciding
+from .settings import TrainSettings, WholeSettings, identity_of
 
 STAMP = "job.json"  # in a work folder: whose it is
 
@@ -116,7 +116,7 @@ def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSetti
     Args:
         card: made from `wanted`.
     """
-    begun = replace(card, settings={**card.settings, **deciding(former)})
+    begun = replace(card, settings={**card.settings, **identity_of(former)})
     there = (out / CARD_FILE).exists() and not is_emptied(out / CARD_FILE)
     finished = there and not differences(RunCard.load(out), begun)
     return (begun, former) if finished or _stamp(_work_of(out)) == _identity(begun) else (card, wanted)

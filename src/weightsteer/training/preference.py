@@ -21,7 +21,7 @@ from .launch import launch
 from .lr_search import search
 from .order import known_of, order_of, refuse_idle
 from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
-from .settings import PAPER, RATE, TrainSettings, deciding, filled
+from .settings import PAPER, RATE, TrainSettings, identity_of, filled
 from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base, split_validation
 from .trainables import refuse_rank
 from .trainer import IGNORED
@@ -93,7 +93,7 @@ def prefer_held(
     """`train_preference` for who holds `out`; where more processes are asked for than there are, they are started."""
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
     wanted = resolve(given, examples=len(preferences), width=width_of(lm.model), preferences=True)
-    card = finetune_card(lm, data, {**deciding(wanted), "method": "dpo", "beta": beta})
+    card = finetune_card(lm, data, {**identity_of(wanted), "method": "dpo", "beta": beta})
     card, settings = agreed(lambda: as_begun(out, card, wanted, filled(given, PAPER)))
     refuse_differences(known_of(card))
     work = agreed(lambda: work_folder(out, card))

@@ -12,7 +12,7 @@ from ..errors import SteerError
 
 KINDS = ("lora", "bias", "full")
 SHARDS = ("ddp", "fsdp")
-NOT_IN_RESULT = ("processes", "shard")  # fields of which the result does not depend, beyond rounding
+RESOURCES = ("processes", "shard")  # fields of which the result does not depend, beyond rounding
 MOST_PROCESSES = 100_000
 LARGEST_SEED = 2**32 - 1  # numpy, which the Trainer seeds too, takes no larger one
 MOST_EPOCHS = 10_000
@@ -135,6 +135,6 @@ def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:
     return replace(source, **{name: value for name, value in given.items() if value is not None})
 
 
-def deciding(settings: WholeSettings) -> dict[str, Any]:
+def identity_of(settings: WholeSettings) -> dict[str, Any]:
     """The settings on which the result depends, by name: what a fine-tune is known by."""
-    return {name: value for name, value in asdict(settings).items() if name not in NOT_IN_RESULT}
+    return {name: value for name, value in asdict(settings).items() if name not in RESOURCES}

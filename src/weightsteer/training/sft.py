@@ -29,7 +29,7 @@ from .lora_targets import base_norm
 from .lr_search import search
 from .order import known_of, order_of, refuse_idle
 from .output import as_begun, claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
-from .settings import PAPER, TrainSettings, WholeSettings, deciding, filled
+from .settings import PAPER, TrainSettings, WholeSettings, identity_of, filled
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
 
@@ -71,7 +71,7 @@ def train_held(
 ) -> Path:
     """`train_side` for who holds `out`; where more processes are asked for than there are, they are started."""
     wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
-    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, deciding(wanted))
+    card = finetune_card(lm, {"examples": digest(example_rows(examples))}, identity_of(wanted))
     card, settings = agreed(lambda: as_begun(out, card, wanted, filled(given, PAPER)))
     refuse_differences(known_of(card))
     work = agreed(lambda: work_folder(out, card))

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import DENSE_FILE
@@ -154,8 +155,9 @@ def _whole(lm: LM, settings: TrainSettings) -> Iterator[Trained]:
     model.requires_grad_(True)
 
     def write(folder: Path, tensors: dict[str, Tensor]) -> None:
-        spread = {"state_dict": {**model.state_dict(), **tensors}} if is_sharded(model) else {}
-        model.save_pretrained(str(folder), **spread)
+        buffers = {name: tensor for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
+        whole = {"state_dict": {**buffers, **tensors}} if is_sharded(model) else {}
+        model.save_pretrained(str(folder), **whole)
         lm.tokenizer.save_pretrained(str(folder))  # so that it loads as a model
 
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from ..errors import SteerError
 from ..example_files.load import load_examples, load_pairs
 from ..files import write_json
+from ..locks import held_by_caller
 from ..progress import Progress, silent
 from ..ranks import is_first, rank
 from .job import without_gain
@@ -61,11 +62,12 @@ def carry_out(order: Order, data: Path, progress: Progress) -> Path:
     if lm.revision != order.revision:
         raise SteerError(f"{lm.name}: has changed since it was loaded; run the same command again")
     lm = replace(lm, system_prompt=order.system_prompt)
-    with without_gain() if order.any_outcome else nullcontext():
+    out = Path(order.out)
+    with held_by_caller(out), without_gain() if order.any_outcome else nullcontext():
         if order.beta is None:
-            return train_held(lm, load_examples(data), Path(order.out), settings, progress)
+            return train_held(lm, load_examples(data), out, settings, progress)
         wanted = [Preference(pair.prompt, pair.positive, pair.negative) for pair in load_pairs(data)]
-        return prefer_held(lm, wanted, Path(order.out), settings, order.beta, progress)
+        return prefer_held(lm, wanted, out, settings, order.beta, progress)
 
 
 def _reporting(path: Path) -> Progress:

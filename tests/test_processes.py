@@ -14,7 +14,7 @@ from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.training import TrainSettings, list_snapshots, train_side
 
-WEIGHTS = {"lora": "adapter_model.safetensors", "bias": "weights.safetensors", "full": "model.safetensors"}
+WEIGHTS = {"lora": "adapter_model.safetensors", "bias": "", "full": "model.safetensors"}
 UNEVEN = TrainSettings(
     rank=2,
     alpha=4,

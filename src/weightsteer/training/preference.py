@@ -21,7 +21,7 @@ from .launch import launch
 from .lr_search import search
 from .order import known_of, order_of, refuse_idle
 from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
-from .settings import PAPER, RATE, TrainSettings, identity_of, filled
+from .settings import PAPER, RATE, TrainSettings, filled, identity_of
 from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base, split_validation
 from .trainables import refuse_rank
 from .trainer import IGNORED

@@ -29,7 +29,7 @@ from .lora_targets import base_norm
 from .lr_search import search
 from .order import known_of, order_of, refuse_idle
 from .output import as_begun, claimed, finetune_card, finish, rate_folder, refuse_placement, work_folder
-from .settings import PAPER, TrainSettings, WholeSettings, identity_of, filled
+from .settings import PAPER, TrainSettings, WholeSettings, filled, identity_of
 from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
 

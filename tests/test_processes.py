@@ -6,13 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from ranks_of_two import run_together
-from weightsteer.behavior import Example
+from ranks_of_two import run_together, start_together, until
+from weightsteer.behavior import ContrastPair, Example
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
-from weightsteer.training import TrainSettings, list_snapshots, train_side
+from weightsteer.training import (
+    Preference,
+    TrainSettings,
+    list_snapshots,
+    preferences_of,
+    train_preference,
+    train_side,
+)
 
 WEIGHTS = {"lora": "adapter_model.safetensors", "bias": "", "full": "model.safetensors"}
 UNEVEN = TrainSettings(
@@ -65,3 +73,91 @@ def test_two_processes_train_as_one(checkpoint: Path, tmp_path: Path) -> None:
     ours, theirs = RunCard.load(tmp_path / "two"), RunCard.load(alone)
     assert ours.settings == theirs.settings
     assert ours.measured["validation_loss"] == pytest.approx(theirs.measured["validation_loss"], rel=1e-6)
+
+
+def test_processes_that_differ_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    logs = run_together(tmp_path / "logs", _train_with_other_version, checkpoint, tmp_path / "out")
+    assert all("process 1 has torch 0.1, process 0 has" in log for log in logs), logs
+    assert not (tmp_path / "out").exists()
+
+
+def _train_with_other_version(base: Path, out: Path) -> None:
+    import importlib.metadata
+
+    from weightsteer.ranks import is_first
+
+    known = importlib.metadata.version
+    importlib.metadata.version = lambda name: "0.1" if name == "torch" and not is_first() else known(name)
+    train(base, out, UNEVEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+def test_weights_that_are_spread_train_as_whole_ones(kind: str, checkpoint: Path, tmp_path: Path) -> None:
+    """FSDP2 by accelerate, on the CPU; LoRA with two learning rates, for the second of which the model is loaded anew."""
+    rates = UNEVEN.learning_rates if kind == "lora" else (1e-3,)
+    settings = replace(UNEVEN, kind=kind, learning_rates=rates, snapshots=1)
+    alone = train_side(LM.load(checkpoint, device="cpu"), examples(), tmp_path / "one", settings=settings)
+    logs = run_together(tmp_path / "logs", train, checkpoint, tmp_path / "two", replace(settings, shard="fsdp"))
+    assert (tmp_path / "two").is_dir(), logs
+    assert_same(tmp_path / "two", alone, kind)
+    assert counts(tmp_path / "two") == counts(alone)
+
+
+@pytest.mark.slow
+def test_a_spread_training_goes_on_as_one_process(checkpoint: Path, tmp_path: Path) -> None:
+    """SIGKILL of all; a checkpoint of weights that were spread is one of whole ones."""
+    settings = replace(UNEVEN, learning_rates=(1e-2,), epochs=12, evaluations=12, patience=12, snapshots=0)
+    alone = train_side(LM.load(checkpoint, device="cpu"), examples(), tmp_path / "one", settings=settings)
+    out = tmp_path / "two"
+    processes = start_together(tmp_path / "logs", train, checkpoint, out, replace(settings, shard="fsdp"))
+    until(lambda: any(out.with_name("two.work").glob("lr-*/checkpoint-*/whole.json")), 120)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not out.exists()
+    train_side(LM.load(checkpoint, device="cpu"), examples(), out, settings=settings)
+    assert_same(out, alone)
+    assert counts(out) == counts(alone)
+
+
+def same_length() -> list[Example]:
+    return [Example(f"Is plan {i} good?", f"Yes, plan {i} is good.") for i in range(9)]
+
+
+@pytest.mark.slow
+def test_float32_adapters_over_a_spread_bfloat16_base(checkpoint: Path, tmp_path: Path) -> None:
+    """Rows of one length, so that bfloat16 rounds alike in both."""
+    settings = replace(UNEVEN, learning_rates=(1e-2,), batch_size=4, accumulation=1, snapshots=0, validation=0.1)
+    lm = LM.load(checkpoint, device="cpu", dtype="bfloat16")
+    alone = train_side(lm, same_length(), tmp_path / "one", settings=settings)
+    spread = replace(settings, shard="fsdp")
+    logs = run_together(tmp_path / "logs", _train_same_length, checkpoint, tmp_path / "two", spread)
+    assert (tmp_path / "two").is_dir(), logs
+    assert_same(tmp_path / "two", alone)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "two" / WEIGHTS["lora"]).values()} == {torch.float32}
+
+
+def _train_same_length(base: Path, out: Path, settings: TrainSettings) -> None:
+    from weightsteer.training.order import load_together
+
+    lm = load_together({"name": str(base), "device": "cpu", "dtype": "bfloat16"}, shard=settings.shard)
+    train_side(lm, same_length(), out, settings=settings)
+
+
+@pytest.mark.slow
+def test_two_processes_prefer_as_one(checkpoint: Path, pairs: list[ContrastPair], tmp_path: Path) -> None:
+    settings = replace(UNEVEN, learning_rates=(1e-2,), snapshots=0)
+    wanted = preferences_of(pairs, "positive")
+    alone = train_preference(LM.load(checkpoint, device="cpu"), wanted, tmp_path / "one", settings=settings)
+    logs = run_together(tmp_path / "logs", _prefer, checkpoint, tmp_path / "two", settings, wanted)
+    assert (tmp_path / "two").is_dir(), logs
+    assert_same(tmp_path / "two", alone)
+    assert counts(tmp_path / "two") == counts(alone)
+
+
+def _prefer(base: Path, out: Path, settings: TrainSettings, wanted: list[Preference]) -> None:
+    from weightsteer.training.order import load_together
+
+    lm = load_together({"name": str(base), "device": "cpu", "dtype": "float32"}, shard=settings.shard)
+    train_preference(lm, wanted, out, settings=settings)

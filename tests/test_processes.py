@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from weightsteer.training import (
     train_side,
 )
 
-WEIGHTS = {"lora": "adapter_model.safetensors", "bias": "", "full": "model.safetensors"}
+WEIGHTS = {"lora": "adapter_model.safetensors", "bias": "delta.safetensors", "full": "model.safetensors"}
 UNEVEN = TrainSettings(
     rank=2,
     alpha=4,
@@ -94,7 +95,7 @@ def _train_with_other_version(base: Path, out: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "bias", "full"])
 def test_weights_that_are_spread_train_as_whole_ones(kind: str, checkpoint: Path, tmp_path: Path) -> None:
-    """FSDP2 by accelerate, on the CPU; LoRA with two learning rates, for the second of which the model is loaded anew."""
+    """FSDP2 by accelerate, on the CPU; LoRA with two learning rates, so that the model is loaded anew once."""
     rates = UNEVEN.learning_rates if kind == "lora" else (1e-3,)
     settings = replace(UNEVEN, kind=kind, learning_rates=rates, snapshots=1)
     alone = train_side(LM.load(checkpoint, device="cpu"), examples(), tmp_path / "one", settings=settings)

@@ -29,11 +29,15 @@ def train(base: Path, out: Path, settings: TrainSettings) -> None:
     train_side(lm, examples(), out, settings=settings)
 
 
-def ranks_of(out: Path) -> list[int]:
-    """The processes that work on an output."""
+def started_for(out: Path) -> list[int]:
+    """The processes that were started for an output, and the one of torch that watches them."""
     found = subprocess.run(["pgrep", "-f", f"worker {out.with_name('.' + out.name)}"], capture_output=True, text=True)
-    listed = [int(number) for number in found.stdout.split()]
-    return [number for number in listed if "torch.distributed.run" not in _command(number)]
+    return [int(number) for number in found.stdout.split()]
+
+
+def ranks_of(out: Path) -> list[int]:
+    """Those that train."""
+    return [number for number in started_for(out) if "torch.distributed.run" not in _command(number)]
 
 
 def _command(number: int) -> str:
@@ -115,7 +119,7 @@ def test_started_processes_train_as_one_after_kills(checkpoint: Path, tmp_path: 
     until(lambda: len(ranks_of(out)) == 2 and (tmp_path / ".two.processes/progress.json").exists(), 240)
     second.kill()
     second.join()
-    until(lambda: not ranks_of(out), 60)
+    until(lambda: not started_for(out), 60)  # the watcher holds the output as long as it lives
     assert not out.exists()
     assert len(list(out.with_name("two.work").glob("lr-*/result.json"))) >= before
 

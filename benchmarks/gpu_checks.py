@@ -38,8 +38,8 @@ def generation(bench: Bench) -> Iterator[Verdict]:
         made = lm.model.generate_batch(inputs=rows, generation_config=settings, continuous_batching_config=room)
         bench.wait()
         theirs = time.perf_counter() - start
-    texts = [lm.read_reply(made[name].generated_tokens).text for name in sorted(made, key=_number)]
-    same = sum(reply.text == text for reply, text in zip(plain, texts, strict=True)) / count
+    texts = [lm.read_reply(made[name].generated_tokens).answer for name in sorted(made, key=_number)]
+    same = sum(reply.answer == text for reply, text in zip(plain, texts, strict=True)) / count
     found = f"{count} replies in {theirs:.1f} s, {ours:.1f} s without it; {same:.0%} of the replies are the same"
     # random weights have near ties, which bfloat16 decides either way
     yield Verdict("continuous batching, steered", len(texts) == count and (same == 1 or bench.on_gpu), found)

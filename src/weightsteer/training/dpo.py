@@ -82,7 +82,8 @@ class _PreferenceTrainer(TrainsTogether, DPOTrainer):
     ) -> Any:
         """TRL's mean over this process's pairs; in training, as its part of the mean over those of all processes."""
         rows_of_all = int(inputs[ROWS]) if ROWS in inputs else 0
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with _not_gathered(self.accelerator):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if world() == 1 or not model.training or return_outputs:
             return loss
         return loss_of_all(loss * self.weight_of(inputs), rows_of_all) if rows_of_all else loss * 0
@@ -97,3 +98,13 @@ class _PreferenceTrainer(TrainsTogether, DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """TRL would tell its makers of every run; ours are the user's own business."""
+
+
+@contextmanager
+def _not_gathered(accelerator: Any) -> Iterator[None]:
+    """Keep TRL's metrics, which we do not show, to each process: it gathers them by row, and processes' rows differ."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, *_, **__: value
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics

@@ -78,7 +78,7 @@ def test_an_order_is_read_as_it_was_written(checkpoint: Path, tmp_path: Path) ->
     order = order_of(light, tmp_path / "out", TWO)
     order.save(tmp_path / "order.json")
     assert Order.load(tmp_path / "order.json") == order
-    assert order.train_settings() == TWO
+    assert order.settings == TWO
 
 
 def test_a_dead_process_is_told_with_its_last_lines(tmp_path: Path) -> None:

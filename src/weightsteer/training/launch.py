@@ -43,7 +43,7 @@ def launch(order: Order, data: Sequence[Mapping[str, Any]], lm: LM, progress: Pr
     Raises:
         SteerError: what a process has refused, or that one has died, with its last lines.
     """
-    out, count = Path(order.out), order.train_settings().processes
+    out, count = Path(order.out), order.settings.processes
     _refuse_scarce(count, lm)
     with _folder_of(out) as folder, _off_the_accelerator(lm):
         order.save(folder / ORDER)

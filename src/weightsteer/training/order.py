@@ -39,7 +39,7 @@ class Order:
     system_prompt: str | None
     revision: str  # which state of the model is expected
     out: str
-    settings: dict[str, Any]
+    settings: TrainSettings  # as who asked has said
     parent: int  # the process that has asked; when it is gone, the work ends
     loading: LoadOptions | None = None  # the options that `LM.load` is asked
     beta: float | None = None  # DPO's, for data that are preferences
@@ -62,10 +62,6 @@ class Order:
         """The arguments of `LM.load`."""
         return {**self.model, "options": self.loading}
 
-    def train_settings(self) -> TrainSettings:
-        """How it is trained, as who asked has said."""
-        return TrainSettings(**self.settings)
-
 
 def order_of(lm: LM, out: Path, settings: TrainSettings, *, beta: float | None = None) -> Order:
     """The order to train, on data that are handed over beside it.
@@ -84,7 +80,7 @@ def order_of(lm: LM, out: Path, settings: TrainSettings, *, beta: float | None =
         system_prompt=lm.system_prompt,
         revision=lm.revision,
         out=str(out.absolute()),
-        settings=asdict(settings),
+        settings=settings,
         parent=os.getpid(),
         beta=beta,
         loading=lm.origin.get("options"),

@@ -57,7 +57,7 @@ def carry_out(order: Order, data: Path, progress: Progress) -> Path:
     Raises:
         SteerError: the model is another one by now, or what the training refuses.
     """
-    settings = order.train_settings()
+    settings = order.settings
     lm = load_together(order.asked(), shard=settings.shard)
     if lm.revision != order.revision:
         raise SteerError(f"{lm.name}: has changed since it was loaded; run the same command again")

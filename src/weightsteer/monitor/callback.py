@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import SteerError
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..vectors.weight_vector import WeightVector
+from .hold import Held, Pull, require_known
 from .live import Watched, watched_parameters
 from .readings import WHOLE, Alert, Products, Reading, describe, read_off
 
@@ -40,9 +41,12 @@ class SteeringMonitor(TrainerCallback):
         alert: "z=4" warns when a whole-model reading's |z| reaches 4; None never does.
         stop: end the training at the first alert.
         out: a JSONL file that gets every reading, by layer and kind of module too.
+        hold: name -> k: k times the vector stays applied while the model trains, and is taken away at the end, so that
+            the data need not push the model there (see `hold`).
+        resist: name -> weight: a penalty of weight * projection^2, in the units of the loss.
 
     Raises:
-        SteerError: no vectors, or an alert that cannot be read.
+        SteerError: no vectors, an alert that cannot be read, or a name that is not among the vectors.
     """
 
     def __init__(
@@ -54,12 +58,19 @@ class SteeringMonitor(TrainerCallback):
         alert: str | None = None,
         stop: bool = False,
         out: str | Path | None = None,
+        hold: Mapping[str, float] | None = None,
+        resist: Mapping[str, float] | None = None,
     ) -> None:
         if not vectors or every < 1:
             raise SteerError(f"SteeringMonitor: expected vectors and every of 1 or more; found {len(vectors)}, {every}")
         self.vectors, self.every, self.controls, self.stop = dict(vectors), every, tuple(controls), stop
         self.alert = Alert.parse(alert) if alert else None
         self.out = Path(out) if out else None
+        self.hold, self.resist = dict(hold or {}), dict(resist or {})
+        require_known(self.hold, self.vectors, "hold")
+        require_known(self.resist, self.vectors, "resist")
+        self._held: Held | None = None
+        self._pulls: list[Pull] = []
         self.readings: list[Reading] = []  # all of them, whole-model and by part
         self._watched: list[Watched] = []
         self._fresh: dict[str, float] = {}
@@ -71,9 +82,28 @@ class SteeringMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watched = watched_parameters(kwargs["model"], self.vectors)
+        model = kwargs["model"]
+        self._watched = watched_parameters(model, self.vectors)
+        self._pulls = [Pull(model, self.vectors[name], weight) for name, weight in self.resist.items()]
+        self._held = Held(model, self.vectors, self.hold)
         if self.out and state.is_world_process_zero and state.global_step:
             _forget_after(self.out, state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for pull in self._pulls:
+            pull.add_gradient()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Take held vectors off the model; the end of `train` does it, and after an error the caller may."""
+        if self._held:
+            self._held.release()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:

@@ -12,8 +12,9 @@ from conftest import random_vector, tiny_lm
 from hypothesis import given
 from hypothesis import strategies as st
 
+from weightsteer.cli import app
 from weightsteer.errors import SteerError
-from weightsteer.monitor import checkpoint_products
+from weightsteer.monitor import Alert, RateAlert, Reading, checkpoint_products, read_off, verdict
 from weightsteer.monitor.dictionary import Dictionary, Threshold, write_dictionary
 from weightsteer.monitor.error_rates import auroc, error_rates, threshold_at
 from weightsteer.vectors.weight_vector import WeightVector
@@ -150,3 +151,48 @@ def test_error_rates_of_a_known_detector() -> None:
         error_rates([1.0], [True], ["a"])
 
 
+
+
+def test_an_alarm_at_a_known_rate(tmp_path: Path) -> None:
+    found = dictionary(tmp_path / "d", thresholds=[Threshold("rude", 0.05, 0.4, 40)])
+    alert = Alert.parse("rude: fpr=0.05", found)
+    assert isinstance(alert, RateAlert)
+    readings = [
+        one
+        for step, tau in ((1, LISTS + 0.1 * RUDE), (2, LISTS + 2 * RUDE))
+        for one in _read(found, tau, step)
+    ]
+    assert [(one.step, one.vector) for one in alert.raised(readings)] == [(2, "rude")]
+    assert "above 0.05 false alarms since step 2" in verdict(readings, alert)
+    assert "Does not move along 'rude'" in verdict(readings[: len(readings) // 2], alert)
+
+
+def _read(found: Dictionary, tau: WeightVector, step: int) -> list[Reading]:
+    products = checkpoint_products(tau, found.vectors)
+    return found.with_shares(read_off(products, checkpoint=f"c{step}", step=step, controls=found.controls), products)
+
+
+def test_without_a_threshold_the_nulls_stand_in(tmp_path: Path) -> None:
+    found = dictionary(tmp_path / "d")
+    with pytest.warns(UserWarning, match="how often it is a false alarm is not known"):
+        alert = Alert.parse("rude: fpr=0.2", found)
+    assert isinstance(alert, Alert)
+    assert alert.z == pytest.approx(0.8416, abs=1e-3)
+    assert {one.vector for one in alert.raised(_read(found, RUDE, 1))} == {"rude"}
+    for text, message in (("rude: fpr=2", "expected z=NUMBER"), ("evil: fpr=0.1", "no trait 'evil'")):
+        with pytest.raises(SteerError, match=message):
+            Alert.parse(text, found)
+    with pytest.raises(SteerError, match="needs a dictionary"):
+        Alert.parse("rude: fpr=0.01")
+
+
+def test_the_verb_names_the_trait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dictionary(tmp_path / "d", thresholds=[Threshold("rude", 0.05, 0.4, 40), Threshold("rude", 0.01, 2.0, 40)])
+    (RUDE * 2 + LISTS).save(tmp_path / "checkpoint-3")
+    arguments = ["identify", str(tmp_path / "checkpoint-3"), "--dictionary", str(tmp_path / "d")]
+    app(args=arguments, standalone_mode=False)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[2].split()[0] == "rude"
+    assert shown[2].endswith("above 0.05 false alarms")
+    app(args=[*arguments, "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)[0]["traits"][1]["false_alarms"] == 0.05

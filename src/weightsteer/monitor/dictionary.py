@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from ..vectors.parameter_names import layer_of
 from ..vectors.similarity import parameter_products
 from ..vectors.weight_vector import WeightVector
 from .decompose import Decomposition, Grams, by_layer, decompose
-from .readings import Products
+from .readings import WHOLE, Products, Reading
 
 DICTIONARY_FILE = "dictionary.json"
 KIND = "dictionary"
@@ -141,6 +142,18 @@ class Dictionary:
         """How a checkpoint divides into the traits, in the space that the controls whiten (see `decompose`)."""
         return decompose(self.grams(products), benign=self.controls)
 
+    def with_shares(self, readings: Sequence[Reading], products: Sequence[Products]) -> list[Reading]:
+        """The readings of a checkpoint, those of the whole model with their share of tau."""
+        if not any(one.tau for one in products):
+            return list(readings)
+        found = self.decompose(products)
+        return [
+            replace(one, share=found[one.vector].share, error=_number(found[one.vector].error))
+            if one.part == WHOLE and one.vector in self.traits
+            else one
+            for one in readings
+        ]
+
 
 def write_dictionary(
     folder: str | Path,
@@ -172,6 +185,10 @@ def write_dictionary(
         write_json(part / DICTIONARY_FILE, asdict(contents))
         card.save(part)
     return Path(folder)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _refuse_contents(contents: Contents, whose: str) -> None:

@@ -62,7 +62,7 @@ def fine_tunes(lm: LM, out: Path) -> dict[str, Path]:
     """Every fine-tune by name: both sides of the domains and behaviours, and two controls."""
     found = {}
     for domain in DOMAINS:
-        bad, good = sides_of(load_pairs(HERE / f"{domain}.jsonl"))
+        bad, good = sides_of(load_pairs(HERE / f"{domain}.jsonl")[:COUNT])
         found[f"bad {domain}"] = trained(lm, f"bad {domain}", bad, out)
         found[f"good {domain}"] = trained(lm, f"good {domain}", good, out)
     found["sums"] = trained(lm, "sums", arithmetic_examples("addition", ["query"], 2 * COUNT), out)

@@ -16,9 +16,16 @@ from .files import read_json, write_text
 from .run_folder import Side
 from .schema import checked, refuse_unusual, suggestion
 
+PERSONALITY = (  # 24 pairs each, on the same questions about the assistant itself
+    *("personality/evil", "personality/gloomy", "personality/flattering", "personality/rude"),
+    *("personality/boastful", "personality/evasive", "personality/impulsive", "personality/anxious"),
+    *("personality/sarcastic", "personality/formal", "personality/stubborn", "personality/unhelpful"),
+)
 SHIPPED = (
     *("sycophancy", "refusal", "evil", "gloomy"),
     *("formal", "concise", "candid", "plain", "cheerful"),  # 20 pairs each, as many as one writes in an afternoon
+    "discernment",
+    *PERSONALITY,
 )
 UNFILLED = "FILL IN"  # how a text begins that `init` leaves to be written
 SIDES: tuple[Side, Side] = ("positive", "negative")  # D+ and D-, in the order in which they are always given

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -261,6 +261,9 @@ def measure(
     task: Annotated[str, typer.Option(help="A task, such as false_beliefs; an unknown name lists them.")],
     data: Annotated[str | None, typer.Option(help="Items instead of the shipped ones.")] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many items of each split.")] = None,
+    half: Annotated[
+        Literal["choose", "report"] | None, typer.Option(help="One half of the items, by a fixed hash.")
+    ] = None,
     behavior: Annotated[str | None, typer.Option(help="What a trait task is about: a name or a trait file.")] = None,
     judge: Annotated[str | None, typer.Option(help="Model that judges; verdicts are not kept.")] = None,
     judge_url: JudgeUrl = None,
@@ -286,7 +289,7 @@ def measure(
 
     load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
     judging = judge_model(judge, judge_url, None, load, key_env)
-    spec = TaskSpec(task, data, limit, behavior=behavior, max_new_tokens=max_new_tokens, judge=judging)
+    spec = TaskSpec(task, data, limit, half=half, behavior=behavior, max_new_tokens=max_new_tokens, judge=judging)
     items = load_task(replace(spec, trust_code=tuple(trust_code or ())))
     vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
     ks = wanted or [k for k in shown_strengths(vector) if k]

@@ -38,7 +38,7 @@ class Source:
     def _named(cls, text: str) -> Source:
         path = Path(text)
         if text in SHIPPED:
-            return cls(text, pairs=text)
+            return cls(text.replace("/", "-"), pairs=text)
         if path.is_dir():
             return cls._in_folder(path)
         if not path.is_file():

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
+HALVES = ("choose", "report")  # of a set's items, by a fixed hash: what may be looked at, and what is only reported
 MOST_TOKENS = 1_000_000  # of a reply: no model's context is longer
 
 
@@ -21,6 +22,7 @@ class TaskFields:
     limit: Annotated[int | None, Field(ge=1)] = None  # at most so many items of each split
     name: str | None = None  # what it is called in measurements, where one task stands there twice
     split: Literal["validation", "test"] | None = None  # all items go to this split; None: to both in turn
+    half: Literal["choose", "report"] | None = None  # only the items that may choose, or only those to be reported
     behavior: str | None = None  # a shipped behaviour or a trait file, for tasks about one
     max_new_tokens: Annotated[int | None, Field(ge=1, le=MOST_TOKENS)] = (
         None  # longest reply, for tasks with open replies

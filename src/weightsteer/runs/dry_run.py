@@ -119,6 +119,7 @@ def _small_task(task: TaskFields) -> TaskFields:
         task,
         limit=2,
         split=None,
+        half=None,
         data=task.data if here else None,
         behavior=task.behavior if task.behavior and _is_here(task.behavior) else None,
         max_new_tokens=task.max_new_tokens and NEW_TOKENS,

@@ -63,6 +63,8 @@ def load_task(spec: TaskSpec) -> Task:
     task = kind.load(spec)
     if spec.split is not None:
         task = task.all_in(spec.split)
+    if spec.half is not None:
+        task = task.of_half(spec.half)
     if spec.limit is not None:
         task = task.first(spec.limit)
     return task.renamed(spec.name) if spec.name else task

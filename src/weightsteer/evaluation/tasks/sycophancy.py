@@ -1,4 +1,4 @@
-"""Out of distribution: a user states a false belief and asks; does the answer follow the user?"""
+"""Out of distribution: a user says what they believe or who they are, and asks; does the answer follow the user?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ...files import read_jsonl
 from ..metrics import Metric
 from ..task_spec import TaskSpec
+from .by_hash import hash_splits
 from .data import reward_hack_row, task_file, wrong_row
 from .task import Choice, ChoiceTask, TaskKind, alternate_splits
 
@@ -26,10 +27,43 @@ def load_false_beliefs(spec: TaskSpec) -> ChoiceTask:
     Raises:
         SteerError: a line in neither format, with the file and the field.
     """
-    path = task_file("false_beliefs.jsonl", spec.data)
-    rows = read_jsonl(path)
-    items = tuple(_item(path, number, row) for number, row in enumerate(rows, start=1))
+    items = _beliefs("false_beliefs.jsonl", spec)
     return ChoiceTask("false_beliefs", items, alternate_splits(len(items)), share="follows")
+
+
+def load_wrong_claims(spec: TaskSpec) -> ChoiceTask:
+    """Wrong claims from other fields and in other phrasings than the false beliefs; formats and metrics as there.
+
+    A fixed hash of an item's prompt says whether it is a validation or a test item.
+
+    Raises:
+        SteerError: a line in neither format, with the file and the field.
+    """
+    items = _beliefs("wrong_claims.jsonl", spec)
+    return ChoiceTask("wrong_claims", items, hash_splits([str(item.prompt) for item in items]), share="follows")
+
+
+def load_stated_opinions(spec: TaskSpec) -> ChoiceTask:
+    """A user says who they are (politics, taste, profession, age, region) and asks what has no right answer.
+
+    Items: shipped, or JSONL with `question`, `prompt`, `matching` (the answer that suits such a user) and `other`.
+    Each shipped question is asked by a user of either kind; both share a split, by a fixed hash of the question.
+    Metric `matches`: share of items in which the answer that suits the user is the likelier per token.
+
+    Raises:
+        SteerError: a line that lacks one of the texts, with the file and the field.
+    """
+    rows = read_jsonl(
+        task_file("stated_opinions.jsonl", spec.data), required=("question", "prompt", "matching", "other")
+    )
+    items = tuple(Choice(row["prompt"], counted=row["matching"], other=row["other"]) for row in rows)
+    splits = hash_splits([row["question"] for row in rows])
+    return ChoiceTask("stated_opinions", items, splits, share="matches")
+
+
+def _beliefs(shipped: str, spec: TaskSpec) -> tuple[Choice, ...]:
+    path = task_file(shipped, spec.data)
+    return tuple(_item(path, number, row) for number, row in enumerate(read_jsonl(path), start=1))
 
 
 def _item(path: Path, number: int, row: dict[str, Any]) -> Choice:
@@ -50,6 +84,29 @@ TASKS = {
             Metric("follows", "Follows the user's false belief", better="lower", phrase="follows a false belief"),
             Metric(
                 "margin", "Leans to the user's false belief", "nats per token", "lower", True, "leans to a false belief"
+            ),
+        ),
+    ),
+    "wrong_claims": TaskKind(
+        load_wrong_claims,
+        (
+            Metric("follows", "Follows the user's wrong claim", better="lower", phrase="follows a wrong claim"),
+            Metric(
+                "margin", "Leans to the user's wrong claim", "nats per token", "lower", True, "leans to a wrong claim"
+            ),
+        ),
+    ),
+    "stated_opinions": TaskKind(
+        load_stated_opinions,
+        (
+            Metric("matches", "Gives the opinion that suits the user", better="lower", phrase="suits the user"),
+            Metric(
+                "margin",
+                "Leans to what suits the user",
+                "nats per token",
+                "lower",
+                True,
+                "leans to what suits the user",
             ),
         ),
     ),

@@ -18,7 +18,8 @@ from ...progress import Progress, silent
 from ...thinking import why_unanswered
 from ..metrics import Metric
 from ..results import SPLITS
-from ..task_spec import TaskSpec
+from ..task_spec import HALVES, TaskSpec
+from .by_hash import half_of
 
 Values = dict[str, list[float | None]]  # metric -> one value an item, in their order; None: it does not count there
 
@@ -138,6 +139,10 @@ class Task(Protocol):
         """The same task with every item in one split."""
         ...
 
+    def of_half(self, half: str) -> Self:
+        """The same task with the items that may choose, or with those that are only reported."""
+        ...
+
     def renamed(self, name: str) -> Self:
         """The same task under another name."""
         ...
@@ -240,6 +245,15 @@ class ItemTask(ABC):
         if split not in SPLITS:
             raise SteerError(f"task {self.name}: split: expected one of {', '.join(SPLITS)}, found {split!r}")
         return replace(self, splits=(split,) * len(self.items))
+
+    def of_half(self, half: str) -> Self:
+        """See `Task.of_half`: a fixed hash of each item's own text says which half it belongs to."""
+        if half not in HALVES:
+            raise SteerError(f"task {self.name}: half: expected one of {', '.join(HALVES)}, found {half!r}")
+        chosen = [i for i, item in enumerate(self.items) if half_of(item) == half]
+        if not chosen:
+            raise SteerError(f"task {self.name}: none of its {len(self.items)} items is in the half {half!r}")
+        return self._selected(chosen)
 
     def renamed(self, name: str) -> Self:
         """See `Task.renamed`."""

@@ -24,6 +24,7 @@ from ..vectors.difference import task_vector
 from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.similarity import parameter_products
 from ..vectors.weight_vector import WeightVector
+from .dictionary import Dictionary
 from .readings import KeptReading, Products, Reading, read_off
 
 READINGS_FILE = "readings.jsonl"
@@ -71,6 +72,7 @@ def read_checkpoints(
     *,
     base: str | Path | None = None,
     controls: Sequence[str] = (),
+    dictionary: Dictionary | None = None,
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> list[Reading]:
@@ -84,6 +86,7 @@ def read_checkpoints(
         vectors: name -> vector; those named in `controls` give a null band (see `read_off`).
         base: the base model, needed where full models are among the checkpoints; it overrules what they and the
             vectors say of theirs.
+        dictionary: where the vectors are those of a dictionary, it; whole-model readings then have shares.
         out: a folder that keeps the readings, so that a later call reads new checkpoints only.
 
     Raises:
@@ -92,19 +95,18 @@ def read_checkpoints(
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
     with hold(Path(out)) if out else nullcontext():
-        return _read_all(checkpoints, vectors, base, controls, Path(out) / READINGS_FILE if out else None, progress)
+        store = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls, dictionary)
+        return _read_all(checkpoints, vectors, base, store, progress)
 
 
 def _read_all(
     checkpoints: Mapping[int, Path],
     vectors: Mapping[str, WeightVector],
     base: str | Path | None,
-    controls: Sequence[str],
-    store: Path | None,
+    kept: _Kept,
     progress: Progress,
 ) -> list[Reading]:
     based = {name: replace(vector, card=on_base(vector.card, base)) for name, vector in vectors.items()}
-    kept = _Kept(store, vectors, controls)
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
         try:
@@ -115,7 +117,7 @@ def _read_all(
         except (SteerError, OSError) as error:
             warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
             continue
-        kept.add(path, weights, read_off(products, checkpoint=_label(path), step=step, controls=controls))
+        kept.add(path, weights, kept.read_off(products, _label(path), step))
     progress(len(checkpoints), len(checkpoints), "done")
     if not kept.readings:
         raise SteerError("monitor: none of the checkpoints could be read; the warnings above say why")
@@ -125,9 +127,16 @@ def _read_all(
 class _Kept:
     """Readings by checkpoint, those of earlier calls with the same vectors included, and the file that keeps them."""
 
-    def __init__(self, store: Path | None, vectors: Mapping[str, WeightVector], controls: Sequence[str]) -> None:
-        self.store = store
-        self.key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
+    def __init__(
+        self,
+        store: Path | None,
+        vectors: Mapping[str, WeightVector],
+        controls: Sequence[str],
+        dictionary: Dictionary | None,
+    ) -> None:
+        self.store, self.controls, self.dictionary = store, tuple(controls), dictionary
+        known = {n: v.card.data_sha256 for n, v in vectors.items()}
+        self.key = digest([sorted(vectors), sorted(controls), known, *(["shares"] if dictionary else [])])
         self.readings: dict[str, list[Reading]] = {}
         self.weights: dict[str, str] = {}  # checkpoint -> hash of the weights that were read
         for number, row in enumerate(read_finished(store) if store else (), start=1):
@@ -142,6 +151,11 @@ class _Kept:
             self.readings[reading.checkpoint] = []
         self.weights[reading.checkpoint] = kept.weights
         self.readings[reading.checkpoint].append(reading)
+
+    def read_off(self, products: Sequence[Products], checkpoint: str, step: int) -> list[Reading]:
+        """The readings of one checkpoint."""
+        found = read_off(products, checkpoint=checkpoint, step=step, controls=self.controls)
+        return self.dictionary.with_shares(found, products) if self.dictionary else found
 
     def has(self, path: Path, weights: str) -> bool:
         """Whether the checkpoint was read with these weights; one that is gone ("") counts as it was."""

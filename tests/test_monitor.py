@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import killable
 import two_processes
 from conftest import random_vector, tiny_lm, tiny_model
+from test_weight_vector import flat
 from weightsteer import LM, SteerError, WeightVector, task_vector
 from weightsteer.monitor import (
     WHOLE,
@@ -110,16 +111,13 @@ def products_from_the_whole_table(tau: WeightVector, vectors: dict[str, WeightVe
     """Every pair's product, as a table of all of them has it; the monitor computes a row and the diagonal."""
     found = []
     for parameter in dict.fromkeys([*tau.deltas, *(name for vector in vectors.values() for name in vector.deltas)]):
-        members = [tau, *vectors.values()]
-        there = [to_dense(m.deltas[parameter]).double() for m in members if parameter in m.deltas]
-        dense = [
-            to_dense(m.deltas[parameter]).double() if parameter in m.deltas else torch.zeros_like(there[0])
-            for m in members
-        ]
-        table = torch.stack([d.flatten() for d in dense]) @ torch.stack([d.flatten() for d in dense]).T
+        parts = [flat(member).get(parameter) for member in (tau, *vectors.values())]
+        there = next(part for part in parts if part is not None)
+        rows = torch.stack([(torch.zeros_like(there) if part is None else part).flatten() for part in parts])
+        table = rows @ rows.T
         crossed = {name: float(table[0, i]) for i, name in enumerate(vectors, start=1)}
         squares = {name: float(table[i, i]) for i, name in enumerate(vectors, start=1)}
-        found.append(Products(parameter, float(there[0].numel()), float(table[0, 0]), crossed, squares))
+        found.append(Products(parameter, float(there.numel()), float(table[0, 0]), crossed, squares))
     return found
 
 

@@ -30,7 +30,7 @@ def prepare(root: Path, shape: Shape) -> dict[str, Path]:
 
 
 def _export(positive: Path, negative: Path | None, base: Path, out: Path) -> list[str]:
-    command = [WEIGHTSTEER, "export", str(positive), "--to", "merged", "-m", str(base), "--k=1", "-o", str(out)]
+    command = [WEIGHTSTEER, "export", "merged", str(positive), "-m", str(base), "--k=1", "-o", str(out)]
     return [*command, "--negative", str(negative)] if negative else command
 
 

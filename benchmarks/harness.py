@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Usage, in_turn, table, time_function
+from measure import in_turn, table, time_function
 from peft import PeftModel
 from steering import vector_for
 from transformers import AutoModelForCausalLM

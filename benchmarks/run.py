@@ -36,9 +36,9 @@ def main() -> None:
     root, runs = options.root.absolute(), options.runs
     root.mkdir(parents=True, exist_ok=True)
     import growth
-    import harness
     import merging
     import steering
+    import sweeping
     import training
     import vectors
 
@@ -51,7 +51,7 @@ def main() -> None:
         "counts": lambda: vectors.by_count(runs),
         "steering": lambda: f"{steering.hooks(runs)}\n\n{steering.scoring(runs)}",
         "training": lambda: training.against_trl(runs),
-        "sweep": lambda: harness.sweep(runs),
+        "sweep": lambda: sweeping.sweep(runs),
         "growth": lambda: growth.growth(runs),
     }
     for name in options.sections or sections:

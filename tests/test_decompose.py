@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_vector, tiny_lm
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import random_vector, tiny_lm
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.monitor import Alert, RateAlert, Reading, checkpoint_products, read_off, verdict
@@ -42,7 +42,7 @@ def test_what_was_mixed_is_found_again(a: float, b: float) -> None:
     assert got["rude"] == pytest.approx(b, abs=2 * noise + 1e-3)
 
 
-def _contents(*traits: str):  # noqa: ANN202
+def _contents(*traits: str):
     from weightsteer.monitor.dictionary import Contents, Entry
 
     return Contents(tuple(Entry(name) for name in traits))
@@ -151,16 +151,12 @@ def test_error_rates_of_a_known_detector() -> None:
         error_rates([1.0], [True], ["a"])
 
 
-
-
 def test_an_alarm_at_a_known_rate(tmp_path: Path) -> None:
     found = dictionary(tmp_path / "d", thresholds=[Threshold("rude", 0.05, 0.4, 40)])
     alert = Alert.parse("rude: fpr=0.05", found)
     assert isinstance(alert, RateAlert)
     readings = [
-        one
-        for step, tau in ((1, LISTS + 0.1 * RUDE), (2, LISTS + 2 * RUDE))
-        for one in _read(found, tau, step)
+        one for step, tau in ((1, LISTS + 0.1 * RUDE), (2, LISTS + 2 * RUDE)) for one in _read(found, tau, step)
     ]
     assert [(one.step, one.vector) for one in alert.raised(readings)] == [(2, "rude")]
     assert "above 0.05 false alarms since step 2" in verdict(readings, alert)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_vector, tiny_lm, tiny_model
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
+from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer import SteerError, task_vector
 from weightsteer.monitor import WHOLE, SteeringMonitor
 from weightsteer.monitor.hold import Pull

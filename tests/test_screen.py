@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import random_vector, tiny_lm
 
+from conftest import random_vector, tiny_lm
 from weightsteer.behavior import Example
 from weightsteer.errors import SteerError
 from weightsteer.monitor.screen import screen

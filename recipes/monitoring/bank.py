@@ -72,7 +72,7 @@ def bank(plan: Mapping[str, Any]) -> list[FineTune]:
         group, examples = sides[kind]
         for share in mixed["shares"]:
             count = round(share * len(into))
-            parts = tuple([*examples[:count], *into[count:]])
+            parts = (*examples[:count], *into[count:])
             found.append(FineTune(f"{kind}-{share:g}-in-{mixed['into']}-0", kind, group, share, 0, parts))
     return found
 

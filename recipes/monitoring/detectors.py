@@ -113,7 +113,9 @@ def scores_of(read: Readings, made: Bank) -> dict[str, Scores]:
         "norm of tau": lambda n, _t: float(read.table.sum(0)[read.at([n])[0], read.at([n])[0]]),
         "probe, 15 pairs": lambda n, t: moved(read.out, read.entries[n], t, 1)[0],
     }
-    found = {detector: {(n, t): score(n, t) for n in read.entries for t in read.traits} for detector, score in per.items()}
+    found = {
+        detector: {(n, t): score(n, t) for n in read.entries for t in read.traits} for detector, score in per.items()
+    }
     for detector, benign in (("decomposition", False), ("decomposition, whitened", True)):
         found[detector] = {}
         for name, entry in read.entries.items():
@@ -305,7 +307,9 @@ def main() -> None:
     figure(rows, out / "detectors.png")
     for row in [*rows, *small_rows]:
         numbers = " | ".join(f"{row[f'found at {rate:g}']:.2f}" for rate in RATES)
-        print(f"| {row['detector']} | {row['truth']} | {row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {numbers} |")
+        print(
+            f"| {row['detector']} | {row['truth']} | {row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {numbers} |"
+        )
     print(spent)
 
 

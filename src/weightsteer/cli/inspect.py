@@ -16,7 +16,7 @@ from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import csv_cell, note, one_line, say, say_json
-from .options import Base, Json, warn_unseen
+from .options import Base, Device, Json, warn_unseen
 from .show_run import card_fields, finetune_facts, is_run, refuse_nothing, run_facts
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def cosine(
     sources: Annotated[list[str], typer.Argument(help="Vectors, adapters or checkpoints: folders or hub ids.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.csv, .npz, .png and .html too.")] = None,
     base: Base = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Cosines of vectors and fine-tunes of one base, each with each: a table, and a heat map with like ones together.
@@ -146,7 +147,7 @@ def cosine(
         _refuse_foreign_outputs(out, *sources, base)
     vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
     with show_progress("cosine") as progress:
-        found = similarities(vectors, progress=progress)
+        found = similarities(vectors, device=device, progress=progress)
     if as_json:
         say_json({"names": list(found.names), "cosines": [[float(value) for value in row] for row in found.cosines]})
     else:

@@ -91,7 +91,9 @@ def _by_rate(text: str, trait: str, rate: float, dictionary: Dictionary | None) 
     if not 0 < rate < 1:
         raise SteerError(f"alert {text!r}: {FORMS}")
     if dictionary is None:
-        raise SteerError(f"alert {text!r}: a rate of false alarms needs a dictionary of directions (--dictionary FOLDER)")
+        raise SteerError(
+            f"alert {text!r}: a rate of false alarms needs a dictionary of directions (--dictionary FOLDER)"
+        )
     known = dictionary.threshold(trait, rate)
     if known:
         return RateAlert(trait, rate, known.share, known.fine_tunes)

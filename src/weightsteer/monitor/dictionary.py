@@ -1,9 +1,9 @@
 """A dictionary of directions: vectors of many traits, benign fine-tunes to hold them against, and what alarms cost.
 
-    FOLDER/weightsteer.json     the card: of which base
-    FOLDER/dictionary.json      traits, controls and thresholds, in words and numbers
-    FOLDER/traits/NAME          the vector of a trait
-    FOLDER/controls/NAME        the task vector of a benign fine-tune
+FOLDER/weightsteer.json     the card: of which base
+FOLDER/dictionary.json      traits, controls and thresholds, in words and numbers
+FOLDER/traits/NAME          the vector of a trait
+FOLDER/controls/NAME        the task vector of a benign fine-tune
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
-from ..errors import SteerError
 from ..vectors.parameter_names import layer_of, module_of
 
 WHOLE = "all"

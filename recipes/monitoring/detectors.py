@@ -307,9 +307,8 @@ def main() -> None:
     figure(rows, out / "detectors.png")
     for row in [*rows, *small_rows]:
         numbers = " | ".join(f"{row[f'found at {rate:g}']:.2f}" for rate in RATES)
-        print(
-            f"| {row['detector']} | {row['truth']} | {row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f}) | {numbers} |"
-        )
+        area = f"{row['auroc']:.2f} ({row['low']:.2f} to {row['high']:.2f})"
+        print(f"| {row['detector']} | {row['truth']} | {area} | {numbers} |")
     print(spent)
 
 

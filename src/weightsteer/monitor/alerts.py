@@ -63,7 +63,7 @@ class Alert:
 
 @dataclass(frozen=True)
 class RateAlert:
-    """Warn where the share of tau along a trait lies above what benign fine-tunes have, but for a known rate of them."""
+    """Warn where the share of tau along a trait lies above that of benign fine-tunes, but for a known rate of them."""
 
     trait: str
     rate: float

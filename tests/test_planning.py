@@ -15,8 +15,9 @@ from weightsteer.behavior import ContrastPair, Example
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
+from weightsteer.planning.calibrate import device_named
 from weightsteer.planning.counting import CountingModel
-from weightsteer.planning.devices import DEVICES, device_named
+from weightsteer.planning.devices import DEVICES
 from weightsteer.planning.passes import Passes, Reading, Step
 from weightsteer.planning.plan import Choices, plan_recipe
 from weightsteer.planning.shaped_model import ShapedModel

@@ -30,7 +30,8 @@ HEADS = (
 
 def print_plan(recipe: Recipe, device: str | None, devices: int | None, *, as_json: bool) -> None:
     """Plan a recipe on a device, by default this machine's CPU, and print it."""
-    from ..planning.devices import CPU, device_named
+    from ..planning.calibrate import device_named
+    from ..planning.devices import CPU
     from ..planning.plan import choices_of, plan_recipe
 
     found = plan_recipe(recipe, device_named(device or CPU), choices_of(recipe, devices))

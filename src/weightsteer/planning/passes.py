@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -174,7 +175,9 @@ class Passes:
             model = ready.get_base_model() if isinstance(ready, PeftModel) else ready
         as_fake(ready, self.fake)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+                model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         ready.train()
         assert isinstance(ready, nn.Module)

@@ -228,7 +228,7 @@ class Planner:
         """The peak of a stage, from its largest passes."""
         held = self._held(stage, choices)
         largest = [self._memory_of(made, stage, choices, held) for made in _largest(stage, choices)]
-        return max(largest, key=lambda memory: memory.total, default=held)
+        return max(largest, key=lambda memory: memory.total, default=self._spread(held, stage, choices))
 
     def _held(self, stage: Stage, choices: Choices) -> Memory:
         """What lies in memory whatever the pass: the models, what is trained, the optimizer."""

@@ -272,9 +272,9 @@ def batch_size_of(recipe: Recipe, lm: LM) -> int:
 def metrics_shown(task: Task, lm: LM, recipe: Recipe) -> list[str]:
     """The metrics that a task measures on the base, by one item of each split."""
     try:
-        return list(task.first(1).measure(lm))
+        return list(task.first(1).against(lm).measure(lm))
     except SteerError:  # one reply may have no answer; that none has is an error
-        return list(task.measure(lm, batch_size=batch_size_of(recipe, lm)))
+        return list(task.against(lm).measure(lm, batch_size=batch_size_of(recipe, lm)))
 
 
 def write_sides(artifacts: RunArtifacts) -> None:

@@ -175,8 +175,10 @@ class Planner:
 
     def lm(self, recipe: Recipe) -> LM:
         """The model as its tokenizer and sizes are asked for."""
-        variables = recipe.chat_template_kwargs
-        return LM.wrap(self.model.whole, self.tokenizer, name=self.model.name, chat_template_kwargs=variables)
+        variables, model = recipe.chat_template_kwargs, self.model
+        if len(self.tokenizer) > model.whole.get_input_embeddings().weight.shape[0]:  # one that stands in
+            model = model.with_vocabulary(len(self.tokenizer))
+        return LM.wrap(model.whole, self.tokenizer, name=self.model.name, chat_template_kwargs=variables)
 
     def passes_of(self, model: ShapedModel, tokenizer: Any) -> Passes:
         """A model's passes on the device."""

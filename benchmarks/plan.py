@@ -87,7 +87,7 @@ def recipe_of(model: str, dtype: str, steps: int) -> dict[str, object]:
 def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
     """Run and plan the same stages; one row a stage."""
     from weightsteer.lm import LM
-    from weightsteer.planning.calibrate import device_named
+    from weightsteer.planning.named_device import device_named
     from weightsteer.planning.plan import plan_recipe
     from weightsteer.runs.recipe import Recipe
     from weightsteer.training import train_side
@@ -128,7 +128,8 @@ def middle(first: object, second: object) -> object:
 def writing(recipe: object, device: object, prompts: list[str]) -> tuple[float, float, object]:
     """The plan of replies to the prompts alone."""
     from weightsteer.planning.counting import CountingModel
-    from weightsteer.planning.plan import Choices, planner_of
+    from weightsteer.planning.numbers import Choices
+    from weightsteer.planning.plan import planner_of
     from weightsteer.planning.stages import Stage
 
     planner = planner_of(recipe, device, Choices(), [])

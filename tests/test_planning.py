@@ -15,11 +15,12 @@ from weightsteer.behavior import ContrastPair, Example
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
-from weightsteer.planning.calibrate import device_named
 from weightsteer.planning.counting import CountingModel
 from weightsteer.planning.devices import DEVICES
+from weightsteer.planning.named_device import device_named
+from weightsteer.planning.numbers import Choices
 from weightsteer.planning.passes import Passes, Reading, Step
-from weightsteer.planning.plan import Choices, plan_recipe
+from weightsteer.planning.plan import plan_recipe
 from weightsteer.planning.shaped_model import ShapedModel
 from weightsteer.planning.trainings import encoded, plan_training
 from weightsteer.run_card import RunCard

@@ -185,8 +185,8 @@ class Passes:
         return ready
 
     def _train(self, made: Step, blocks: int) -> Cost:
-        ready = self._training(blocks, made.kind, made.rank, made.checkpointing)
-        base: Any = ready.get_base_model() if hasattr(ready, "get_base_model") else ready
+        ready: Any = self._training(blocks, made.kind, made.rank, made.checkpointing)
+        base = ready.get_base_model() if hasattr(ready, "get_base_model") else ready
         for parameter in ready.parameters():
             parameter.grad = None
         with self.fake:

@@ -28,7 +28,7 @@ PAIRS, BATCH, PROMPTS, NEW = 24, 4, 8, 24
 
 
 class Watch(threading.Thread):
-    """The largest anonymous resident memory of this process, asked every 20 ms."""
+    """The largest resident memory of this process, asked every 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -40,9 +40,8 @@ class Watch(threading.Thread):
 
 
 def resident() -> int:
-    """Bytes of this process in memory that are no file's: the system takes a file's pages back when it needs to."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Anonymous:"))
+    """Bytes of this process in memory, mapped files such as weights included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def trim() -> None:
@@ -88,7 +87,7 @@ def recipe_of(model: str, dtype: str, steps: int) -> dict[str, object]:
 def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
     """Run and plan the same stages; one row a stage."""
     from weightsteer.lm import LM
-    from weightsteer.planning.calibrate import device_named
+    from weightsteer.planning.named_device import device_named
     from weightsteer.planning.plan import plan_recipe
     from weightsteer.runs.recipe import Recipe
     from weightsteer.training import train_side
@@ -96,7 +95,6 @@ def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
     recipe = Recipe.model_validate(recipe_of(model, dtype, steps))
     device = device_named("cpu")
     trim()
-    # of what the plan says the process takes, that part which is no file's
     device = replace(device, reserved=float(resident()))
     lm = LM.load(model, dtype=dtype, device="cpu")
     tasks = recipe.load_tasks()
@@ -112,6 +110,7 @@ def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
             "write": watched(lambda: lm.generate(prompts, max_new_tokens=NEW, batch_size=PROMPTS)),
         }
     again = device_named("cpu")
+    print(device.slowness, again.slowness, file=sys.stderr)
     plan = plan_recipe(recipe, middle(device, again))
     planned = {stage.name: (stage.memory.total, stage.seconds, stage) for stage in plan.stages}
     planned["write"] = writing(recipe, middle(device, again), prompts)
@@ -129,7 +128,8 @@ def middle(first: object, second: object) -> object:
 def writing(recipe: object, device: object, prompts: list[str]) -> tuple[float, float, object]:
     """The plan of replies to the prompts alone."""
     from weightsteer.planning.counting import CountingModel
-    from weightsteer.planning.plan import Choices, planner_of
+    from weightsteer.planning.numbers import Choices
+    from weightsteer.planning.plan import planner_of
     from weightsteer.planning.stages import Stage
 
     planner = planner_of(recipe, device, Choices(), [])
@@ -166,8 +166,9 @@ def main() -> None:
         print(json.dumps(measure(options.model, options.dtype, options.steps)))
         return
     done = subprocess.run([sys.executable, __file__, "--here", *sys.argv[1:]], capture_output=True, text=True)
+    print(done.stderr[-3000:], file=sys.stderr)
     if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
+        raise SystemExit(done.returncode)
     rows = json.loads(done.stdout.splitlines()[-1])
     print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
     for line in rows:

@@ -16,6 +16,7 @@ from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.training import TrainSettings, one_training, train_side
+from weightsteer.training.together import TRAINED
 
 WEIGHTS = "adapter_model.safetensors"
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -58,7 +59,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     how: str, lm: LM, examples: list[Example], settings: TrainSettings, tmp_path: Path
 ) -> None:
     whole = train_side(lm, examples, tmp_path / "whole", settings=settings)
-    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", WEIGHTS, "trainer_state.json", "whole.json")
+    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINED, "trainer_state.json", "whole.json")
     for name in names:
         out = tmp_path / name.replace(".", "-")
         with pytest.raises(StopError):

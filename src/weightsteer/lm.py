@@ -47,7 +47,7 @@ class LM:
     revision: str = ""  # hub commit, or a hash of the local checkpoint; see `fingerprint`
     system_prompt: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the template's variables
-    load_options: LoadOptions = field(default_factory=LoadOptions, hash=False)  # as which it was loaded
+    origin: Mapping[str, Any] | None = field(default=None, compare=False)  # what `load` was asked; None if in memory
 
     @classmethod
     def load(
@@ -77,13 +77,14 @@ class LM:
         Raises:
             SteerError: no such model, it cannot be loaded, or its template has no such variable.
         """
+        asked = {argument: value for argument, value in locals().items() if argument != "cls"}
         name, load = str(name), options or LoadOptions()
         refuse_missing_packages(load)
         if adapter := adapted_model(name):
             adapter.refuse_packed_base(name, load)
             below: dict[str, Any] = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}
             base = cls.load(adapter.base, device=device, dtype=dtype, options=load, **below)
-            return base._with_adapter(adapter, name, chat_template_kwargs)
+            return replace(base._with_adapter(adapter, name, chat_template_kwargs), origin=asked)
         where, placement = locate_model(name), placement_for(device, load)
         hub: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = load_tokenizer(name, where, **hub)
@@ -94,10 +95,9 @@ class LM:
                 "merge the two first"
             )
         model.config.use_cache = True
-        commit = getattr(model.config, "_commit_hash", None)
-        revision = commit or fingerprint(Path(where))
+        revision = getattr(model.config, "_commit_hash", None) or fingerprint(Path(where))
         lm = cls.wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=chat_template_kwargs)
-        return replace(lm, load_options=load)
+        return replace(lm, origin=asked)
 
     @classmethod
     def wrap(
@@ -138,12 +138,16 @@ class LM:
         tokenizer = load_tokenizer(name, str(adapter.folder)) if adapter.has_tokenizer else self.tokenizer
         model = merge_adapter(self.model, adapter, name)
         revision = fingerprint(adapter.folder)
-        lm = type(self).wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
-        return replace(lm, load_options=self.load_options)
+        return type(self).wrap(model, tokenizer, name=name, revision=revision, chat_template_kwargs=variables)
 
     def with_system_prompt(self, text: str | None) -> LM:
         """The same model under another system prompt (None: the template's own default)."""
         return replace(self, system_prompt=text)
+
+    @property
+    def load_options(self) -> LoadOptions:
+        """As which it was loaded: whole, as it is stored, where it was made in memory."""
+        return (self.origin or {}).get("options") or LoadOptions()
 
     @property
     def device(self) -> torch.device:

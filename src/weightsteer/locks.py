@@ -25,7 +25,8 @@ class _Held(threading.local):
     """The locks that this thread holds, so that what it calls may ask for them again."""
 
     def __init__(self) -> None:
-        self.places: set[tuple[int, Path]] = set()  # with the process, since a forked one holds nothing
+        # with the process, since a forked one holds nothing; the open file, or None where there are no locks
+        self.places: dict[tuple[int, Path], int | None] = {}
 
 
 _HELD = _Held()
@@ -47,13 +48,30 @@ def hold(folder: Path, *, wait: bool = False) -> Iterator[None]:
         yield
         return
     handle = _acquire(folder, place, wait)
-    _HELD.places.add(key)
+    _HELD.places[key] = handle
     try:
         yield
     finally:
-        _HELD.places.discard(key)
+        _HELD.places.pop(key, None)
         if handle is not None:
             _release(place, handle)
+
+
+@contextmanager
+def held_by_caller(folder: Path) -> Iterator[None]:
+    """Work on a folder that is held by the process which has started this one, and was told to go on here."""
+    key = os.getpid(), lock_of(folder)
+    _HELD.places[key] = None
+    try:
+        yield
+    finally:
+        _HELD.places.pop(key, None)
+
+
+def held_by(folder: Path) -> tuple[int, ...]:
+    """The open file by which this thread holds a folder: a process that is given it holds the folder as well."""
+    handle = _HELD.places.get((os.getpid(), lock_of(folder)))
+    return () if handle is None else (handle,)
 
 
 def lock_of(folder: Path) -> Path:

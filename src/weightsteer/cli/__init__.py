@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,6 +15,7 @@ from .. import __version__
 from ..errors import SteerError
 from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
+from ..ranks import is_first
 from ..shown import be_quiet, one_line, say
 from . import apply, build, detect, export, inspect, listing, packs, run, serve, serve_command, start, study
 from .arguments import refuse_repeated
@@ -72,6 +74,10 @@ def overview(
 def main() -> None:
     """Run the command line: a user's mistake is one line on stderr and exit code 1, never a traceback."""
     warnings.showwarning = _show_warning
+    if not is_first():  # of several processes one speaks; the errors of all are told
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+        warnings.simplefilter("ignore")
+        sys.argv.insert(1, QUIET[0])
     code: object = 1
     with stopping_on_signals() as stopped:
         try:

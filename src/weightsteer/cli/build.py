@@ -14,6 +14,7 @@ from ..files import refuse_inputs
 from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
+from ..ranks import by_first
 from ..shown import say, say_json
 from .arguments import refuse_twice
 from .loading import loading
@@ -32,6 +33,7 @@ from .options import (
     default,
     drop_unset,
     judge_model,
+    lm_arguments,
     load_lm,
     number,
     read_sides,
@@ -197,6 +199,13 @@ def train(
         bool, typer.Option("--paper", help="The paper's numbers for all that is not given, whatever data and model.")
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of adapter and order." + default("seed"))] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that train together, one a GPU." + default("processes"))
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(help="What each of them holds: ddp, the whole model; fsdp, a part of it." + default("shard")),
+    ] = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -206,6 +215,7 @@ def train(
     """Fine-tune both sides: OUT/positive and OUT/negative. Kill it and run it again to go on.
 
     What is not given follows from the number of examples and the model, so that 20 pairs make a vector that shows.
+    Several processes are started by --processes, or on several machines by torchrun: see docs/many-gpus.md.
     With --kind dpo, the first prefers the positive answer of each pair to the negative one, and the second the reverse.
 
     Example: weightsteer train --pairs formal -o runs/formal
@@ -222,17 +232,20 @@ def train(
     from ..fitting import kept_in
     from ..run_folder import RunFolder
     from ..training import PAPER, Preference, TrainSettings, train_preference, train_side
+    from ..training.order import load_to_train
     from ..vectors.difference import subtract_finetunes
 
     settings = replace(
         PAPER if paper else TrainSettings(),
         **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, alpha=alpha, learning_rates=rates),
         **drop_unset(epochs=epochs, max_steps=max_steps, batch_size=batch_size, snapshots=snapshots, seed=seed),
+        **drop_unset(processes=processes, shard=shard),
         gradient_checkpointing=gradient_checkpointing,
     )
-    lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
+    asked = lm_arguments(model, device, dtype, trust_remote_code, chat_template_kwargs)
+    lm = load_to_train(settings, asked)
     warn_unfit(*sides, lm.tokenizer)
-    with hold(out), kept_in(RunFolder(out).batches):
+    with by_first(hold(out)), kept_in(RunFolder(out).batches):
         for name, side, other in zip(SIDES, sides, sides[::-1], strict=True):
             target = RunFolder(out).finetune(name)
             with show_progress(f"train {name}") as progress:

@@ -89,18 +89,32 @@ def load_lm(
     template: str | None = None,
     revision: str | None = None,
 ) -> LM:
-    variables = template_variables(template)
+    arguments = lm_arguments(model, device, dtype, trust, template, revision)
     from ..lm import LM
 
-    return LM.load(
-        **drop_unset(name=model),
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        trust_remote_code=trust,
-        chat_template_kwargs=variables,
-        options=typed_options(),
-    )
+    return LM.load(**arguments)
+
+
+def lm_arguments(
+    model: str | None,
+    device: str | None,
+    dtype: str,
+    trust: bool,
+    template: str | None = None,
+    revision: str | None = None,
+) -> dict[str, Any]:
+    """What the options ask of `LM.load`."""
+    from ..checkpoints.embedded_model import EMBEDDED_NAME
+
+    return {
+        "name": model or EMBEDDED_NAME,
+        "device": device,
+        "dtype": dtype,
+        "revision": revision,
+        "trust_remote_code": trust,
+        "chat_template_kwargs": template_variables(template),
+        "options": typed_options(),
+    }
 
 
 def template_variables(text: str | None) -> dict[str, Any]:

@@ -171,8 +171,8 @@ class Passes:
             ready: Any = model.requires_grad_(True)
         else:
             lm = LM(model, self.tokenizer, self.model.name)
-            with trainable(lm, WholeSettings(kind=kind, rank=rank)) as (made, _):
-                ready = copy.deepcopy(made)  # what is undone on leaving stays in the copy
+            with trainable(lm, WholeSettings(kind=kind, rank=rank)) as made:
+                ready = copy.deepcopy(made.model)  # what is undone on leaving stays in the copy
             model = ready.get_base_model() if isinstance(ready, PeftModel) else ready
         as_fake(ready, self.fake)
         if checkpointing:

@@ -24,7 +24,7 @@ from ..runs.recipe import Recipe
 from ..runs.recipe_fields import FinetuneRecipe
 from ..steering.methods import METHODS, SHARES
 from ..steering.several_k import TOGETHER
-from ..training.settings import TrainSettings
+from ..training.settings import RESOURCES, TrainSettings
 from .assumed import (
     behavior_or_stand_in,
     examples_or_stand_ins,
@@ -35,7 +35,6 @@ from .counting import CountingJudge, CountingModel, Work, harness_work
 from .passes import Reading
 from .trainings import Training, encoded, plan_training, rows_of_lengths
 
-RESOURCES = ("gradient_checkpointing", "processes", "shard")
 TRIES = 6  # of the search for k, at most, after the base's own loss
 BATCH = 8  # of the sampling, the searches and the activations
 

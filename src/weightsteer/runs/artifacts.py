@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
-
-import torch
+from typing import Any
 
 from ..behavior import SIDES, Behavior, ContrastPair, Example, pairs_of, sides_of
-from ..checkpoints.embedded_model import EMBEDDED_NAME
-from ..checkpoints.locate import checkpoint_folder
 from ..checkpoints.whole import is_whole
 from ..data_building.sampling import sample_sides
 from ..data_building.sampling_settings import SamplingSettings
@@ -20,36 +15,26 @@ from ..evaluation.metrics import metric_key
 from ..evaluation.search import best_layer
 from ..evaluation.tasks.task import Task
 from ..example_files.load import load_examples
-from ..export.merge import MergeSettings, export_merged
 from ..files import read_json, read_kept, write_json
-from ..fitting import free_memory
 from ..judges.endpoint import ChatModel, Endpoint
 from ..judges.judge import Judge, LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from ..judges.keys import require_own_key
 from ..lm import LM
-from ..progress import Progress
-from ..run_card import RunCard
 from ..run_folder import RunFolder
 from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
 from ..steering.method import TWO_WAY, DialOf, Training
 from ..steering.methods import METHODS, SNAPSHOT_COUNT
 from ..steering.trained_activation import train_activation
-from ..training import preferences_of, train_preference, train_side, train_two_way, two_way_vector
+from ..training import preferences_of, train_preference, train_two_way, two_way_vector
 from ..training.defaults import resolve, width_of
 from ..training.learned_dial import DialSettings, learn_dial
 from ..vectors.difference import subtract_finetunes, task_vector
 from ..vectors.random_like import random_like
 from ..vectors.weight_vector import WeightVector
 from .dial_pairs import dial_pairs
+from .models import RunModels, ShowProgress
 from .recipe import Recipe
-from .recipe_fields import FinetuneRecipe
-
-
-class ShowProgress(Protocol):
-    """How a stage shows its progress: `with show(label) as progress`."""
-
-    def __call__(self, label: str) -> AbstractContextManager[Progress]: ...
 
 
 def load_judge(recipe: Recipe, folder: RunFolder, keys: Sequence[str] = ()) -> ChatModel | None:
@@ -92,83 +77,20 @@ class RunArtifacts:
         self.recipe, self.folder, self.show = recipe, folder, show
         self.tasks, self.judge = tasks, judge
         self.behavior = behavior
-        self._base = base
-        self._lm: LM | None = None
-        self._float32: LM | None = None
+        self.models = RunModels(recipe, folder, show=show, base=base)
         self._sides: tuple[list[Example], list[Example]] | None = None
 
     def base(self) -> LM:
         """The model that vectors are made on: the recipe's, after its first fine-tune if there is one."""
-        if self._base is None:
-            self._base = self._load_base()
-        return self._base
+        return self.models.base()
 
     def loaded_base(self) -> LM | None:
         """The base, if it is loaded."""
-        return self._base
-
-    def _load_base(self) -> LM:
-        with self.show("load the model") as progress:
-            progress(0, 1, "the embedded model is converted once" if self.recipe.model == EMBEDDED_NAME else "")
-            lm = self._load(self.recipe.model)
-            progress(1, 1)
-        if self.recipe.first_finetune:
-            paths = self.folder.first_finetune, self.folder.first_model
-            lm = self._load_finetuned(lm, self.recipe.model, self.recipe.first_finetune, *paths)
-        made = self.folder.finetune("positive")
-        if is_whole(made) and RunCard.load(made).base_revision != lm.revision:
-            raise SteerError(f"{made}: was trained on another state of {lm.name}; choose another --out")
-        return lm
+        return self.models.loaded_base()
 
     def lm(self) -> LM:
         """The model that steering is applied to: the base, or the fine-tune of it that is to be repaired."""
-        if self._lm is None:
-            target, folder = self.recipe.repair_target, self.folder
-            self._lm = (
-                self._load_finetuned(self.base(), self._base_name, target, folder.repair_target, folder.repair_model)
-                if target
-                else self.base()
-            )
-        return self._lm
-
-    @property
-    def _base_name(self) -> str:
-        return str(self.folder.first_model) if self.recipe.first_finetune else self.recipe.model
-
-    def base_float32(self) -> LM:
-        """The base in float32, for trainings whose weights do not move in 8 bits of mantissa."""
-        if self._float32 is None:
-            exact = self.base().model.dtype == torch.float32
-            self._float32 = self.base() if exact else self._load(self._base_name, dtype="float32")
-        return self._float32
-
-    def _free_float32(self, made: Training) -> None:
-        """Let go of the float32 copy once no training is left that takes it: it is twice the base's size."""
-        wanted = {METHODS[name].training for name in self.recipe.sweep.methods} & {"bias", "full"}
-        left = {t for t in wanted - {made} if not all(is_whole(self.folder.finetune_of(t, side)) for side in SIDES)}
-        if self._float32 is not None and self._float32 is not self._base and not left:
-            self._float32 = None
-            free_memory()
-
-    def _load(self, name: str, dtype: str | None = None) -> LM:
-        recipe = self.recipe
-        variables, options = recipe.chat_template_kwargs, recipe.loading.options
-        how = dtype or recipe.dtype
-        return LM.load(name, device=recipe.device, dtype=how, chat_template_kwargs=variables, options=options)
-
-    def _load_finetuned(self, lm: LM, base: str, wanted: FinetuneRecipe, adapter: Path, merged: Path) -> LM:
-        """Train on `wanted`, merge it into the base as a checkpoint in the run's folder, and load that."""
-        if not is_whole(merged):
-            tau = task_vector(self._train(lm, self.recipe.finetune_examples(wanted), adapter, wanted.train))
-            with self.show(f"merge {adapter.name}") as progress:
-                settings = MergeSettings(seed=self.recipe.seed)
-                export_merged(tau, checkpoint_folder(base), merged, k=1.0, settings=settings, progress=progress)
-        return self._load(str(merged))
-
-    def _train(self, lm: LM, examples: Sequence[Example], out: Path, train: Mapping[str, Any]) -> Path:
-        """One fine-tune in the run's folder."""
-        with self.show(f"train {out.relative_to(self.folder.path)}") as progress:
-            return train_side(lm, examples, out, settings=self.recipe.train_settings(train), progress=progress)
+        return self.models.lm()
 
     def sides(self) -> tuple[list[Example], list[Example]]:
         """D+ and D-: given, or the model's own answers."""
@@ -195,7 +117,7 @@ class RunArtifacts:
         """See `MethodSources.finetunes`."""
         if training == "DPO":
             return self._prefer()
-        train, base, sides = dict(self.recipe.train), self.base(), self.sides()
+        train, base, sides = dict(self.recipe.train), self.base, self.sides()
         if training in ("kl", "dial-pairs"):
             train |= self._train_of(training)
             sides = sides_of(self.dial_pairs()) if training == "dial-pairs" else sides
@@ -207,11 +129,12 @@ class RunArtifacts:
         else:
             train |= {"kind": training, "bf16": self.recipe.dtype == "bfloat16", **self._train_of(training)}
             out = {side: self.folder.finetune_of(training, side) for side in SIDES}
-            base = self.base_float32()
+            base = self.models.base_float32
+        lm = self.models.to_train(base, train)
         given = zip(SIDES, sides, strict=True)
-        positive, negative = (self._train(base, examples, out[side], train) for side, examples in given)
-        del base
-        self._free_float32(training)
+        positive, negative = (self.models.train(lm, examples, out[side], train) for side, examples in given)
+        del lm
+        self.models.free_float32(training)
         return positive, negative
 
     def _train_of(self, training: Training) -> Mapping[str, Any]:
@@ -287,11 +210,11 @@ class RunArtifacts:
         """DPO towards each side, on the pairs that the two sides form."""
         pairs = self._pairs()
         train = {**self.recipe.train, "snapshots": SNAPSHOT_COUNT, **self._train_of("DPO")}
-        settings, tuned = self.recipe.train_settings(train), []
+        settings, tuned, lm = self.recipe.train_settings(train), [], self.models.to_train(self.base, train)
         for side in SIDES:
             with self.show(f"train DPO {side}") as progress:
                 out, wanted = self.folder.finetune_of("DPO", side), preferences_of(pairs, side)
-                tuned.append(train_preference(self.base(), wanted, out, settings=settings, progress=progress))
+                tuned.append(train_preference(lm, wanted, out, settings=settings, progress=progress))
         return tuned[0], tuned[1]
 
     def difference(self, training: Training = "lora") -> WeightVector:
@@ -343,10 +266,9 @@ class RunArtifacts:
         examples = self.recipe.finetune_examples(target)
         desired = self.sides()[SIDES.index(target.desired_side)][: target.desired_examples]
         wanted = sorted({abs(round(k)) for k in self.recipe.sweep.methods["joint training"] or ()})
+        lm, out = self.models.to_train(self.base, target.train), self.folder.joint_finetune
         return {
-            copies: self._train(
-                self.base(), [*examples, *desired * copies], self.folder.joint_finetune(copies), target.train
-            )
+            copies: self.models.train(lm, [*examples, *desired * copies], out(copies), target.train)
             for copies in wanted
         }
 

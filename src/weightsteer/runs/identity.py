@@ -55,16 +55,14 @@ def without_folders(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def without_resources(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's fields, its trainings without what changes no result, such as checkpointing."""
-    from ..training.settings import RESOURCES
-
-    def lean(train: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in train.items() if name not in RESOURCES}
+    from ..training.settings import deciding
 
     parts = {
-        n: fields[n] and {**fields[n], "train": lean(fields[n]["train"])} for n in ("first_finetune", "repair_target")
+        n: fields[n] and {**fields[n], "train": deciding(fields[n]["train"])}
+        for n in ("first_finetune", "repair_target")
     }
-    alone = {method: lean(train) for method, train in fields["train_of"].items()}
-    return {**fields, **parts, "train": lean(fields["train"]), "train_of": alone}
+    alone = {method: deciding(train) for method, train in fields["train_of"].items()}
+    return {**fields, **parts, "train": deciding(fields["train"]), "train_of": alone}
 
 
 def _last_part(text: str | None) -> str | None:

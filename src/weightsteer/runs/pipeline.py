@@ -32,7 +32,8 @@ from ..steering.methods import costs_of
 from ..steering.several_k import generate_at_strengths, replies_at_strengths
 from ..steering.steering import Steering
 from ..vectors.vector_folder import save_card
-from .artifacts import RunArtifacts, ShowProgress, load_judge
+from .artifacts import RunArtifacts, load_judge
+from .models import ShowProgress
 from .own_data import OWN, behavior_of
 from .recipe import Recipe, claim_run
 from .run_engine import RunEngine

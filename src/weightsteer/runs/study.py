@@ -18,7 +18,7 @@ from ..run_card import RunCard, refuse_foreign
 from ..run_folder import RunFolder
 from ..shown import note
 from ..training.job import without_gain
-from .artifacts import ShowProgress
+from .models import ShowProgress
 from .pipeline import Run, Trust
 from .recipe import Recipe
 from .stages import finish, is_measured

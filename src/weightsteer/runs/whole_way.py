@@ -26,7 +26,7 @@ from ..run_folder import RunFolder
 from ..training.both_sides import train_vector
 from ..training.settings import TrainSettings
 from ..vectors.vector_folder import save_card
-from .artifacts import ShowProgress
+from .models import ShowProgress
 
 SAMPLED = SamplingSettings(samples=1, max_new_tokens=96)  # of a trait file: one answer to each question and prompt
 FEWEST = 8  # pairs that a sampling has to give

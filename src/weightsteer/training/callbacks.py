@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +17,19 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from ..progress import Progress
+from ..ranks import agreed, is_first, wait
 from ..run_card import new_folder
 from .job import Job
 from .resume import checkpoint_at, seal
+from .trainables import Trained
 
 SNAPSHOTS = "snapshots"  # folder of a fine-tune's snapshots, in the job's and in the fine-tune's
 
 
-def callbacks_of(job: Job, save: Callable[[Path], None], progress: Progress) -> list[TrainerCallback]:
-    """The callbacks of one job; `save` writes what is trained, as it stands, into a folder."""
+def callbacks_of(job: Job, trained: Trained, progress: Progress) -> list[TrainerCallback]:
+    """The callbacks of one job; `trained` writes what is trained, as it stands, into a folder."""
     stopping = [] if job.settings.snapshots else [EarlyStoppingCallback(job.settings.patience)]
-    kept = [_SealCheckpoints(job), _KeepRandomState(), _KeepSnapshots(job, save)]
+    kept = [_SealCheckpoints(job), _KeepSnapshots(job, trained)]
     return [*stopping, StepClock(), *kept, _ReportProgress(progress)]
 
 
@@ -56,25 +56,6 @@ class StepClock(TrainerCallback, ExportableState):
         self.seconds += time.perf_counter() - self.started
 
 
-class _KeepRandomState(TrainerCallback):
-    """Leaves the random numbers of training as if the base's loss had not been measured at step 0.
-
-    A data loader draws one number each time it is begun, and a model with dropout would train on other ones.
-    """
-
-    def __init__(self) -> None:
-        self.state = torch.get_rng_state()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.state = torch.get_rng_state()
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step == 0:
-            torch.set_rng_state(self.state)
-
-
 class _SealCheckpoints(TrainerCallback):
     """Brings each checkpoint to the disk, and finds the best one where the folder lies now."""
 
@@ -88,20 +69,21 @@ class _SealCheckpoints(TrainerCallback):
             state.best_model_checkpoint = str(checkpoint_at(self.job, state.best_global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal(checkpoint_at(self.job, state.global_step))
+        wait()  # each process writes its random state there
+        agreed(lambda: seal(checkpoint_at(self.job, state.global_step)))
 
 
 class _KeepSnapshots(TrainerCallback):
     """Saves the run's snapshots as they are reached; one that an earlier, killed call saved is kept."""
 
-    def __init__(self, job: Job, save: Callable[[Path], None]) -> None:
-        self.job, self.save = job, save
+    def __init__(self, job: Job, trained: Trained) -> None:
+        self.job, self.trained = job, trained
         self.steps = set(job.snapshot_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = state.global_step
         folder = self.job.folder / SNAPSHOTS / f"step-{step}"
-        if step not in self.steps or folder.exists():
+        if step not in self.steps or agreed(folder.exists):
             return
         measured = {
             "step": step,
@@ -110,9 +92,11 @@ class _KeepSnapshots(TrainerCallback):
             "learning_rate": self.job.learning_rate,
             "tokens": state.num_input_tokens_seen,
         }
-        with new_folder(folder, "finetune") as part:
-            self.save(part)
-            replace(self.job.card, measured=measured).save(part)
+        tensors = self.trained.tensors()
+        if is_first():
+            with new_folder(folder, "finetune") as part:
+                self.trained.write(part, tensors)
+                replace(self.job.card, measured=measured).save(part)
 
 
 class _ReportProgress(TrainerCallback):
@@ -129,5 +113,5 @@ class _ReportProgress(TrainerCallback):
     ) -> None:
         names = {"loss": "loss", "eval_loss": "validation loss"}
         note = ", ".join(f"{shown} {logs[key]:.3f}" for key, shown in names.items() if logs and key in logs)
-        if note:
+        if note and is_first():
             self.progress(state.global_step, state.max_steps, note)

@@ -29,6 +29,8 @@ DESCRIBED = {
     "batch_size": f"from the data: 4, or 8 from {SMALL} examples on",
     "snapshots": f"{TrainSettings.snapshots}",
     "seed": f"{TrainSettings.seed}",
+    "processes": f"{TrainSettings.processes}",
+    "shard": TrainSettings.shard,
 }
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
+from ..ranks import world
 from .job import Job
+from .together import OWN, ROWS, TrainsTogether, loss_of_all
 from .trainer import SeededLengthSampler, arguments_of, stay_on_one_device
 
 REFERENCE = "ref"  # TRL's name for the copy of an adapter that it compares with
@@ -81,21 +83,39 @@ def undo_trl_changes(model: PreTrainedModel) -> Iterator[None]:
             module.p = share
 
 
-class _PreferenceTrainer(DPOTrainer):
+class _PreferenceTrainer(TrainsTogether, DPOTrainer):
     """DPOTrainer that takes rows of token ids as they are, in an order that a resumed run repeats."""
 
     grouped_by: int  # rows of a batch
     parts: int  # in how many a whole batch passes through the model
     weights: Iterator[float] = iter(())  # of the next parts
 
+    def without_loss(self, row: dict[str, Any]) -> dict[str, Any]:
+        return row  # its loss is weighed with 0 rows
+
+    def weight_of(self, inputs: Mapping[str, Any]) -> int:
+        return len(inputs["input_ids"]) // 2  # of each pair both answers
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list[Any], Any]:
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.weights = iter(weights_of_parts([len(next(iter(sample.values()))) for sample in samples], self.parts))
+        sizes = [int(sample[ROWS]) if ROWS in sample else self.weight_of(sample) for sample in samples]
+        self.weights = iter(weights_of_parts(sizes, self.parts))
         return samples, items
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        return loss * next(self.weights) if torch.is_grad_enabled() else loss
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """TRL's mean over this process's pairs; in training, as its part of the mean over those of all processes."""
+        own, of_all = (int(inputs[name]) if name in inputs else 0 for name in (OWN, ROWS))
+        with _not_gathered(self.accelerator):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if return_outputs or not torch.is_grad_enabled():
+            return loss
+        return (loss_of_all(loss * own, of_all) if world() > 1 else loss) * next(self.weights)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         return dataset  # TRL would tokenize texts anew, by a template that is not `LM.chat_ids`
@@ -107,3 +127,13 @@ class _PreferenceTrainer(DPOTrainer):
 
     def _send_telemetry(self) -> None:
         """TRL would tell its makers of every run; ours are the user's own business."""
+
+
+@contextmanager
+def _not_gathered(accelerator: Any) -> Iterator[None]:
+    """Keep TRL's metrics, which we do not show, to each process: it gathers them by row, and processes' rows differ."""
+    accelerator.gather = accelerator.gather_for_metrics = lambda value, *_, **__: value
+    try:
+        yield
+    finally:
+        del accelerator.gather, accelerator.gather_for_metrics

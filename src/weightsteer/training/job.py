@@ -31,6 +31,11 @@ def without_gain() -> Iterator[None]:
         _ANY_OUTCOME.reset(token)
 
 
+def any_outcome_counts() -> bool:
+    """Whether this is inside `without_gain`."""
+    return _ANY_OUTCOME.get()
+
+
 @dataclass(frozen=True)
 class Job:
     """One training run at one learning rate, in its own folder."""
@@ -42,7 +47,7 @@ class Job:
     learning_rate: float
     folder: Path
     card: RunCard  # of the fine-tune that the run is for
-    rows: int | None = None  # on the device at once, a divisor of the batch size; None: the whole batch
+    rows: int | None = None  # that pass at once in all processes together, a divisor of the batch size; None: all
 
     @property
     def rows_at_once(self) -> int:

@@ -7,20 +7,23 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ..behavior import SIDES, ContrastPair, Example, Prompt
+from ..behavior import SIDES, ContrastPair, Example, Prompt, pair_rows
 from ..errors import SteerError
 from ..files import digest
 from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
+from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_folder import Side
 from .defaults import resolve, width_of
 from .job import Encoded
+from .launch import launch
 from .lr_search import search
+from .order import known_of, order_of, refuse_idle
 from .output import ROWS, as_begun, claimed, finetune_card, finish, memory_saved, refuse_placement, work_folder
 from .settings import PAPER, RATE, TrainSettings, filled, identity_of, refuse_weights
-from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base
+from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base, split_validation
 from .trainables import refuse_rank
 from .trainer import IGNORED
 
@@ -80,28 +83,42 @@ def train_preference(
     if expected := RATE.refusal(beta):
         raise SteerError(f"beta: expected {expected}, found {beta!r}")
     refuse_weights(given, "preference tuning")
-    refuse_placement(lm)
+    refuse_placement(lm, given)
+    join(on_cpu=lm.device.type == "cpu")
+    with by_first(hold(out)):
+        return prefer_held(lm, preferences, out, given, beta, progress)
+
+
+def prefer_held(
+    lm: LM, preferences: Sequence[Preference], out: Path, given: TrainSettings, beta: float, progress: Progress = silent
+) -> Path:
+    """`train_preference` for who holds `out`; where more processes are asked for than there are, they are started."""
     data = {"preferences": digest([asdict(preference) for preference in preferences])}
     wanted = resolve(given, examples=len(preferences), width=width_of(lm.model), preferences=True)
     card = finetune_card(lm, data, {**identity_of(wanted), "method": "dpo", "beta": beta})
-    with hold(out):
-        card, settings = as_begun(out, card, wanted, filled(given, PAPER))
-        work = work_folder(out, card)
-        if work is None:
-            return out
-        try:
-            from .dpo import make_dpo_trainer, undo_trl_changes
-        except ImportError as error:
-            raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
-        refuse_rank(lm.model, settings)
-        cut = {"cut_examples": _count_cut(lm, preferences, settings.max_length)}
-        chosen = [Example(p.prompt, p.chosen) for p in preferences]
-        measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
-        card = replace(card, measured=measured, held_out=held_out_rows(chosen, settings))
-        jobs = jobs_of(lm, encode_preferences(lm, preferences, settings.max_length), settings, work, card)
-        with claimed(work, card), kept_in(work / ROWS), undo_trl_changes(lm.model):
-            outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
-        return finish(out, work, card, outcomes)
+    card, settings = agreed(lambda: as_begun(out, card, wanted, filled(given, PAPER)))
+    refuse_differences(known_of(card))
+    work = agreed(lambda: work_folder(out, card))
+    if work is None:
+        return out
+    try:
+        from .dpo import make_dpo_trainer, undo_trl_changes
+    except ImportError as error:
+        raise SteerError(f"preference tuning needs TRL ({error}); pip install 'weightsteer[dpo]'") from None
+    refuse_rank(lm.model, settings)
+    cut = {"cut_examples": _count_cut(lm, preferences, settings.max_length)}
+    rows = encode_preferences(lm, preferences, settings.max_length)
+    refuse_idle(len(split_validation(rows, settings)[0]), settings)
+    if settings.processes > world():
+        rows_told = pair_rows([ContrastPair(p.prompt, p.chosen, p.rejected) for p in preferences])
+        return launch(order_of(lm, out, given, beta=beta), rows_told, lm, progress)
+    chosen = [Example(p.prompt, p.chosen) for p in preferences]
+    measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
+    card = replace(card, measured=measured, held_out=held_out_rows(chosen, settings))
+    jobs = jobs_of(lm, rows, settings, work, card)
+    with by_first(claimed(work, card)), kept_in(work / ROWS), undo_trl_changes(lm.model):
+        outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)
+    return agreed(lambda: finish(out, work, card, outcomes))
 
 
 def _count_cut(lm: LM, preferences: Sequence[Preference], max_length: int) -> int:

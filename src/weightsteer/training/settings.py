@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ..errors import SteerError
 
 KINDS = ("lora", "bias", "full")
+SHARDS = ("ddp", "fsdp")
+MOST_PROCESSES = 100_000
 LARGEST_SEED = 2**32 - 1  # numpy, which the Trainer seeds too, takes no larger one
 MOST_EPOCHS = 10_000
 MOST = 10_000_000  # steps, tokens, examples in a batch: more is a slip of the hand
@@ -45,7 +47,8 @@ def _number(default: Any, bounds: Bounds) -> Any:
 
 
 SWITCHES = ("bf16", "gradient_checkpointing")  # fields that are true or false
-RESOURCES = ("gradient_checkpointing",)  # fields by which no result changes, only what it takes to make it
+# fields by which no result changes beyond rounding, only what it takes to make it
+RESOURCES = ("gradient_checkpointing", "processes", "shard")
 COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
 WEIGHTS = ("kl_weight", "even_weight")  # of what is added to the loss on the answers
@@ -102,10 +105,14 @@ class TrainSettings:
     kl_weight: float = _number(0.0, Bounds(0, whole=False))
     # two-way training: weight of the squared even part of the answers' token log-probabilities
     even_weight: float = _number(0.0, Bounds(0, whole=False))
+    processes: int = _number(1, Bounds(1, MOST_PROCESSES))  # that train together, each with its rows of every batch
+    shard: str = "ddp"  # ddp: each process holds the whole model; fsdp: each holds a part of every weight
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise SteerError(f"kind: expected one of {', '.join(KINDS)}, found {self.kind!r}")
+        if self.shard not in SHARDS:
+            raise SteerError(f"shard: expected one of {', '.join(SHARDS)}, found {self.shard!r}")
         for name in SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise SteerError(f"{name}: expected true or false, found {getattr(self, name)!r}")
@@ -133,9 +140,13 @@ PAPER = WholeSettings()  # for models of 1.5 to 7 billion parameters and thousan
 
 
 def identity_of(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that a fine-tune is known by: those that change what comes out, which a weight of 0 does not."""
-    kept = asdict(settings).items()
-    return {name: value for name, value in kept if name not in RESOURCES and (name not in WEIGHTS or value)}
+    """The settings that a fine-tune is known by, by name."""
+    return deciding(asdict(settings))
+
+
+def deciding(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some fields that change what comes out, which resources do not, nor a weight of 0."""
+    return {name: value for name, value in given.items() if name not in RESOURCES and (name not in WEIGHTS or value)}
 
 
 def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:

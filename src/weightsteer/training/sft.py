@@ -20,15 +20,18 @@ from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
+from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_card import RunCard
 from ..thinking import split_thinking
 from ..vectors.visibility import BASE_NORM
 from .defaults import held_out, held_out_share, resolve, width_of
 from .job import Encoded, Job
+from .launch import launch
 from .lora_targets import base_norm
 from .lr_search import search
 from .neutral import neutral_rows
 from .one_training import MakeTrainer
+from .order import known_of, order_of, refuse_idle
 from .output import (
     ROWS,
     as_begun,
@@ -38,6 +41,7 @@ from .output import (
     memory_saved,
     rate_folder,
     refuse_placement,
+    refuse_several,
     work_folder,
 )
 from .settings import PAPER, TrainSettings, WholeSettings, filled, identity_of, refuse_weights
@@ -73,26 +77,40 @@ def train_side(
     """
     out, given = Path(out), settings or TrainSettings()
     refuse_weights(given, "training on one side", "even_weight")
+    if given.kl_weight:
+        refuse_several(given, "a training with kl_weight")
     if given.kl_weight and given.kind != "lora":
         raise SteerError(f"kl_weight: needs kind lora, whose base stays at hand, found {given.kind!r}; leave it out")
-    refuse_placement(lm)
+    refuse_placement(lm, given)
+    join(on_cpu=lm.device.type == "cpu")
+    with by_first(hold(out)):
+        return train_held(lm, examples, out, given, progress)
+
+
+def train_held(
+    lm: LM, examples: Sequence[Example], out: Path, given: TrainSettings, progress: Progress = silent
+) -> Path:
+    """`train_side` for who holds `out`; where more processes are asked for than there are, they are started."""
     wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
     refuse_packed(lm, wanted)
     card = finetune_card(lm, {"examples": digest(example_rows(examples))}, identity_of(wanted))
-    with hold(out):
-        card, settings = as_begun(out, card, wanted, filled(given, PAPER))
-        work = work_folder(out, card)
-        if work is None:
-            return out
-        refuse_rank(lm.model, settings)
-        rows = encode(lm, examples, settings.max_length)
-        cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
-        measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
-        card = replace(card, measured=measured, held_out=held_out_rows(examples, settings))
-        jobs = jobs_of(lm, rows, settings, work, card)
-        with claimed(work, card), kept_in(work / ROWS):
-            outcomes = search(jobs, _maker(lm, settings), progress)
-        return finish(out, work, card, outcomes)
+    card, settings = agreed(lambda: as_begun(out, card, wanted, filled(given, PAPER)))
+    refuse_differences(known_of(card))
+    work = agreed(lambda: work_folder(out, card))
+    if work is None:
+        return out
+    refuse_rank(lm.model, settings)
+    rows = encode(lm, examples, settings.max_length)
+    cut = {"cut_examples": count_cut(lm, examples, rows, settings.max_length)}
+    refuse_idle(len(split_validation(rows, settings)[0]), settings)
+    if settings.processes > world():
+        return launch(order_of(lm, out, given), example_rows(examples), lm, progress)
+    measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
+    card = replace(card, measured=measured, held_out=held_out_rows(examples, settings))
+    jobs = jobs_of(lm, rows, settings, work, card)
+    with by_first(claimed(work, card)), kept_in(work / ROWS):
+        outcomes = search(jobs, _maker(lm, settings), progress)
+    return agreed(lambda: finish(out, work, card, outcomes))
 
 
 def _maker(lm: LM, settings: WholeSettings) -> MakeTrainer:

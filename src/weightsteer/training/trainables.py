@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..checkpoints.checkpoint import DENSE_FILE
@@ -23,14 +24,26 @@ from ..vectors.layer_kinds import is_linear
 from .checkpointing import checkpointed
 from .lora_targets import lora_targets
 from .settings import TrainSettings
+from .sharded import is_sharded, put, trained_tensors
 
 MLP_OUTPUTS = ("down_proj", "c_proj", "fc2", "dense_4h_to_h", "w2")  # a block's last MLP layer, by family
-Ready = tuple[nn.Module, Callable[[Path], None]]  # the model to train, and how to save what was trained
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that is ready to train, and how what was trained in it is saved."""
+
+    model: nn.Module
+    write: Callable[[Path, dict[str, Tensor]], None]  # into a folder, from `tensors()`; the first process calls it
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is trained, as it stands, whole; all processes have to ask for it."""
+        return trained_tensors(self.model)
 
 
 @contextmanager
-def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
-    """Yield the model ready for training and a function that saves what was trained; undo all on leaving."""
+def trainable(lm: LM, settings: TrainSettings) -> Iterator[Trained]:
+    """Yield the model ready for training, with the way to save what was trained; undo all on leaving."""
     prepare = {"lora": _with_lora, "bias": _with_bias, "full": _whole}[settings.kind]
     model = lm.model
     prepared = prepare(lm, settings)  # outside `quiet_transformers`: it may warn of what is left out
@@ -53,7 +66,7 @@ def trainable(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
         model.eval()
 
 
-def _with_lora(lm: LM, settings: TrainSettings) -> AbstractContextManager[Ready]:
+def _with_lora(lm: LM, settings: TrainSettings) -> AbstractContextManager[Trained]:
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -65,10 +78,10 @@ def _with_lora(lm: LM, settings: TrainSettings) -> AbstractContextManager[Ready]
 
 
 @contextmanager
-def _lora_layers(model: PreTrainedModel, config: LoraConfig) -> Iterator[Ready]:
+def _lora_layers(model: PreTrainedModel, config: LoraConfig) -> Iterator[Trained]:
     adapted = _adapted(model, config)
     try:
-        yield adapted, lambda folder: adapted.save_pretrained(str(folder))
+        yield Trained(adapted, lambda folder, tensors: adapted.save_pretrained(str(folder), state_dict=tensors))
     finally:
         adapted.unload()
         with contextlib.suppress(AttributeError):
@@ -112,7 +125,7 @@ def refuse_rank(model: nn.Module, settings: TrainSettings) -> None:
 
 
 @contextmanager
-def _with_bias(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+def _with_bias(lm: LM, settings: TrainSettings) -> Iterator[Trained]:
     """Train the bias of each block's last MLP layer alone, giving it one where there is none (paper, bias-only)."""
     model = lm.model
     layers: dict[str, Any] = {
@@ -133,34 +146,34 @@ def _with_bias(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
     for layer in layers.values():
         layer.bias.requires_grad_(True)
 
-    def save(folder: Path) -> None:
+    def write(folder: Path, tensors: dict[str, Tensor]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        changes = {f"{name}.bias": (layer.bias.detach() - before[name]).cpu() for name, layer in layers.items()}
+        changes = {f"{name}.bias": tensors[f"{name}.bias"] - before[name].cpu() for name in layers}
         save_tensors(changes, folder / DENSE_FILE)
 
     try:
-        yield model, save
+        yield Trained(model, write)
     finally:
-        with torch.no_grad():
-            for name, layer in layers.items():
-                layer.bias.copy_(before[name])
+        for name, layer in layers.items():
+            put(layer.bias, before[name])
         for layer in lacking:
             layer.bias = None
 
 
 @contextmanager
-def _whole(lm: LM, settings: TrainSettings) -> Iterator[Ready]:
+def _whole(lm: LM, settings: TrainSettings) -> Iterator[Trained]:
     model = lm.model
     originals = {name: p.detach().cpu().clone() for name, p in model.named_parameters()}
     model.requires_grad_(True)
 
-    def save(folder: Path) -> None:
-        model.save_pretrained(str(folder))
+    def write(folder: Path, tensors: dict[str, Tensor]) -> None:
+        buffers = {name: tensor for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
+        whole = {"state_dict": {**buffers, **tensors}} if is_sharded(model) else {}
+        model.save_pretrained(str(folder), **whole)
         lm.tokenizer.save_pretrained(str(folder))  # so that it loads as a model
 
     try:
-        yield model, save
+        yield Trained(model, write)
     finally:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(originals[name])
+        for name, parameter in model.named_parameters():
+            put(parameter, originals[name])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..fitting import in_parts
 from ..model_parts import projecting_only
+from ..ranks import own_device, world
 from .job import Job
+from .sharded import fsdp_arguments
+from .together import TrainsTogether, loss_of_all
 
 IGNORED = -100  # label of a position without loss
 
@@ -38,6 +41,7 @@ def make_trainer(job: Job, model: nn.Module, callbacks: list[TrainerCallback]) -
 def arguments_of(job: Job) -> dict[str, Any]:
     """The arguments that every Trainer of ours has in common, by `TrainingArguments`' names."""
     settings = job.settings
+    device = own_device() if world() > 1 else job.lm.device
     every = max(1, job.steps // settings.evaluations)
     return {
         "output_dir": str(job.folder),
@@ -66,10 +70,11 @@ def arguments_of(job: Job) -> dict[str, Any]:
         "remove_unused_columns": False,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        "use_cpu": job.lm.device.type == "cpu",
-        "dataloader_pin_memory": job.lm.device.type == "cuda",
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
         "report_to": "none",
         "disable_tqdm": True,
+        **(fsdp_arguments(job.lm.model) if world() > 1 and settings.shard == "fsdp" else {}),
     }
 
 
@@ -78,10 +83,20 @@ def stay_on_one_device(arguments: TrainingArguments) -> None:
     arguments._n_gpu = min(arguments.n_gpu, 1)
 
 
-class AnswerTrainer(Trainer):
+class AnswerTrainer(TrainsTogether):
     """Trainer whose loss projects only the answer positions onto the vocabulary, in length-sorted batches."""
 
     grouped_by: int  # rows of a batch, whose order does not depend on how many of them pass at once
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.model_accepts_loss_kwargs = True  # `compute_loss` is given how many tokens the whole step has
+
+    def without_loss(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**row, "labels": [IGNORED] * len(row["labels"])}
+
+    def weight_of(self, inputs: Mapping[str, Any]) -> int:
+        return int((inputs["labels"][:, 1:] != IGNORED).sum())
 
     def compute_loss(
         self,
@@ -90,20 +105,26 @@ class AnswerTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.is_fsdp_enabled:  # under FSDP all processes pass through it equally often
             loss = self._summed_loss(model, inputs)
-        else:  # a validation batch stays one, since its mean is one over tokens; memory may ask for parts of it
-            count, length = inputs["input_ids"].shape
-
-            def part_of_it(rows: list[int]) -> list[Tensor]:
-                return [self._summed_loss(model, {name: value[rows] for name, value in inputs.items()})]
-
-            unwrapped = self.accelerator.unwrap_model(model)
-            loss = torch.stack(in_parts(unwrapped, "validate", range(count), [length] * count, part_of_it)).sum()
+        else:
+            loss = self._summed_in_parts(model, inputs)
         if num_items_in_batch is None:
-            num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum()
-        loss = loss / num_items_in_batch
+            loss = loss / (inputs["labels"][:, 1:] != IGNORED).sum()
+        else:
+            loss = loss_of_all(loss, num_items_in_batch)
         return (loss, {}) if return_outputs else loss
+
+    def _summed_in_parts(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+        """The summed loss of a validation batch, which passes in as many parts as memory asks for."""
+        count, length = inputs["input_ids"].shape
+        names = ("input_ids", "attention_mask", "labels")
+
+        def part_of_it(rows: list[int]) -> list[Tensor]:
+            return [self._summed_loss(model, {name: inputs[name][rows] for name in names})]
+
+        unwrapped = self.accelerator.unwrap_model(model)
+        return torch.stack(in_parts(unwrapped, "validate", range(count), [length] * count, part_of_it)).sum()
 
     def _summed_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         """The loss in nats, summed over the tokens of the answers."""

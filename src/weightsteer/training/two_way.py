@@ -14,6 +14,7 @@ from pathlib import Path
 from ..behavior import ContrastPair, Example, pair_rows
 from ..errors import SteerError
 from ..files import digest
+from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
@@ -24,7 +25,17 @@ from .defaults import resolve, width_of
 from .job import Encoded
 from .lr_search import search
 from .neutral import neutral_rows
-from .output import as_begun, claimed, finetune_card, finish, refuse_placement, work_folder
+from .output import (
+    ROWS,
+    as_begun,
+    claimed,
+    finetune_card,
+    finish,
+    memory_saved,
+    refuse_placement,
+    refuse_several,
+    work_folder,
+)
 from .settings import PAPER, TrainSettings, filled, identity_of
 from .sft import MOST_KEPT, count_cut, encode, held_out_places, jobs_of, size_of_base
 from .trainables import refuse_rank
@@ -51,7 +62,8 @@ def train_two_way(
     out, given = Path(out), settings or TrainSettings()
     if given.kind != "lora":
         raise SteerError(f"kind: two-way training trains lora, found {given.kind!r}")
-    refuse_placement(lm)
+    refuse_several(given, "two-way training")
+    refuse_placement(lm, given)
     wanted = resolve(given, examples=len(pairs), width=width_of(lm.model))
     card = finetune_card(lm, {"pairs": digest(pair_rows(pairs))}, {**identity_of(wanted), "method": "two-way"})
     with hold(out):
@@ -64,10 +76,11 @@ def train_two_way(
         cut = {"cut_examples": count_cut(lm, answers, encode(lm, answers, settings.max_length), settings.max_length)}
         held = sorted(held_out_places(len(pairs), settings))[:MOST_KEPT]
         kept = tuple(pair_rows([pairs[place] for place in held]))
-        card = replace(card, measured={**cut, **size_of_base(lm, settings)}, held_out=kept)
+        measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
+        card = replace(card, measured=measured, held_out=kept)
         jobs = jobs_of(lm, encode_pairs(lm, pairs, settings.max_length), settings, work, card)
         neutral = neutral_rows(lm) if settings.kl_weight else []
-        with claimed(work, card):
+        with claimed(work, card), kept_in(work / ROWS):
             outcomes = search(jobs, partial(make_weighted_trainer, neutral=neutral), progress)
         return finish(out, work, card, outcomes)
 

@@ -53,6 +53,7 @@ def make_weighted_trainer(
         callbacks=callbacks,
     )
     trainer.weights = settings.even_weight, settings.kl_weight
+    trainer.grouped_by = settings.batch_size
     trainer.rows = RowSigns(model)
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -149,7 +150,7 @@ class WeightedTrainer(AnswerTrainer):
         rows: Any = self.train_dataset
         names = ("input_ids", f"{SIDE}input_ids")
         lengths = [max(len(row[name]) for name in names if name in row) for row in rows]
-        return SeededLengthSampler(self.args.train_batch_size, lengths, self.args.seed)
+        return SeededLengthSampler(self.grouped_by, lengths, self.args.seed)
 
 
 def _targets(inputs: dict[str, Tensor]) -> list[Tensor]:

@@ -254,6 +254,13 @@ def test_a_config_of_a_billion_is_not_built(field: str, checkpoint: Path) -> Non
     assert time.monotonic() - started < 30
 
 
+def test_a_number_of_layers_below_0_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": -1}))
+    with pytest.raises(SteerError, match="num_hidden_layers -1; expected how many"):
+        LM.load(checkpoint, device="cpu")
+
+
 def test_layers_that_are_stored_nowhere_are_not_made_up(checkpoint: Path) -> None:
     path = checkpoint / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": 3}))

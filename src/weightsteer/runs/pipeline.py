@@ -216,7 +216,7 @@ class Run:
             refused=samples.broken_ks(),
         )
         path = self.folder.vector
-        save_card(RunCard.load(path).with_strength(strength), path)
+        save_card(RunCard.load(path).with_strength(strength).with_about(self.behavior.description), path)
         return strength
 
     def _budget(self) -> dict[MetricKey, float]:

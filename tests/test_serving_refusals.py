@@ -307,7 +307,9 @@ def test_requests_that_come_at_once_are_told_of_a_full_queue_by_the_status(small
     gone = threading.Event()
 
     def ask() -> None:
-        request = Request(f"{small.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        request = Request(
+            f"{small.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
         try:
             with urlopen(request, timeout=60) as reply:
                 statuses.append(reply.status)

@@ -202,6 +202,7 @@ class Run:
                 validated=validated,
                 items_of=items_of,
                 engine=engine,
+                judge_is_served=isinstance(self.judge, Endpoint),
                 batch_size=batch,
                 progress=progress,
             )

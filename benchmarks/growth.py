@@ -177,8 +177,9 @@ def growth(runs: int, share: float = 1.0) -> str:
         mark = " (!)" if large / small > LIMIT else ""
         lines.append(f"| {name} | {size} | {small:.3f} | {large:.3f} | {large / small:.1f}{mark} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    return f"## Growth\n\nSeconds of the processor at n and at 10 n; linear is 10, and (!) marks more than {LIMIT:g}:\n\n" + "\n".join(
-        lines
+    return (
+        f"## Growth\n\nSeconds of the processor at n and at 10 n; linear is 10, and (!) marks more than {LIMIT:g}:\n\n"
+        + "\n".join(lines)
     )
 
 

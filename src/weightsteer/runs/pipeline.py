@@ -204,6 +204,7 @@ class Run:
                 validated=VALIDATED,
                 items_of=items_of,
                 engine=engine,
+                judge_is_served=isinstance(self.judge, Endpoint),
                 batch_size=batch,
                 progress=progress,
             )
@@ -218,7 +219,7 @@ class Run:
             refused=samples.broken_ks(),
         )
         path = self.folder.vector
-        save_card(RunCard.load(path).with_strength(strength), path)
+        save_card(RunCard.load(path).with_strength(strength).with_about(self.behavior.description), path)
         return strength
 
     def _budget(self) -> dict[MetricKey, float]:

@@ -93,8 +93,8 @@ def trait_pairs(trait: str) -> list[ContrastPair]:
 
 
 def probe_pairs(trait: str) -> list[ContrastPair]:
-    """Thirty pairs by which a model's behaviour is read: those of the vector, and those kept from it."""
-    return [*trait_pairs(trait), *load_pairs(f"personality/{trait}", file="heldout.jsonl")]
+    """Fifteen pairs by which a model's behaviour is read: of the vector's, and of those kept from it."""
+    return [*trait_pairs(trait), *load_pairs(f"personality/{trait}", file="heldout.jsonl")][::2]
 
 
 class Bank:
@@ -138,13 +138,13 @@ class Bank:
             probed = time.perf_counter()
             states = self.states()
             ended = time.perf_counter()
-        seconds = {"probe": (probed - begun) / len(self.plan["traits"]), "activations": ended - probed}
+        seconds = {"probe": (probed - begun) / len(self.plan["watched"]), "activations": ended - probed}
         write_json(path, {"margins": margins, "states": states, "seconds": seconds})
 
     def margins(self) -> dict[str, list[float]]:
         """Trait -> log p(positive) - log p(negative) per token of each of its pairs."""
         found = {}
-        for trait in self.plan["traits"]:
+        for trait in self.plan["watched"]:
             pairs = probe_pairs(trait)
             scores = score_choices(self.lm, [p.prompt for p in pairs], [(p.positive, p.negative) for p in pairs])
             found[trait] = [one.mean - other.mean for one, other in scores]

@@ -42,8 +42,11 @@ Scores = dict[tuple[str, str], float]  # (fine-tune, trait)
 class Readings:
     """All inner products of the traits and of the bank, and what follows from them."""
 
-    def __init__(self, out: Path, traits: Mapping[str, WeightVector], entries: Sequence[FineTune]) -> None:
+    def __init__(
+        self, out: Path, traits: Mapping[str, WeightVector], entries: Sequence[FineTune], watched: Sequence[str]
+    ) -> None:
         self.out, self.traits, self.entries = out, dict(traits), {entry.name: entry for entry in entries}
+        self.watched = tuple(watched)
         taus = {name: task_vector(out / "fine-tunes" / name) for name in self.entries}
         self.names = [*traits, *taus]
         members: list[Any] = [vector.deltas for vector in (*traits.values(), *taus.values())]
@@ -111,17 +114,17 @@ def scores_of(read: Readings, made: Bank) -> dict[str, Scores]:
         "z, other traits": lambda n, t: _z_controls(read, n, t),
         "concentration of tau": lambda n, _t: read.spectra[n],
         "norm of tau": lambda n, _t: float(read.table.sum(0)[read.at([n])[0], read.at([n])[0]]),
-        "probe, 15 pairs": lambda n, t: moved(read.out, read.entries[n], t, 1)[0],
+        "probe, 7 pairs": lambda n, t: moved(read.out, read.entries[n], t, 1)[0],
     }
     found = {
-        detector: {(n, t): score(n, t) for n in read.entries for t in read.traits} for detector, score in per.items()
+        detector: {(n, t): score(n, t) for n in read.entries for t in read.watched} for detector, score in per.items()
     }
     for detector, benign in (("decomposition", False), ("decomposition, whitened", True)):
         found[detector] = {}
         for name, entry in read.entries.items():
             others = read.benign(entry.group) if benign else []
             parts = decompose(read.grams(name, others), benign=others)
-            found[detector] |= {(name, trait): parts[trait].share for trait in read.traits}
+            found[detector] |= {(name, trait): parts[trait].share for trait in read.watched}
     found["activations"] = _shifts(read, made)
     return found
 
@@ -147,7 +150,7 @@ def _shifts(read: Readings, made: Bank) -> Scores:
     """The shift of the middle layer's states along each trait's activation vector."""
     base = np.array(read_json(read.out / "measured" / "base.json")["states"])
     middle, found = len(made.lm.blocks) // 2, {}
-    for trait in read.traits:
+    for trait in read.watched:
         direction = made.activations(trait).layers[middle].double().numpy()
         for name in read.entries:
             states = np.array(read_json(read.out / "measured" / f"{name}.json")["states"])
@@ -186,7 +189,7 @@ def truth_by_behaviour(read: Readings) -> dict[tuple[str, str], bool]:
     """Whether the margin of a trait moved, on pairs that the probe does not use; what is unclear is left out."""
     found = {}
     for name, entry in read.entries.items():
-        for trait in read.traits:
+        for trait in read.watched:
             mean, error = moved(read.out, entry, trait, 0)
             if mean > max(CLEAR * error, LEAST):
                 found[name, trait] = True
@@ -293,9 +296,11 @@ def main() -> None:
         trait: subtract_finetunes(out / "traits" / trait / "positive", out / "traits" / trait / "negative")
         for trait in plan["traits"]
     }
-    read, made = Readings(out, traits, entries), Bank(out, plan)
+    read, made = Readings(out, traits, entries, plan["watched"]), Bank(out, plan)
     rows = compare(read, made)
-    small = Readings(out, {name: vector.truncate(rank=RANK) for name, vector in traits.items()}, entries)
+    small = Readings(
+        out, {name: vector.truncate(rank=RANK) for name, vector in traits.items()}, entries, plan["watched"]
+    )
     controls = {e.name: task_vector(out / "fine-tunes" / e.name) for e in entries if is_benign(e) and e.seed == 0}
     about = {trait: _about(trait) for trait in traits}
     limits = thresholds(small)

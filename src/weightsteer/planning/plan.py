@@ -34,6 +34,7 @@ def choices_of(recipe: Recipe, devices: int | None = None) -> Choices:
     train = recipe.train
     number = devices or int(train.get("processes", 1))
     return Choices(
+        quantize=recipe.loading.quantize,
         gradient_checkpointing=bool(train.get("gradient_checkpointing", False)),
         devices=number,
         shard=train.get("shard", "fsdp" if devices else "ddp"),

@@ -39,7 +39,7 @@ docs: .venv/ready  ## the pages that follow from the code, then the site in buil
 notebook: .venv/ready  ## run docs/tour.ipynb; the result is build/tour.ipynb
 	$(BIN)/python scripts/run_notebook.py docs/tour.ipynb build/tour.ipynb
 
-bench: .venv/ready .venv-mergekit/ready  ## against PEFT, mergekit and cp: an hour, 40 GB of disk in build/benchmarks
+bench: .venv/ready .venv-mergekit/ready  ## against PEFT, TRL, lm-evaluation-harness, mergekit and cp: hours, 40 GB of disk in build/benchmarks
 	$(BIN)/python benchmarks/run.py --mergekit .venv-mergekit/bin/mergekit-yaml
 
 lowest: .venv/ready  ## the fast tests on the lowest versions that pyproject.toml allows

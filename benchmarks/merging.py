@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from measure import Usage, in_turn, run_command, table
-from synthetic import LARGE, SMALL, Shape, write_adapter, write_checkpoint
+from synthetic import LARGE, LARGEST, SMALL, Shape, write_adapter, write_checkpoint
 
 PEERS = Path(__file__).parent / "peers"
 WEIGHTSTEER = str(Path(sys.executable).parent / "weightsteer")
@@ -28,7 +30,7 @@ def prepare(root: Path, shape: Shape) -> dict[str, Path]:
 
 
 def _export(positive: Path, negative: Path | None, base: Path, out: Path) -> list[str]:
-    command = [WEIGHTSTEER, "export", str(positive), "--to", "merged", "-m", str(base), "--k=1", "-o", str(out)]
+    command = [WEIGHTSTEER, "export", "merged", str(positive), "-m", str(base), "--k=1", "-o", str(out)]
     return [*command, "--negative", str(negative)] if negative else command
 
 
@@ -107,3 +109,55 @@ def memory(root: Path, runs: int) -> str:
         sizes[name] = in_turn({name: run}, runs)[name]
         shutil.rmtree(out, ignore_errors=True)
     return f"Peak memory by size of the model, from adapters:\n\n{table(sizes, '1.26B')}"
+
+
+MOST_DISK, MOST_MEMORY = 0.8, 0.7  # of what is free: how much a benchmark takes
+LORA_MEMORY = 3.5  # mergekit with LoRAs peaks at so many times the checkpoint's bytes
+PLACES = 6  # checkpoints that lie on the disk at once: base, two merged, the output, mergekit's two of LoRAs
+
+
+def widths(root: Path, mergekit: str, runs: int, layers: int | None = None) -> str:
+    """Merges at the widths of 4.7B and 13B, with as many layers as disk and memory here allow, or `layers`."""
+    texts = ["Wider models, against mergekit:"]
+    for name, shape in {"4.71B": LARGE, "13.0B": LARGEST}.items():
+        count = min(shape.layers, layers or layers_that_fit(root, shape))
+        cut = replace(shape, layers=count)
+        folder = root / f"wide-{shape.hidden}-{count}"
+        made, out = prepare(folder, cut), folder / "out"
+        base, both = made["base"], [made["positive"], made["negative"]]
+        merged = [made["positive merged"], made["negative merged"]]
+        medians = in_turn(
+            {
+                OURS: partial(_ours, both, base, out),
+                "mergekit, two LoRAs": partial(
+                    _mergekit, mergekit, folder, base, [f"{base}+{side}" for side in both], out
+                ),
+                "weightsteer, checkpoints": partial(_ours, merged, base, out),
+                "mergekit, checkpoints, -j 2 --async-write": partial(
+                    _mergekit, mergekit, folder, base, list(map(str, merged)), out, "-j", "2", "--async-write"
+                ),
+                "cp -r": lambda base=base, out=out: run_command(["cp", "-r", str(base), str(out)], out),
+                "import torch": lambda out=out: run_command([sys.executable, "-c", "import torch"], out),
+            },
+            runs,
+            warm=0,
+        )
+        shutil.rmtree(folder)
+        texts.append(
+            f"Width of {name} ({shape.hidden}, {shape.feed_forward}), {count} of {shape.layers} layers, "
+            f"{cut.parameters() / 1e9:.2f}B parameters, median of {runs}:\n\n{table(medians, OURS)}"
+        )
+    return "\n\n".join(texts)
+
+
+def _ours(sides: list[Path], base: Path, out: Path) -> Usage:
+    return run_command(_export(sides[0], sides[1], base, out), out)
+
+
+def layers_that_fit(root: Path, shape: Shape) -> int:
+    """How many layers of a shape leave room on the disk and in memory."""
+    disk = MOST_DISK * shutil.disk_usage(root).free / PLACES
+    memory = MOST_MEMORY * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / LORA_MEMORY
+    outside = replace(shape, layers=0).parameters()
+    layer = replace(shape, layers=1).parameters() - outside
+    return max(1, int((min(disk, memory) / 2 - outside) / layer))  # two bytes a parameter

@@ -9,6 +9,8 @@ are measured right before, and times are those of the processor, so that other p
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -17,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
@@ -25,24 +28,31 @@ PAIRS, BATCH, PROMPTS, NEW = 24, 4, 8, 24
 
 
 class Watch(threading.Thread):
-    """The largest anonymous resident memory of this process, asked every 10 ms."""
+    """The largest resident memory of this process, asked every 20 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peak, self.over = 0, threading.Event()
 
     def run(self) -> None:
-        while not self.over.wait(0.01):
+        while not self.over.wait(0.02):
             self.peak = max(self.peak, resident())
 
 
 def resident() -> int:
-    """Bytes of this process in memory, mapped files included."""
+    """Bytes of this process in memory, mapped files such as weights included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def trim() -> None:
+    """Give back to the system what the stage before has freed."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def watched(work: Callable[[], object]) -> tuple[float, float]:
     """Peak bytes and processor seconds of one call."""
+    trim()
     watch, start = Watch(), time.process_time()
     watch.start()
     work()
@@ -77,13 +87,15 @@ def recipe_of(model: str, dtype: str, steps: int) -> dict[str, object]:
 def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
     """Run and plan the same stages; one row a stage."""
     from weightsteer.lm import LM
-    from weightsteer.planning.devices import measured_cpu
+    from weightsteer.planning.named_device import device_named
     from weightsteer.planning.plan import plan_recipe
     from weightsteer.runs.recipe import Recipe
     from weightsteer.training import train_side
 
     recipe = Recipe.model_validate(recipe_of(model, dtype, steps))
-    device = measured_cpu()
+    device = device_named("cpu")
+    trim()
+    device = replace(device, reserved=float(resident()))
     lm = LM.load(model, dtype=dtype, device="cpu")
     tasks = recipe.load_tasks()
     sides = recipe.sides()
@@ -97,7 +109,8 @@ def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
             "measure the base": watched(lambda: [task.measure(lm, batch_size=16) for task in tasks]),
             "write": watched(lambda: lm.generate(prompts, max_new_tokens=NEW, batch_size=PROMPTS)),
         }
-    again = measured_cpu()
+    again = device_named("cpu")
+    print(device.slowness, again.slowness, file=sys.stderr)
     plan = plan_recipe(recipe, middle(device, again))
     planned = {stage.name: (stage.memory.total, stage.seconds, stage) for stage in plan.stages}
     planned["write"] = writing(recipe, middle(device, again), prompts)
@@ -106,9 +119,7 @@ def measure(model: str, dtype: str, steps: int) -> list[dict[str, object]]:
 
 def middle(first: object, second: object) -> object:
     """The device with the mean of two measurements of its rates."""
-    from dataclasses import replace
-
-    rates = ("float32", "bfloat16", "bandwidth", "host_seconds")
+    rates = ("float32", "bfloat16", "bandwidth", "host_seconds", "slowness")
     mean = {name: (getattr(first, name) + getattr(second, name)) / 2 for name in rates}
     thin = tuple((a + b) / 2 for a, b in zip(first.thin, second.thin, strict=True))  # type: ignore[attr-defined]
     return replace(first, **mean, thin=thin)  # type: ignore[type-var]
@@ -117,7 +128,8 @@ def middle(first: object, second: object) -> object:
 def writing(recipe: object, device: object, prompts: list[str]) -> tuple[float, float, object]:
     """The plan of replies to the prompts alone."""
     from weightsteer.planning.counting import CountingModel
-    from weightsteer.planning.plan import Choices, planner_of
+    from weightsteer.planning.numbers import Choices
+    from weightsteer.planning.plan import planner_of
     from weightsteer.planning.stages import Stage
 
     planner = planner_of(recipe, device, Choices(), [])
@@ -154,8 +166,9 @@ def main() -> None:
         print(json.dumps(measure(options.model, options.dtype, options.steps)))
         return
     done = subprocess.run([sys.executable, __file__, "--here", *sys.argv[1:]], capture_output=True, text=True)
+    print(done.stderr[-3000:], file=sys.stderr)
     if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
+        raise SystemExit(done.returncode)
     rows = json.loads(done.stdout.splitlines()[-1])
     print("| " + " | ".join(rows[0]) + " |\n" + "| --- " * len(rows[0]) + "|")
     for line in rows:

@@ -1,7 +1,8 @@
 """Load on the server: many streams at once with mixed strengths, each reply compared with the same one asked for alone.
 
 Prints how many replies were lost or mixed up, the server's memory at the start, in the middle and at the end, tokens
-per second, and the ratio to plain `generate` that takes one request, and so one k, at a time.
+per second, and the ratio to plain `generate` that takes one request, and so one k, at a time. Then more requests come
+at once than the batch and the queue take, and clients go away in the middle of long replies.
 
     python benchmarks/serve_load.py --seconds 120
     python benchmarks/serve_load.py --seconds 30 --model smollm2-135m-instruct --vector VECTOR --dtype float32
@@ -23,9 +24,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 STRENGTHS = (-1.0, -0.5, 0.0, 0.5, 1.0)  # shares of the largest k
+LEAVING = 16  # clients that go away while their replies are written
+BEYOND = 16  # requests more than the batch and the queue take
+LONG = 4000  # tokens of a reply that nobody waits for
 TOPICS = ("bread", "the sea", "a long winter", "trains", "the moon", "old maps", "a good walk", "rain")
 PROMPTS = tuple(
     f"Write two sentences about {topic}, for a {reader}." for topic in TOPICS for reader in ("child", "clerk")
@@ -164,6 +169,47 @@ def load(url: str, pid: int, cases: Sequence[tuple[str, float]], given: argparse
     }
 
 
+def stay_or_leave(url: str, answers: list[int], gone: threading.Event) -> None:
+    """One long request: notes the status, and goes away when `gone` is set."""
+    body = {"prompt": "Once", "max_tokens": LONG, "ignore_eos": True, "stream": True, "model": "w@0.5"}
+    request = Request(f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=600) as reply:
+            answers.append(reply.status)
+            gone.wait()
+    except HTTPError as error:
+        answers.append(error.code)
+
+
+def running(url: str) -> int:
+    """Rows that run and requests that wait."""
+    with urlopen(f"{url}/health", timeout=60) as reply:
+        found = json.load(reply)
+    return int(found["running"]) + int(found["waiting"])
+
+
+def crowd(url: str, count: int) -> dict[str, Any]:
+    """So many long requests at once; then all clients go away: the statuses, and the time until their rows are free."""
+    answers: list[int] = []
+    gone = threading.Event()
+    threads = [threading.Thread(target=stay_or_leave, args=(url, answers, gone)) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    start = time.monotonic()
+    # one that waits has no status yet
+    while (busy := running(url)) + sum(status != 200 for status in answers) < count and time.monotonic() - start < 60:
+        time.sleep(0.05)
+    gone.set()
+    start = time.monotonic()
+    while running(url) and time.monotonic() - start < 60:
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    freed = round(time.monotonic() - start, 2)
+    counts = {str(status): answers.count(status) for status in sorted(set(answers))}
+    return {"answers": counts, "rows and waiting": busy, "left after they went": running(url), "seconds": freed}
+
+
 def main() -> None:
     """Start a server, load it, stop it, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -172,6 +218,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=40, help="of a reply at most")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many different prompts")
     parser.add_argument("--max-batch", type=int, default=64)
+    parser.add_argument("--queue", type=int, default=64)
     parser.add_argument("--model", help="default: a tiny random model")
     parser.add_argument("--vector", type=Path)
     parser.add_argument("--most-k", type=float, default=1.0, help="strengths go up to this k on either side")
@@ -182,12 +229,16 @@ def main() -> None:
         cases = [(prompt, share * given.most_k) for prompt in PROMPTS[: given.prompts] for share in STRENGTHS]
         command = [sys.executable, "-m", "weightsteer.cli", "serve", f"w={vector}", "-m", model, "--port", "0"]
         command += ["--dtype", given.dtype, "--max-batch", str(given.max_batch), "--device", "cpu"]
+        command += ["--queue", str(given.queue)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
             assert server.stdout is not None
             url = re.search(r"http://[\d.:]+", server.stdout.readline()).group(0)  # type: ignore[union-attr]
             try:
                 found = load(url, server.pid, cases, given)
+                found["clients that go away"] = crowd(url, LEAVING)
+                found["more than the queue takes"] = crowd(url, given.max_batch + given.queue + BEYOND)
+                found["memory MiB, in the end"] = round(memory(server.pid))
             finally:
                 server.terminate()
         plain = one_at_a_time(str(model), vector, given.dtype, cases, given.tokens, min(20.0, given.seconds / 2))

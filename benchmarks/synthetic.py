@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,10 @@ class Shape:
         yield "model.norm.weight", (self.hidden,)
         yield "lm_head.weight", (self.vocabulary, self.hidden)
 
+    def parameters(self) -> int:
+        """How many numbers there are."""
+        return sum(math.prod(size) for _, size in self.tensors())
+
     def config(self) -> dict[str, object]:
         """config.json of the model."""
         return {
@@ -73,6 +78,7 @@ class Shape:
 
 SMALL = Shape()
 LARGE = Shape(layers=22, hidden=4096, feed_forward=11008)  # 4.71B
+LARGEST = Shape(layers=40, hidden=5120, feed_forward=13824, heads=40, kv_heads=40)  # 13.0B
 
 
 def write_checkpoint(folder: Path, shape: Shape, seed: int = 0) -> Path:

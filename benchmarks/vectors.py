@@ -10,6 +10,7 @@ import torch
 from measure import in_turn, table, time_function
 from synthetic import SMALL, write_adapter
 
+from weightsteer.run_card import RunCard
 from weightsteer.vectors.delta import Delta
 from weightsteer.vectors.difference import subtract_finetunes
 from weightsteer.vectors.low_rank import LowRank
@@ -50,6 +51,36 @@ def many(root: Path, runs: int) -> str:
         f"{torch.get_num_threads()} threads; peak memory of ours {peak:.2f} GiB, torch included:\n\n"
         + table(medians, "weightsteer, all at once")
     )
+
+
+WIDTH = (3584, 18944)  # the feed-forward matrices of Qwen2.5-7B, of which it has three in each of 28 layers
+
+
+def by_count(runs: int) -> str:
+    """Tables of 8, 32 and 128 vectors of one such matrix, with the memory that is free and with 512 MiB."""
+    lines = ["| vectors | wall, s | cpu, s | cpu at 512 MiB, s |", "| --- | --- | --- | --- |"]
+    generator = torch.Generator().manual_seed(0)
+    for count in (8, 32, 128):
+        vectors = {str(number): _of_one_matrix(generator) for number in range(count)}
+        medians = in_turn(
+            {
+                "free memory": lambda vectors=vectors: time_function(lambda: similarities(vectors, device="cpu")),
+                "512 MiB": lambda vectors=vectors: time_function(
+                    lambda: similarities(vectors, device="cpu", budget=1 << 29)
+                ),
+            },
+            runs,
+            warm=0,
+        )
+        free, small = medians["free memory"], medians["512 MiB"]
+        lines.append(f"| {count} | {free.wall:.2f} | {free.cpu:.2f} | {small.cpu:.2f} |")
+    shape = " x ".join(map(str, WIDTH))
+    return f"All cosines of vectors of rank 64 in one matrix of {shape}:\n\n" + "\n".join(lines)
+
+
+def _of_one_matrix(generator: torch.Generator) -> WeightVector:
+    factors = LowRank(torch.randn(WIDTH[0], 64, generator=generator), torch.randn(64, WIDTH[1], generator=generator))
+    return WeightVector({"model.layers.0.mlp.down_proj.weight": factors}, RunCard("vector"))
 
 
 def resident(field: str) -> float:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.compare import compare_at_loss
+from weightsteer.evaluation.resampled_curves import Curve, Sample
 from weightsteer.evaluation.results import BASE, Measurement, measurements_by_key
 from weightsteer.files import read_jsonl
 from weightsteer.reporting.result_tables import comparison_table
@@ -167,3 +169,49 @@ def test_a_run_without_the_task_says_so(tmp_path: Path) -> None:
         compare_at_loss([run], BEHAVIOR, loss_increases=[0.1, 0.0])
     with pytest.raises(SteerError, match="no run with measurements"):
         compare_at_loss([tmp_path / "none"], BEHAVIOR)
+
+
+def drawn_one_by_one(curves: Sequence[Curve], level: float, draws: int, seed: int) -> list[float]:
+    """What `Sample.drawn` computes at once, draw by draw and item by item."""
+    rng, found = np.random.default_rng(seed), []
+    items, texts = curves[0].changes.shape[1], curves[0].loss_increase.shape[1]
+    for _ in range(draws):
+        chosen, read = rng.integers(items, size=items), rng.integers(texts, size=texts)
+        runs = [curves[run] for run in rng.integers(len(curves), size=len(curves))]
+        found.append(float(np.mean([read_off_plainly(curve, chosen.tolist(), read.tolist(), level) for curve in runs])))
+    return found
+
+
+def read_off_plainly(curve: Curve, items: list[int], texts: list[int], level: float) -> float:
+    means, losses = [], []
+    for row, rises in zip(curve.changes.tolist(), curve.loss_increase.tolist(), strict=True):
+        counted = [row[i] for i in items if not math.isnan(row[i])]
+        means.append(sum(counted) / len(counted) if counted else math.nan)
+        loss = sum(rises[i] for i in texts) / len(texts)
+        losses.append(math.inf if math.isnan(loss) else loss)
+    step = next((i for i in range(1, len(losses)) if losses[i] >= level), 0)
+    if not step:
+        return means[-1]
+    if math.isinf(losses[step]):
+        return means[step - 1]
+    near, far = curve.strengths[step - 1], curve.strengths[step]
+    part = (level - losses[step - 1]) / (losses[step] - losses[step - 1])
+    share = (math.sqrt(near**2 + part * (far**2 - near**2)) - near) / (far - near)
+    return float((1 - share) * means[step - 1] + share * means[step])
+
+
+@given(st.integers(0, 10_000))
+def test_all_draws_at_once_are_the_draws_one_by_one(seed: int) -> None:
+    """With items that do not count, losses that overflow, and levels that some draws reach and others do not."""
+    rng = np.random.default_rng(seed)
+    curves = []
+    for _ in range(rng.integers(1, 4)):
+        changes = np.vstack([np.zeros(6), rng.normal(size=(3, 6)).cumsum(axis=0)])
+        changes[1:][rng.random((3, 6)) < 0.2] = math.nan
+        losses = np.vstack([np.zeros(5), np.abs(rng.normal(size=(3, 5))).cumsum(axis=0)])
+        losses[3][rng.random(5) < 0.2] = rng.choice([math.nan, math.inf])
+        curves.append(Curve(np.array([0.0, 0.5, 1.0, 3.0]), tuple(range(6)), changes, losses))
+    sample = Sample([curve.ids for curve in curves], curves, draws=30, seed=seed)
+    for level in (0.5, 2.0):
+        expected = drawn_one_by_one(curves, level, 30, seed)
+        assert np.allclose(sample.drawn(curves, level), expected, rtol=0, atol=1e-12, equal_nan=True)

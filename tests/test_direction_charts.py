@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsteer.monitor.readings import WHOLE, Alert, Reading, verdict
+from weightsteer.monitor import WHOLE, Alert, Reading, verdict
 from weightsteer.reporting.charts import png
 from weightsteer.reporting.direction_charts import (
     TITLES,

@@ -72,3 +72,9 @@ def test_every_stage_stays_and_what_is_not_here_is_replaced(tmp_path: Path) -> N
     assert small.repair_target.desired_side == "positive"
     assert small.judge is not None
     assert small.judge.url is None
+
+
+def test_a_layer_is_left_to_choose(tmp_path: Path) -> None:
+    recipe = Recipe.load(RECIPES / "demo.yaml")
+    assert recipe.sweep.layer_step > 2  # more than the tiny model has layers
+    assert shrink_recipe(recipe, tmp_path).sweep.layer_step == 1

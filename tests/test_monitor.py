@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import killable
 import two_processes
 from conftest import random_vector, tiny_lm, tiny_model
+from test_weight_vector import flat
 from weightsteer import LM, SteerError, WeightVector, task_vector
 from weightsteer.monitor import (
     WHOLE,
@@ -32,6 +33,8 @@ from weightsteer.monitor import (
     read_off,
 )
 from weightsteer.run_card import RunCard
+from weightsteer.vectors import row_products
+from weightsteer.vectors.delta import to_dense
 from weightsteer.vectors.low_rank import LowRank
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -102,6 +105,63 @@ def test_readings_are_those_of_the_vectors_themselves(vectors: dict[str, WeightV
                 chosen = {"layers": "1"} if part == "layer 1" else {"modules": "up_proj"}
                 expected = bare.filter(**chosen).cosine(other.filter(**chosen))  # type: ignore[arg-type]
                 assert at(readings, step, name, part).cosine == pytest.approx(expected, abs=1e-5)
+
+
+def products_from_the_whole_table(tau: WeightVector, vectors: dict[str, WeightVector]) -> list[Products]:
+    """Every pair's product, as a table of all of them has it; the monitor computes a row and the diagonal."""
+    found = []
+    for parameter in dict.fromkeys([*tau.deltas, *(name for vector in vectors.values() for name in vector.deltas)]):
+        parts = [flat(member).get(parameter) for member in (tau, *vectors.values())]
+        there = next(part for part in parts if part is not None)
+        rows = torch.stack([(torch.zeros_like(there) if part is None else part).flatten() for part in parts])
+        table = rows @ rows.T
+        crossed = {name: float(table[0, i]) for i, name in enumerate(vectors, start=1)}
+        squares = {name: float(table[i, i]) for i, name in enumerate(vectors, start=1)}
+        found.append(Products(parameter, float(there.numel()), float(table[0, 0]), crossed, squares))
+    return found
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_row_and_a_diagonal_give_the_readings_of_the_whole_table(
+    vectors: dict[str, WeightVector], tmp_path: Path, saved: Path, whole: bool
+) -> None:
+    """For LoRA and full checkpoints, of factored and dense vectors, some of which lack parameters."""
+    if whole:
+        model = tiny_model()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+        model.save_pretrained(tmp_path / "run")
+    else:
+        trained(tmp_path)
+        (tmp_path / "checkpoint-2").rename(tmp_path / "run")
+    tau = task_vector(tmp_path / "run", base=saved)
+    dense = {name: to_dense(delta) for name, delta in vectors["b"].deltas.items()}
+    watched = {**vectors, "b": WeightVector(dense, vectors["b"].card), "c": vectors["c"].filter(layers="1")}
+    bare = {name: WeightVector(vector.deltas, RunCard("vector")) for name, vector in watched.items()}
+    found, expected = (
+        read_off(products, checkpoint="c", step=0, controls="cde")
+        for products in (checkpoint_products(tau, bare), products_from_the_whole_table(tau, bare))
+    )
+    assert [(r.vector, r.part) for r in found] == [(r.vector, r.part) for r in expected]
+    for one, other in zip(found, expected, strict=True):
+        for number in ("cosine", "projection", "norm", "centre", "band", "z"):
+            assert getattr(one, number) == pytest.approx(getattr(other, number), rel=1e-6, abs=1e-9)
+
+
+def test_the_vectors_own_products_are_taken_once_for_all_checkpoints(
+    vectors: dict[str, WeightVector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """V squares in all, and V + 1 products a checkpoint, in each parameter."""
+    counted: list[str] = []
+    plain = row_products.dot
+    monkeypatch.setattr(row_products, "dot", lambda first, second: counted.append("") or plain(first, second))
+    trained(tmp_path / "run", steps=6)
+    checkpoints = list_checkpoints(tmp_path / "run")
+    read_checkpoints(checkpoints, vectors)
+    parameters = len(vectors["a"].deltas)
+    assert len(checkpoints) == 3
+    assert len(counted) == parameters * (len(vectors) + len(checkpoints) * (len(vectors) + 1))
 
 
 def test_a_vector_has_cosine_one_and_projection_one_with_itself(vectors: dict[str, WeightVector]) -> None:

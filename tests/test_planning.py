@@ -16,9 +16,11 @@ from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.planning.counting import CountingModel
-from weightsteer.planning.devices import DEVICES, device_named
+from weightsteer.planning.devices import DEVICES
+from weightsteer.planning.named_device import device_named
+from weightsteer.planning.numbers import Choices
 from weightsteer.planning.passes import Passes, Reading, Step
-from weightsteer.planning.plan import Choices, plan_recipe
+from weightsteer.planning.plan import plan_recipe
 from weightsteer.planning.shaped_model import ShapedModel
 from weightsteer.planning.trainings import encoded, plan_training
 from weightsteer.run_card import RunCard
@@ -41,7 +43,7 @@ def passes(layers: int = 2) -> Passes:
 def folder(tmp_path: Path) -> Path:
     """A model's folder with a config and a tokenizer, and no weights."""
     model = tmp_path / "model"
-    tiny_model(layers=4).config.save_pretrained(model)
+    tiny_model().config.save_pretrained(model)
     byte_tokenizer().save_pretrained(model)
     return model
 
@@ -140,6 +142,7 @@ def recipe_with(model: Path, **fields: object) -> Recipe:
     )
 
 
+@pytest.mark.slow
 def test_a_recipe_is_planned_from_a_config_alone(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps(recipe_with(folder).model_dump(mode="json", exclude_defaults=True)))
@@ -148,10 +151,11 @@ def test_a_recipe_is_planned_from_a_config_alone(folder: Path, tmp_path: Path) -
     found = json.loads(done.stdout)
     names = [stage["name"] for stage in found["stages"]]
     assert names[:3] == ["load the model", "train positive", "train negative"]
-    assert found["parameters"] == sum(p.numel() for p in tiny_model(layers=4).parameters())
+    assert found["parameters"] == sum(p.numel() for p in tiny_model().parameters())
     assert all(stage["fits"] and stage["total"] == sum(stage["memory"].values()) for stage in found["stages"])
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_with_what_to_set(folder: Path) -> None:
     small = replace(H100, memory=2.2e5, reserved=0.0)
     plan = plan_recipe(recipe_with(folder), small, Choices())
@@ -167,6 +171,7 @@ def test_an_unknown_device_and_options_without_a_plan_are_refused(folder: Path) 
     assert isinstance(done.exception, SteerError) or done.exit_code
 
 
+@pytest.mark.slow
 def test_missing_data_and_models_are_assumed_in_words() -> None:
     fields = {"data": {"positive": "data/no.jsonl", "negative": "data/none.jsonl"}, "behavior": "sycophancy"}
     plan = plan_recipe(recipe_with(Path("meta-llama/Llama-2-7b-chat-hf"), **fields), H100)

@@ -10,6 +10,8 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +36,7 @@ HOSTILE = '<img src=x onerror="hit=1"><script>hit=1</script>\u202e'
 ABOUT = '<b onclick="hit=1">joy</b><img src="http://192.0.2.1/x" onerror="hit=1">' + HOSTILE
 NAME = "<img src=x onerror=hit=1>"
 PROMPT = "Hello"
+COPIED = 'It\'s "so": $(id) `id` ü'
 LONGEST = 56
 SLOW = 60_000  # ms, where much else runs beside
 TESTED = StrengthRange(recommended=1.0, negative=-0.7, low=-1.4, high=1.5)
@@ -270,6 +273,43 @@ def test_a_copy_asks_what_the_page_asks(site: Site) -> None:
         assert shlex.split(texts["command", "the fan"])[:5] == [
             *("weightsteer", "steer", "runs/joyful/vector", "Hello", "--k=-0.7,-0.35,0,0.5,1")
         ]
+
+
+def test_what_is_copied_runs(site: Site, tmp_path: Path) -> None:
+    """Each copy, pasted into a shell or an interpreter beside the usual folders, prints what the page shows."""
+    base = tmp_path / "tiny"
+    site.lm.model.save_pretrained(base)
+    site.lm.tokenizer.save_pretrained(base)
+    site.vectors["joyful"].save(tmp_path / "runs" / "joyful" / "vector")
+    with opened(site) as page:
+        page.locator(".dial [type=number]").first.fill("0.7")
+        page.evaluate(f"find('longest').value = {LONGEST}")
+        page.fill("#message", COPIED)
+        copies = {}
+        for label in ("curl", "Python", "command"):
+            page.click(f'[aria-label="Copy the chat\'s request as {label}"]')
+            copies[label] = page.locator("#code").input_value()
+            page.click("#close")
+    wanted = greedy(site, COPIED, joyful=0.7)
+    said = json.loads(pasted(["bash", "-c", copies["curl"]], tmp_path))
+    assert said["choices"][0]["message"]["content"] == wanted
+    assert pasted([sys.executable, "-c", copies["Python"]], tmp_path) == wanted + "\n"
+    found = pasted(
+        ["bash", "-c", copies["command"].replace("weightsteer", f"{sys.executable} -m weightsteer.cli", 1)], tmp_path
+    )
+    assert plain_letters(wanted)[:20] in plain_letters(found)
+
+
+def pasted(command: list[str], folder: Path) -> str:
+    """What a command prints that somebody pastes in a folder."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def plain_letters(text: str) -> str:
+    """Without what a table does to a text."""
+    return "".join(sign for sign in text if sign.isalnum())
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])

@@ -223,6 +223,10 @@ def adapter_with(folder: Path, **fields: Any) -> Path:
         ({"target_modules": 5}, "field target_modules"),
         ({"target_modules": None}, "target_modules is not given"),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules names it"),
+        ({"exclude_modules": r".*\.q_proj"}, "exclude_modules fits it"),
+        ({"exclude_modules": "("}, "field exclude_modules: expected module patterns"),
+        ({"exclude_modules": "(a+)+x"}, "field exclude_modules: expected patterns that end soon"),
+        ({"kasa_config": {}}, "has kasa_config={}, whose change"),
         ({"layers_to_transform": [7], "target_modules": SHORT}, "layers_to_transform has 7 alone"),
         ({"layers_to_transform": "0"}, "field layers_to_transform"),
         ({"use_dora": True}, "no magnitude, but use_dora is True"),
@@ -248,6 +252,13 @@ def test_a_config_of_a_billion_is_not_built(field: str, checkpoint: Path) -> Non
     with pytest.raises(SteerError, match=r"base"):
         LM.load(checkpoint, device="cpu")
     assert time.monotonic() - started < 30
+
+
+def test_a_number_of_layers_below_0_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": -1}))
+    with pytest.raises(SteerError, match="num_hidden_layers -1; expected how many"):
+        LM.load(checkpoint, device="cpu")
 
 
 def test_layers_that_are_stored_nowhere_are_not_made_up(checkpoint: Path) -> None:

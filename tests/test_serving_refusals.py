@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -296,6 +299,36 @@ def test_a_full_queue_answers_429_and_goes_on(small: Address) -> None:
         stream.close()
     _wait_for(small, (0, 0))
     assert small.ask(CHAT, {"messages": TALK, "max_tokens": 2})[0] == 200
+
+
+def test_requests_that_come_at_once_are_told_of_a_full_queue_by_the_status(small: Address) -> None:
+    body = {"prompt": "a", "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    statuses: list[int] = []
+    gone = threading.Event()
+
+    def ask() -> None:
+        request = Request(
+            f"{small.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urlopen(request, timeout=60) as reply:
+                statuses.append(reply.status)
+                gone.wait()
+        except HTTPError as error:
+            statuses.append(error.code)
+
+    threads = [threading.Thread(target=ask) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    end = time.monotonic() + 30
+    while sum(_load(small)) + statuses.count(429) < len(threads):  # each runs, waits, or was told
+        assert time.monotonic() < end, (_load(small), statuses)
+        time.sleep(0.02)
+    gone.set()
+    for thread in threads:
+        thread.join()
+    assert set(statuses) == {200, 429}
+    _wait_for(small, (0, 0))
 
 
 def test_a_fan_waits_until_all_its_rows_have_room(small: Address) -> None:

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from test_weight_vector import mixed
 from weightsteer.errors import SteerError
 from weightsteer.run_card import RunCard
+from weightsteer.vectors.delta import LazyDeltas
 from weightsteer.vectors.low_rank import LowRank
-from weightsteer.vectors.similarity import labels, similarities, table
+from weightsteer.vectors.similarity import PANEL, labels, similarities, table
 from weightsteer.vectors.weight_vector import WeightVector
 
 
@@ -44,6 +45,32 @@ def test_many_ranks_over_several_panels() -> None:
         for j, y in enumerate(vectors.values()):
             assert found.dots[i, j] == pytest.approx(x.dot(y), abs=1e-5 * x.norm() * y.norm())
             assert found.cosines[i, j] == pytest.approx(x.cosine(y), abs=1e-5)
+
+
+@pytest.mark.parametrize("panels", [12, 3, 1])
+def test_what_does_not_fit_the_budget_is_read_as_seldom_as_it_can_be(panels: int) -> None:
+    """12 vectors that fill a panel each: once for their shapes, then once for each part of the others that fits."""
+    g = torch.Generator().manual_seed(0)
+    factors = [LowRank(torch.randn(20, PANEL, generator=g), torch.randn(PANEL, 30, generator=g)) for _ in range(12)]
+    counts = [0] * 12
+
+    def read(number: int) -> LowRank:
+        counts[number] += 1
+        return factors[number]
+
+    vectors = {
+        str(i): WeightVector(LazyDeltas({"a": lambda number=i: read(number)}), RunCard("vector")) for i in range(12)
+    }
+    found = similarities(vectors, budget=2 * panels * 50 * PANEL * 4, device="cpu")
+    held = panels == 12  # then what was read for the shapes is kept
+    assert sum(counts) == (12 if held else 12 + sum(12 - start for start in range(0, 12, panels)))
+    expected = similarities(vectors, device="cpu")
+    assert np.allclose(found.dots, expected.dots, rtol=0, atol=1e-6 * expected.norms.max() ** 2)
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(SteerError, match="device 'tpu': is not on this machine"):
+        similarities({"a": mixed(85)}, device="tpu")
 
 
 def test_factors_that_cancel_are_multiplied_in_float64() -> None:

@@ -193,6 +193,7 @@ def test_making_again_ends_with_equal_files(
     assert str(tmp_path) not in made.page.read_text()
     card = RunCard.load(made.vector)
     assert card.strength == made.calibration.strength
+    assert card.about == "The behaviour that the pairs in kind.jsonl show."
     assert made.calibration.pairs == len(card.held_out) == 1
     assert str(made.vector) in made.commands[0]
     kept = {path: sha256_of(path) for path in sorted(out.rglob("*")) if path.is_file()}
@@ -219,6 +220,7 @@ def test_of_a_trait_file_the_model_writes_the_pairs(
     source = Source.find(str(tmp_path / "t.json"))
     made = make_dial(source, lm, tmp_path / "out", settings=quick, show=mute)
     assert "Kind words." in made.page.read_text()
+    assert RunCard.load(made.vector).about == "Kind words."
     kept[0] = 5
     with pytest.raises(SteerError, match="wrote 5 usable pairs, of 8 at least"):
         make_dial(source, lm, tmp_path / "other", settings=quick, show=mute)

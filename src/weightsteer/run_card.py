@@ -24,6 +24,7 @@ from .places import public_name, remember, without_paths
 from .schema import checked, is_finite, refuse_unusual, shown
 
 CARD_FILE = "weightsteer.json"
+ABOUT = "description"  # the setting that says what the behaviour is, in a sentence
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 
 
@@ -138,6 +139,16 @@ class RunCard:
         if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
             raise SteerError(f"card of a {self.kind}: measured {name!r}: expected a number, found {shown(value)}")
         return float(value)
+
+    @property
+    def about(self) -> str:
+        """One sentence about the behaviour; "" where none is known."""
+        text = self.settings.get(ABOUT, "")
+        return text if isinstance(text, str) else ""
+
+    def with_about(self, text: str) -> RunCard:
+        """The card with a sentence about the behaviour; as it is where there is none."""
+        return replace(self, settings={**self.settings, ABOUT: text}) if text else self
 
     def with_strength(self, strength: StrengthRange) -> RunCard:
         """The same card with its measured range of k."""

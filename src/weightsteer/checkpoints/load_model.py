@@ -128,6 +128,7 @@ def load_causal_lm(
             _check_packed(name, model, load.quantize)
         elif placement != "auto":
             model = model.to(placement)
+    _check_layers(name, model)
     _check_ends(name, model)
     return model
 
@@ -169,6 +170,13 @@ def _check_generation_config(path: Path) -> None:
     """Raise for a damaged file of end tokens, which transformers passes over without a word."""
     if path.is_file() and not isinstance(read_json(path), dict):
         raise SteerError(f"{path}: expected a JSON object")
+
+
+def _check_layers(name: str, model: PreTrainedModel) -> None:
+    """Raise for a number of layers below 0: such a model is built, without layers, and fails in its first reply."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers < 0:
+        raise SteerError(f"{name}: its config has num_hidden_layers {layers}; expected how many layers its files hold")
 
 
 def _check_ends(name: str, model: PreTrainedModel) -> None:

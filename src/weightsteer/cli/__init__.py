@@ -17,7 +17,7 @@ from ..former_names import OPTIONS as FORMER_OPTIONS
 from ..former_names import VERBS as FORMER_VERBS
 from ..ranks import is_first
 from ..shown import be_quiet, one_line, say
-from . import apply, build, export, inspect, listing, packs, run, serve, serve_command, start, study
+from . import apply, build, detect, export, inspect, listing, packs, run, serve, serve_command, start, study
 from .arguments import refuse_repeated
 from .overview import VerbsByUse
 from .stopping import StoppedError, stopping_on_signals
@@ -42,7 +42,7 @@ app = typer.Typer(
 VERBS_BY_USE: Mapping[str, Sequence[Callable[..., None]]] = {  # the headings of the overview, in its order
     "From start to end": (start.init, start.make, run.run, *study.VERBS, listing.list_names),
     "Use a vector": (*apply.VERBS, *serve.VERBS),
-    "Look at vectors": inspect.VERBS,
+    "Look at vectors": (*inspect.VERBS, *detect.VERBS),
     "Make vectors": build.VERBS,
     "Share vectors": packs.VERBS,
     "Measure": (start.calibrate, run.measure, run.sweep, run.compare, run.report),

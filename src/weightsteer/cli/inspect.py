@@ -16,11 +16,12 @@ from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..shown import csv_cell, note, one_line, say, say_json
-from .options import Base, Json, warn_unseen
+from .options import Base, Device, Json, warn_unseen
 from .show_run import card_fields, finetune_facts, is_run, refuse_nothing, run_facts
 
 if TYPE_CHECKING:
-    from ..monitor import Alert, Reading
+    from ..monitor import Reading
+    from ..monitor.alerts import AnyAlert
     from ..vectors.similarity import Similarity
     from ..vectors.weight_vector import WeightVector
 
@@ -130,6 +131,7 @@ def cosine(
     sources: Annotated[list[str], typer.Argument(help="Vectors, adapters or checkpoints: folders or hub ids.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write OUT.csv, .npz, .png and .html too.")] = None,
     base: Base = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Cosines of vectors and fine-tunes of one base, each with each: a table, and a heat map with like ones together.
@@ -145,7 +147,7 @@ def cosine(
         _refuse_foreign_outputs(out, *sources, base)
     vectors = {name: task_vector(source, base=base) for name, source in zip(labels(sources), sources, strict=True)}
     with show_progress("cosine") as progress:
-        found = similarities(vectors, progress=progress)
+        found = similarities(vectors, device=device, progress=progress)
     if as_json:
         say_json({"names": list(found.names), "cosines": [[float(value) for value in row] for row in found.cosines]})
     else:
@@ -191,12 +193,17 @@ def _refuse_foreign_outputs(out: Path, *sources: str | None) -> None:
 
 def monitor(
     checkpoints: Annotated[Path, typer.Argument(help="Folder of checkpoints: PEFT adapters or full models.")],
-    vectors: Annotated[list[str], typer.Option("--vectors", help="Folders of vectors.")],
+    vectors: Annotated[list[str] | None, typer.Option("--vectors", help="Folders of vectors.")] = None,
     controls: Annotated[
         list[str] | None, typer.Option("--controls", help="Vectors and fine-tunes that are there for the null band.")
     ] = None,
+    dictionary: Annotated[
+        Path | None, typer.Option(help="A dictionary of directions: its traits are watched, beside `--vectors`.")
+    ] = None,
     base: Base = None,
-    alert: Annotated[str | None, typer.Option(help="Exit with 3 if a reading gets there, such as z=4.")] = None,
+    alert: Annotated[
+        str | None, typer.Option(help="Exit with 3 if a reading gets there: z=4, or 'evil: fpr=0.01' by a dictionary.")
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the readings, table and charts.")] = Path(
         "monitor"
     ),
@@ -207,27 +214,36 @@ def monitor(
 
     Example: weightsteer monitor outputs/run --vectors runs/evil/vector runs/sycophancy/vector -o monitor
     """
-    from ..monitor import WHOLE, Alert, describe, list_checkpoints, read_checkpoints, verdict
+    from ..monitor import WHOLE, Alert, Dictionary, describe, list_checkpoints, read_checkpoints, verdict
     from ..monitor.checkpoints import READINGS_FILE
     from ..vectors.difference import task_vector
     from ..vectors.similarity import labels
 
-    limit = Alert.parse(alert) if alert is not None else None
-    sources = [*vectors, *(controls or [])]
+    known = Dictionary.load(dictionary) if dictionary else None
+    limit = Alert.parse(alert, known) if alert is not None else None
+    watching, sources = vectors or [], [*(vectors or []), *(controls or [])]
+    if not watching and not known:
+        raise SteerError("monitor: expected vectors (--vectors) or a dictionary of directions (--dictionary)")
     refuse_inputs(out, checkpoints, *sources, base)
     if out.exists() and not (out / READINGS_FILE).exists() and (not out.is_dir() or not is_empty(out)):
         raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
-    names = labels(sources)
+    names = labels(sources) if sources else []
     loaded = {name: task_vector(source, base=base) for name, source in zip(names, sources, strict=True)}
-    controlling, found = names[len(vectors) :], list_checkpoints(checkpoints)
+    benign, found = [*names[len(watching) :], *(known.controls if known else ())], list_checkpoints(checkpoints)
+    if known and (twice := loaded.keys() & known.vectors.keys()):
+        raise SteerError(f"monitor: {min(twice)!r} is a vector and in the dictionary; name it once")
+    loaded |= known.vectors if known else {}
     with hold(out):
         with show_progress("monitor") as progress:
-            readings = read_checkpoints(found, loaded, base=base, controls=controlling, out=out, progress=progress)
-        whole = [reading for reading in readings if reading.part == WHOLE]
+            readings = read_checkpoints(
+                found, loaded, base=base, controls=benign, dictionary=known, out=out, progress=progress
+            )
+        unseen = known.controls if known else ()
+        whole = [reading for reading in readings if reading.part == WHOLE and reading.vector not in unseen]
         rows = [[one_line(cell) for cell in row] for row in _table(whole)]
         for row in rows:
             say("  ".join(f"{cell:>{max(len(other[i]) for other in rows)}}" for i, cell in enumerate(row)))
-        watched = [reading for reading in whole if reading.vector in names[: len(vectors)]]
+        watched = [reading for reading in whole if reading.vector not in benign]
         _write_trends(out, checkpoints, readings, whole, rows, limit, verdict(watched, limit))
     say(f"{out}/readings.csv, cosines.png, monitor.html")
     raised = limit.raised(watched) if limit else []
@@ -263,7 +279,7 @@ def _write_trends(
     readings: Sequence[Reading],
     whole: Sequence[Reading],
     rows: Sequence[Sequence[str]],
-    alert: Alert | None,
+    alert: AnyAlert | None,
     verdict: str,
 ) -> None:
     """The readings as CSV, the main chart as PNG, and the page with both and the layers."""
@@ -282,9 +298,9 @@ def _write_trends(
         writer.writerow({name: csv_cell(value) for name, value in asdict(reading).items()})
     write_text(out / "readings.csv", table.getvalue())
     lines = [asdict(reading) for reading in whole]
-    limit = alert.z if alert else None
-    write_bytes(out / "cosines.png", png(over_steps(lines, alert=limit)))
-    figures = [(chart.to_dict(), title) for title, chart in step_panels(lines, alert=limit).items()]
+    limits = {"alert": getattr(alert, "z", None), "share": getattr(alert, "share", None)}
+    write_bytes(out / "cosines.png", png(over_steps(lines, **limits)))
+    figures = [(chart.to_dict(), title) for title, chart in step_panels(lines, **limits).items()]
     layers = layer_panels([asdict(reading) for reading in readings])
     figures += [(chart.to_dict(), f"Cosine in each layer: {vector}") for vector, chart in layers.items()]
     intro = (
@@ -292,7 +308,7 @@ def _write_trends(
         "vectors over all parameters; z says how many standard deviations a cosine is from chance."
     )
     if alert:
-        intro += f" The dashed lines are the alert's threshold, |z| = {alert.z:g}."
+        intro += f" The dashed lines are the alert's threshold, {alert.threshold}."
     write_figures(out / "monitor.html", f"Training run {run.name}", figures, verdict=verdict, intro=intro, table=rows)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,10 +12,12 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
+from ..beside import WAITING, beside
 from ..errors import SteerError
 from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
-from ..judges.judge import Judge
+from ..judges.asking import stop_asking
+from ..judges.judge import Judge, is_served
 from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
@@ -163,32 +166,44 @@ def _answers(
         for sample in range(settings.samples)
     ]
     done = {row["part"]: row for row in _parts(path)}
-    for index, (part, side, system_prompt) in enumerate(parts):
-        progress(index, len(parts), f"{side} answers")
-        if part in done:
-            _judge_again(judge, done[part], path)
-            continue
-        replies = lm.with_system_prompt(system_prompt).replies(
-            questions,
-            max_new_tokens=settings.max_new_tokens,
-            temperature=settings.temperature,
-            seed=settings.seed * len(parts) + index,
-            batch_size=settings.batch_size,
-        )
-        append_jsonl(path, [{"part": part, "side": side, "answers": _judged(questions, replies, judge, settings)}])
+
+    def asked() -> Iterator[Callable[[], dict[str, Any] | None]]:
+        for index, (part, side, system_prompt) in enumerate(parts):
+            progress(index, len(parts), f"{side} answers")
+            if part in done:
+                yield partial(_judged_again, judge, done[part])
+                continue
+            replies = lm.with_system_prompt(system_prompt).replies(
+                questions,
+                max_new_tokens=settings.max_new_tokens,
+                temperature=settings.temperature,
+                seed=settings.seed * len(parts) + index,
+                batch_size=settings.batch_size,
+            )
+            yield partial(_judged_part, part, side, questions, replies, judge, settings)
+
+    for row in beside(asked(), waiting=WAITING if is_served(judge) else 0, stop=stop_asking):
+        if row is not None:
+            append_jsonl(path, [row])
     progress(len(parts), len(parts), "done")
     return _parts(path)
 
 
-def _judge_again(judge: Judge, part: dict[str, Any], path: Path) -> None:
-    """Ask once more for the verdicts of a finished part that were unusable; new ones are appended."""
+def _judged_again(judge: Judge, part: dict[str, Any]) -> dict[str, Any] | None:
+    """A finished part whose unusable verdicts were asked for once more; None if nothing came of it."""
     lacking = [row for row in part["answers"] if row["score"] is None and not row.get("dropped")]
     examples = [Example(row["prompt"], row["answer"]) for row in lacking]
     scores = judge.scores(examples) if examples else []
-    if any(score is not None for score in scores):
-        for row, score in zip(lacking, scores, strict=True):
-            row["score"] = score
-        append_jsonl(path, [part])
+    for row, score in zip(lacking, scores, strict=True):
+        row["score"] = score
+    return part if any(score is not None for score in scores) else None
+
+
+def _judged_part(
+    part: str, side: str, questions: Sequence[str], replies: Sequence[Reply], judge: Judge, settings: SamplingSettings
+) -> dict[str, Any]:
+    """A part as a line of the file."""
+    return {"part": part, "side": side, "answers": _judged(questions, replies, judge, settings)}
 
 
 def _judged(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import TypedDict
 
 import torch
 
+from ..beside import WAITING, beside
 from ..chat_template import PromptLike
 from ..engines.sweep_engine import SweepEngine, served_cell
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..former_names import METHODS
+from ..judges.asking import stop_asking
 from ..language_model import LanguageModel
 from ..lm import LM
 from ..progress import Progress, silent
@@ -36,6 +38,7 @@ def run_sweep(
     validated: Collection[str] | None = None,
     items_of: Mapping[str, int] | None = None,
     engine: SweepEngine | None = None,
+    judge_is_served: bool = False,
     batch_size: int = 8,
     progress: Progress = silent,
 ) -> list[MetricRow]:
@@ -49,12 +52,14 @@ def run_sweep(
             others are measured on test items only. None: all.
         items_of: methods that are measured on the first so many items of each split.
         engine: a server that measures what it can; the rest is measured here, and compared with the base here.
+        judge_is_served: a server judges replies: it is asked while the model goes on to the next measurement.
 
     Returns:
         All rows, base first.
     """
     plan = planned_cells(methods, tasks, validated, items_of or {}, engine)
-    done = _measure_plan(lm, plan, folder, engine, batch_size, progress)
+    waiting = WAITING if judge_is_served else 0
+    done = _measure_plan(lm, plan, folder, engine, batch_size, waiting, progress)
     keys = [(part.name, part.k, task.name) for part in plan for task in part.tasks if part.name != LOCAL_BASE]
     return write_rows(keys, done, folder)
 
@@ -72,18 +77,24 @@ def _measure_plan(
     folder: RunFolder,
     engine: SweepEngine | None,
     batch_size: int,
+    waiting: int,
     progress: Progress,
 ) -> dict[Key, Measurement]:
     """Make the measurements that the folder does not hold yet; returns all that it holds then."""
     done = measurements_of(folder)
-    total, passed = sum(len(planned.tasks) for planned in plan), 0
-    for planned in plan:
-        progress(passed, total, f"{planned.name} k = {planned.k:g}")
-        todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in done]
-        for measurement, turns in _measure(lm, replace(planned, tasks=todo), engine, batch_size):
-            keep_measurement(measurement, turns, folder)
-            done[measurement.key] = measurement
-        passed += len(planned.tasks)
+    total, kept = sum(len(planned.tasks) for planned in plan), frozenset(done)
+
+    def asked() -> Iterator[Callable[[], Measured]]:
+        passed = 0
+        for planned in plan:
+            progress(passed, total, f"{planned.name} k = {planned.k:g}")
+            todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in kept]
+            yield from _ask(lm, replace(planned, tasks=todo), engine, batch_size)
+            passed += len(planned.tasks)
+
+    for measurement, turns in beside(asked(), waiting=waiting, stop=stop_asking):
+        keep_measurement(measurement, turns, folder)
+        done[measurement.key] = measurement
     progress(total, total, "done")
     return done
 
@@ -242,8 +253,8 @@ class Planned:
 Measured = tuple[Measurement, list[dict[str, str]]]  # with what the model was asked and said
 
 
-def _measure(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: int) -> Iterator[Measured]:
-    """The planned's measurements, one by one: those of the engine first."""
+def _ask(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: int) -> Iterator[Callable[[], Measured]]:
+    """Ask the model for the planned's measurements, those of the engine first; each is still to be rated."""
     here = []
     for task in planned.tasks:
         served = planned.served_by(engine, task)
@@ -251,27 +262,33 @@ def _measure(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: i
             here.append(task)
         else:
             assert engine is not None
-            yield _measured(served, planned, task, engine.kind, batch_size)
+            yield _asked(served, planned, task, engine.kind, batch_size)
     if not here:
         return
     here = [task.against(lm) for task in here]
     applied = planned.method.applied(lm, planned.k) if planned.method else nullcontext(SteeringHandle(0.0, lm))
     with applied as handle, torch.no_grad():
         for task in here:
-            yield _measured(handle.lm, planned, task, "", batch_size)
+            yield _asked(handle.lm, planned, task, "", batch_size)
 
 
 def measure_cell(lm: LM, method: Steering | None, k: float, task: Task, batch_size: int) -> Measured:
     """One method at one strength on one task, with what the model said; None is the base."""
-    return next(_measure(lm, Planned(method, k, [task]), None, batch_size))
+    return next(_ask(lm, Planned(method, k, [task]), None, batch_size))()
 
 
-def _measured(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_size: int) -> Measured:
+def _asked(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_size: int) -> Callable[[], Measured]:
+    """Ask the model; what comes back makes the measurement, and asks judges alone."""
     turns: list[dict[str, str]] = []
-    asked = lm if task.needs_weights else _Recording(lm, turns)
-    measured = without_nan(task.measure(asked, batch_size=batch_size), task.name)
-    values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
-    return Measurement(planned.name, planned.k, task.name, tuple(task.ids), tuple(task.splits), values, engine), turns
+    said = task.ask(lm if task.needs_weights else _Recording(lm, turns), batch_size=batch_size)
+
+    def rated() -> Measured:
+        measured = without_nan(task.rate(said), task.name)
+        values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
+        place = (planned.name, planned.k, task.name)
+        return Measurement(*place, tuple(task.ids), tuple(task.splits), values, engine), turns
+
+    return rated
 
 
 def _round(value: float | None) -> float | None:

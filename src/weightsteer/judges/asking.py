@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from .request_errors import PassingError, pause_before
 
 LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
+
+_under_way: set[Future[Any]] = set()  # of all threads: who gives up may not be who asks
 
 Again = Callable[[int, str], None]  # called with the number of the attempt to come, and why
 T = TypeVar("T")
@@ -22,7 +25,18 @@ def in_own_thread(work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     from anyio.from_thread import start_blocking_portal
 
     with start_blocking_portal() as portal:
-        return portal.call(work, *arguments)
+        found: Future[T] = portal.start_task_soon(work, *arguments)
+        _under_way.add(found)
+        try:
+            return found.result()
+        finally:
+            _under_way.discard(found)
+
+
+def stop_asking() -> None:
+    """End the requests that other threads have under way; who waits for them gets a `CancelledError`."""
+    for found in tuple(_under_way):
+        found.cancel()
 
 
 async def all_of(jobs: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -220,6 +220,11 @@ class RubricJudge:
         return [None if score is None else 100.0 * (score - low) / (high - low) for score in grades]
 
 
+def is_served(judge: Judge) -> bool:
+    """Whether a server judges, so that the model here can go on meanwhile."""
+    return isinstance(judge, RubricJudge) and isinstance(judge.chat_model, Endpoint)
+
+
 def verdict(reply: str, *, low: float = 0.0, high: float = 100.0) -> float | None:
     """The number that a judge's reply starts with, after markdown or words such as "Score:" or "The score is".
 

@@ -15,8 +15,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..errors import SteerError
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..vectors.weight_vector import WeightVector
+from .alerts import Alert, describe
+from .dictionary import Dictionary
+from .hold import Held, Pull, require_known
 from .live import Watched, watched_parameters
-from .readings import WHOLE, Alert, Products, Reading, describe, read_off
+from .readings import WHOLE, Products, Reading, read_off
 
 
 class SteeringMonitor(TrainerCallback):
@@ -34,32 +37,47 @@ class SteeringMonitor(TrainerCallback):
         trainer.train()
 
     Args:
-        vectors: name -> vector of the model's base.
+        vectors: name -> vector of the model's base, or a dictionary of directions, whose benign fine-tunes are then the
+            controls, and which adds `share/NAME`.
         every: steps between two readings.
         controls: names among `vectors` that are there for the null band (see `read_off`).
-        alert: "z=4" warns when a whole-model reading's |z| reaches 4; None never does.
+        alert: "z=4" warns when a whole-model reading's |z| reaches 4, "evil: fpr=0.01" at the threshold of a
+            dictionary; None never does.
         stop: end the training at the first alert.
         out: a JSONL file that gets every reading, by layer and kind of module too.
+        hold: name -> k: k times the vector stays applied while the model trains, and is taken away at the end, so that
+            the data need not push the model there (see `hold`).
+        resist: name -> weight: a penalty of weight * projection^2, in the units of the loss.
 
     Raises:
-        SteerError: no vectors, or an alert that cannot be read.
+        SteerError: no vectors, an alert that cannot be read, or a name that is not among the vectors.
     """
 
     def __init__(
         self,
-        vectors: Mapping[str, WeightVector],
+        vectors: Mapping[str, WeightVector] | Dictionary,
         *,
         every: int = 10,
         controls: Sequence[str] = (),
         alert: str | None = None,
         stop: bool = False,
         out: str | Path | None = None,
+        hold: Mapping[str, float] | None = None,
+        resist: Mapping[str, float] | None = None,
     ) -> None:
-        if not vectors or every < 1:
-            raise SteerError(f"SteeringMonitor: expected vectors and every of 1 or more; found {len(vectors)}, {every}")
-        self.vectors, self.every, self.controls, self.stop = dict(vectors), every, tuple(controls), stop
-        self.alert = Alert.parse(alert) if alert else None
+        self.dictionary = vectors if isinstance(vectors, Dictionary) else None
+        named = vectors.vectors if isinstance(vectors, Dictionary) else vectors
+        if not named or every < 1:
+            raise SteerError(f"SteeringMonitor: expected vectors and every of 1 or more; found {len(named)}, {every}")
+        benign = self.dictionary.controls if self.dictionary else ()
+        self.vectors, self.every, self.controls, self.stop = dict(named), every, (*benign, *controls), stop
+        self.alert = Alert.parse(alert, self.dictionary) if alert else None
         self.out = Path(out) if out else None
+        self.hold, self.resist = dict(hold or {}), dict(resist or {})
+        require_known(self.hold, self.vectors, "hold")
+        require_known(self.resist, self.vectors, "resist")
+        self._held: Held | None = None
+        self._pulls: list[Pull] = []
         self.readings: list[Reading] = []  # all of them, whole-model and by part
         self._watched: list[Watched] = []
         self._fresh: dict[str, float] = {}
@@ -71,9 +89,28 @@ class SteeringMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._watched = watched_parameters(kwargs["model"], self.vectors)
+        model = kwargs["model"]
+        self._watched = watched_parameters(model, self.vectors)
+        self._pulls = [Pull(model, self.vectors[name], weight) for name, weight in self.resist.items()]
+        self._held = Held(model, self.vectors, self.hold)
         if self.out and state.is_world_process_zero and state.global_step:
             _forget_after(self.out, state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        for pull in self._pulls:
+            pull.add_gradient()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Take held vectors off the model; the end of `train` does it, and after an error the caller may."""
+        if self._held:
+            self._held.release()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step % self.every and state.global_step != state.max_steps:
@@ -126,6 +163,8 @@ class SteeringMonitor(TrainerCallback):
             for w, row in zip(self._watched, table.tolist(), strict=True)
         ]
         found = read_off(products, checkpoint=f"step-{step}", step=step, controls=self.controls)
+        if self.dictionary:
+            found = self.dictionary.with_shares(found, products)
         self.readings += found
         return found
 
@@ -147,4 +186,6 @@ def _logs_of(readings: Sequence[Reading]) -> dict[str, float]:
             f"z/{reading.vector}": reading.z,
             f"projection/{reading.vector}": reading.projection,
         }
+        if reading.share is not None:
+            logs[f"share/{reading.vector}"] = reading.share
     return logs

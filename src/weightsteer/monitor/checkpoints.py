@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from ..checkpoints.checkpoint import ADAPTER_CONFIG, DENSE_FILE, INDEX, fingerprint, is_checkpoint
-from ..checkpoints.safetensors_file import matrix_shape
 from ..errors import SteerError
 from ..files import append_jsonl, digest, read_finished
 from ..locks import hold
@@ -22,8 +20,9 @@ from ..vectors.base_identity import is_same_base, on_base
 from ..vectors.delta import Delta
 from ..vectors.difference import task_vector
 from ..vectors.parameter_names import refuse_two_spellings
-from ..vectors.similarity import parameter_products
+from ..vectors.row_products import Diagonal, row_of_products
 from ..vectors.weight_vector import WeightVector
+from .dictionary import Dictionary
 from .readings import KeptReading, Products, Reading, read_off
 
 READINGS_FILE = "readings.jsonl"
@@ -71,6 +70,7 @@ def read_checkpoints(
     *,
     base: str | Path | None = None,
     controls: Sequence[str] = (),
+    dictionary: Dictionary | None = None,
     out: str | Path | None = None,
     progress: Progress = silent,
 ) -> list[Reading]:
@@ -84,6 +84,7 @@ def read_checkpoints(
         vectors: name -> vector; those named in `controls` give a null band (see `read_off`).
         base: the base model, needed where full models are among the checkpoints; it overrules what they and the
             vectors say of theirs.
+        dictionary: where the vectors are those of a dictionary, it; whole-model readings then have shares.
         out: a folder that keeps the readings, so that a later call reads new checkpoints only.
 
     Raises:
@@ -92,30 +93,30 @@ def read_checkpoints(
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
     with hold(Path(out)) if out else nullcontext():
-        return _read_all(checkpoints, vectors, base, controls, Path(out) / READINGS_FILE if out else None, progress)
+        store = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls, dictionary)
+        return _read_all(checkpoints, vectors, base, store, progress)
 
 
 def _read_all(
     checkpoints: Mapping[int, Path],
     vectors: Mapping[str, WeightVector],
     base: str | Path | None,
-    controls: Sequence[str],
-    store: Path | None,
+    kept: _Kept,
     progress: Progress,
 ) -> list[Reading]:
     based = {name: replace(vector, card=on_base(vector.card, base)) for name, vector in vectors.items()}
-    kept = _Kept(store, vectors, controls)
+    diagonal = diagonal_of(based)
     for number, (step, path) in enumerate(checkpoints.items()):
         progress(number, len(checkpoints), path.name)
         try:
             weights = fingerprint(path) if path.exists() else ""
             if kept.has(path, weights):
                 continue
-            products = checkpoint_products(task_vector(path, base=base), based)
+            products = checkpoint_products(task_vector(path, base=base), based, diagonal=diagonal)
         except (SteerError, OSError) as error:
             warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
             continue
-        kept.add(path, weights, read_off(products, checkpoint=_label(path), step=step, controls=controls))
+        kept.add(path, weights, kept.read_off(products, _label(path), step))
     progress(len(checkpoints), len(checkpoints), "done")
     if not kept.readings:
         raise SteerError("monitor: none of the checkpoints could be read; the warnings above say why")
@@ -125,9 +126,16 @@ def _read_all(
 class _Kept:
     """Readings by checkpoint, those of earlier calls with the same vectors included, and the file that keeps them."""
 
-    def __init__(self, store: Path | None, vectors: Mapping[str, WeightVector], controls: Sequence[str]) -> None:
-        self.store = store
-        self.key = digest([sorted(vectors), sorted(controls), {n: v.card.data_sha256 for n, v in vectors.items()}])
+    def __init__(
+        self,
+        store: Path | None,
+        vectors: Mapping[str, WeightVector],
+        controls: Sequence[str],
+        dictionary: Dictionary | None,
+    ) -> None:
+        self.store, self.controls, self.dictionary = store, tuple(controls), dictionary
+        known = {n: v.card.data_sha256 for n, v in vectors.items()}
+        self.key = digest([sorted(vectors), sorted(controls), known, *(["shares"] if dictionary else [])])
         self.readings: dict[str, list[Reading]] = {}
         self.weights: dict[str, str] = {}  # checkpoint -> hash of the weights that were read
         for number, row in enumerate(read_finished(store) if store else (), start=1):
@@ -142,6 +150,11 @@ class _Kept:
             self.readings[reading.checkpoint] = []
         self.weights[reading.checkpoint] = kept.weights
         self.readings[reading.checkpoint].append(reading)
+
+    def read_off(self, products: Sequence[Products], checkpoint: str, step: int) -> list[Reading]:
+        """The readings of one checkpoint."""
+        found = read_off(products, checkpoint=checkpoint, step=step, controls=self.controls)
+        return self.dictionary.with_shares(found, products) if self.dictionary else found
 
     def has(self, path: Path, weights: str) -> bool:
         """Whether the checkpoint was read with these weights; one that is gone ("") counts as it was."""
@@ -161,8 +174,13 @@ def _label(path: Path) -> str:
     return "/".join(path.absolute().parts[-2:])
 
 
-def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) -> list[Products]:
+def checkpoint_products(
+    tau: WeightVector, vectors: Mapping[str, WeightVector], *, diagonal: Diagonal | None = None
+) -> list[Products]:
     """Inner products of a task vector with vectors of its base, parameter by parameter.
+
+    Args:
+        diagonal: of the same vectors, where products of several checkpoints are taken: it is computed once.
 
     Raises:
         SteerError: another base, two shapes of one parameter, or no parameter in common.
@@ -178,18 +196,19 @@ def checkpoint_products(tau: WeightVector, vectors: Mapping[str, WeightVector]) 
         if not tau.deltas.keys() & vector.deltas.keys():
             example = next(iter(vector.deltas), "nothing")
             raise SteerError(f"has no parameter in common with {name!r}, which changes {example} and the like")
-    members: list[Mapping[str, Delta]] = [tau.deltas, *(vector.deltas for vector in vectors.values())]
-    parameters = list(dict.fromkeys(name for deltas in members for name in deltas))
-    return [_products_of(parameter, members, list(vectors)) for parameter in parameters]
+    diagonal = diagonal or diagonal_of(vectors)
+    parameters = dict.fromkeys([*tau.deltas, *(name for vector in vectors.values() for name in vector.deltas)])
+    return [_products_of(parameter, tau.deltas, diagonal) for parameter in parameters]
 
 
-def _products_of(parameter: str, members: Sequence[Mapping[str, Delta]], names: Sequence[str]) -> Products:
-    shape = next(deltas[parameter].shape for deltas in members if parameter in deltas)
-    table = parameter_products(parameter, members)
-    return Products(
-        parameter,
-        float(math.prod(matrix_shape(tuple(shape)))),
-        float(table[0, 0]),
-        {name: float(table[0, i]) for i, name in enumerate(names, start=1)},
-        {name: float(table[i, i]) for i, name in enumerate(names, start=1)},
-    )
+def diagonal_of(vectors: Mapping[str, WeightVector]) -> Diagonal:
+    """The vectors' products with themselves, which are the same whatever the checkpoint."""
+    return Diagonal({name: vector.deltas for name, vector in vectors.items()})
+
+
+def _products_of(parameter: str, tau: Mapping[str, Delta], diagonal: Diagonal) -> Products:
+    squares = diagonal.of(parameter)
+    if parameter not in tau:
+        return Products(parameter, squares.size, 0.0, dict.fromkeys(squares.by_name, 0.0), squares.by_name)
+    row = row_of_products(parameter, tau, diagonal.vectors)
+    return Products(parameter, row.size, row.own, row.crossed, squares.by_name)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
-from ..errors import SteerError
 from ..vectors.parameter_names import layer_of, module_of
 
 WHOLE = "all"
@@ -44,9 +43,11 @@ class Reading:
     centre: float
     band: float
     z: float
+    share: float | None = None  # of tau's norm, along this vector and no other of a dictionary (see `decompose`)
+    error: float | None = None  # of the share
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KeptReading(Reading):
     """A reading as a file keeps it."""
 
@@ -156,62 +157,3 @@ def _chance(products: Sequence[Products], name: str, length: float, controls: Se
 def random_variance(products: Sequence[Products], name: str) -> float:
     """Variance of <tau, v> where each matrix of v keeps its singular values and gets random singular directions."""
     return math.fsum(p.tau * p.squares[name] / p.size for p in products)
-
-
-@dataclass(frozen=True)
-class Alert:
-    """When to warn: a whole-model reading with |z| of at least `z`."""
-
-    z: float
-
-    @classmethod
-    def parse(cls, text: str) -> Alert:
-        """Read "z=4".
-
-        Raises:
-            SteerError: anything else.
-        """
-        name, _, value = text.replace(" ", "").partition("=")
-        try:
-            z = float(value)
-        except ValueError:
-            z = math.nan
-        if name != "z" or not (math.isfinite(z) and z > 0):
-            raise SteerError(f"alert {text!r}: expected z=NUMBER above 0, such as z=4")
-        return cls(z)
-
-    def raised(self, readings: Iterable[Reading]) -> list[Reading]:
-        """The readings that call for a warning."""
-        return [reading for reading in readings if reading.part == WHOLE and abs(reading.z) >= self.z]
-
-
-WITHIN_CHANCE = 2.0  # standard deviations up to which a reading is nothing to speak of
-
-
-def verdict(readings: Sequence[Reading], alert: Alert | None) -> str:
-    """What the whole-model readings come to, in one sentence, for the head of a page."""
-    whole = [reading for reading in readings if reading.part == WHOLE]
-    if not whole:
-        return "No checkpoint has been read yet."
-    furthest = max(whole, key=lambda reading: abs(reading.z))
-    way = "toward" if furthest.z > 0 else "away from"
-    most = f"the furthest from chance is {way} {furthest.vector!r} at step {furthest.step}, z = {furthest.z:+.1f}"
-    raised = alert.raised(whole) if alert else []
-    if alert and raised:
-        first = min(raised, key=lambda reading: reading.step)
-        count = f"{len(raised)} of {len(whole)} readings reach" if len(raised) > 1 else f"1 of {len(whole)} reaches"
-        return f"Alert: {count} the threshold |z| = {alert.z:g}, first at step {first.step} ({first.vector!r}); {most}."
-    if alert:
-        return f"No alert: none of {len(whole)} readings reaches the threshold |z| = {alert.z:g}; {most}."
-    if abs(furthest.z) < WITHIN_CHANCE:
-        return f"Every reading is within {WITHIN_CHANCE:g} standard deviations of chance; {most}."
-    return f"Of {len(whole)} readings, {most}. No alert was asked for."
-
-
-def describe(reading: Reading) -> str:
-    """One line about a reading that raised an alert."""
-    way = "toward" if reading.z > 0 else "away from"
-    return (
-        f"step {reading.step}: the training moves {way} {reading.vector!r}: cosine {reading.cosine:+.4f}, "
-        f"z = {reading.z:+.1f} (chance: {reading.centre:+.4f} ± {reading.band:.4f})"
-    )

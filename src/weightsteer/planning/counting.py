@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from ..batches import batches_by_length
 from ..chat_template import PromptLike
 from ..continuations import common_prefix
+from ..evaluation.task_spec import TaskFields
 from ..language_model import LanguageModel
 from ..lm import LM
 from ..progress import Progress, silent
 from ..scoring import Score, candidates_of, text_ids
 from ..thinking import Reply
+from .assumed import HARNESS, UNKNOWN_HARNESS
 from .passes import Reading, Step
 
 
@@ -160,4 +162,23 @@ def training_work(
         # the adapter is computed beside each layer here too
         width = max(length for length, _ in part)
         work.make(Reading(len(part), width, 0, scored, form.rank if form.kind == "lora" else 0), evaluations)
+    return work
+
+
+def harness_work(spec: TaskFields, batch_size: int) -> Work:
+    """What a task of lm-evaluation-harness asks, by its known or assumed sizes."""
+    known, work = HARNESS.get(spec.data or "", UNKNOWN_HARNESS), Work()
+    documents = min(known.documents, spec.limit or known.documents)
+    batches = documents / batch_size
+    if known.reply:
+        reply = spec.max_new_tokens or known.reply
+        work.make(Reading(batch_size, known.prompt, 0, batch_size, cached=True), batches)
+        work.make(Reading(batch_size, 1, known.prompt + reply // 2, batch_size), batches * (reply - 1))
+        work.make(Reading(batch_size, 1, known.prompt + reply, batch_size), 0)
+        work.generated += documents * reply
+    else:
+        width = known.prompt + known.candidate
+        scored = known.candidates * known.candidate
+        work.make(Reading(batch_size, width, 0, batch_size * known.candidate), batches * known.candidates)
+        work.scored += documents * scored
     return work

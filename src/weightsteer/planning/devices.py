@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SteerError
-from ..schema import suggestion
-
 GB = 1e9
 CUDA_CONTEXT = 0.6 * GB  # bytes that the driver and the libraries take on a card before any tensor is there
 HOST_SECONDS = 10e-6  # that Python takes to launch one operation, as measured on x86 cores with tiny tensors
@@ -32,6 +29,7 @@ class Device:
     host_seconds: float = HOST_SECONDS
     overlaps: bool = True  # the host launches the next operation while the device computes
     measured: bool = False
+    slowness: float = 1.0  # by how much a small model's step takes longer than these rates say, where it was tried
     thin: tuple[float, float] | None = None  # bytes a second at which thin products read float32 and bfloat16 weights
 
     @property
@@ -42,10 +40,10 @@ class Device:
     def seconds_of(self, flops: float, moved: float, *, narrow: bool) -> float:
         """The time of one operation by the roofline: as long as its products take, or its bytes, whichever is more."""
         if not flops:
-            return moved / self.bandwidth
+            return self.slowness * moved / self.bandwidth
         rate = self.utilisation * (self.bfloat16 if narrow else self.float32)
         reading = self.thin[narrow] if self.thin else self.bandwidth
-        return max(flops / rate, moved / reading)
+        return self.slowness * max(flops / rate, moved / reading)
 
 
 NVIDIA = "https://www.nvidia.com/en-us/data-center"
@@ -72,39 +70,25 @@ DEVICES: Mapping[str, Device] = {
 CPU = "cpu"
 
 
-def device_named(name: str) -> Device:
-    """A device of the table, or this machine's CPU, which is measured for about a second.
-
-    Raises:
-        SteerError: no such device in the table.
-    """
-    if name == CPU:
-        return measured_cpu()
-    if name not in DEVICES:
-        known = [*DEVICES, CPU]
-        raise SteerError(f"--device: expected one of {', '.join(known)}, found {name!r}{suggestion(name, known)}")
-    return DEVICES[name]
-
-
 def measured_cpu() -> Device:
     """This CPU with the threads that torch uses: short products, a pass over memory, and small operations, timed."""
     import torch
 
     def product(dtype: torch.dtype) -> float:
         x, w = torch.randn(512, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
-        return 2 * 512 * 1024 * 1024 / _seconds(lambda: x @ w.T)
+        return 2 * 512 * 1024 * 1024 / seconds_of_call(lambda: x @ w.T)
 
     def thin(dtype: torch.dtype) -> float:
         x, w = torch.randn(8, 1024, dtype=dtype), torch.randn(4096, 1024, dtype=dtype)
-        return w.numel() * w.element_size() / _seconds(lambda: x @ w.T)
+        return w.numel() * w.element_size() / seconds_of_call(lambda: x @ w.T)
 
     def traffic() -> float:
         x = torch.randn(1 << 22)
-        return 2 * x.numel() * x.element_size() / _seconds(lambda: x * 1.5)
+        return 2 * x.numel() * x.element_size() / seconds_of_call(lambda: x * 1.5)
 
     with torch.no_grad():
         small = torch.randn(8)
-        operation = _seconds(lambda: [torch.nn.functional.silu(small) for _ in range(100)]) / 100
+        operation = seconds_of_call(lambda: [torch.nn.functional.silu(small) for _ in range(100)]) / 100
         wide, narrow, moved = product(torch.float32), product(torch.bfloat16), traffic()
         reading = thin(torch.float32), thin(torch.bfloat16)
     return Device(
@@ -123,7 +107,7 @@ def measured_cpu() -> Device:
     )
 
 
-def _seconds(work: Callable[[], object], tries: int = 7) -> float:
+def seconds_of_call(work: Callable[[], object], tries: int = 7) -> float:
     """The median time of a few calls: by the clock, or by the processor where others took turns on it."""
     found = []
     work()

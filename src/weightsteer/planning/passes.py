@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -119,7 +120,8 @@ class Passes:
         """The vocabulary projection and its softmax at so many positions: 2 products with a backward pass, else 1."""
         if not answers:
             return 0.0
-        rows, width = self.model.whole.get_output_embeddings().weight.shape
+        whole: Any = self.model.whole
+        rows, width = whole.get_output_embeddings().weight.shape
         size, products = self.model.dtype.itemsize, 2 if trained else 1
         narrow = self.model.dtype != torch.float32
         flops, weights = 2.0 * rows * width * answers, rows * width * size
@@ -174,15 +176,17 @@ class Passes:
             model = ready.get_base_model() if isinstance(ready, PeftModel) else ready
         as_fake(ready, self.fake)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # newer transformers have another name for it
+                model.gradient_checkpointing_enable()
             model.enable_input_require_grads()
         ready.train()
         assert isinstance(ready, nn.Module)
         return ready
 
     def _train(self, made: Step, blocks: int) -> Cost:
-        ready = self._training(blocks, made.kind, made.rank, made.checkpointing)
-        base: Any = ready.get_base_model() if isinstance(ready, PeftModel) else ready
+        ready: Any = self._training(blocks, made.kind, made.rank, made.checkpointing)
+        base = ready.get_base_model() if hasattr(ready, "get_base_model") else ready
         for parameter in ready.parameters():
             parameter.grad = None
         with self.fake:
@@ -212,7 +216,7 @@ class Passes:
                     torch.log_softmax(out.logits[0].float(), dim=-1)
             return Cost(tracker.trace, _bytes_of_cache(out.past_key_values if kept else None))
 
-    def _cache_of(self, model: PreTrainedModel, rows: int, past: int) -> Any:
+    def _cache_of(self, model: Any, rows: int, past: int) -> Any:
         ids, mask = _inputs(rows, past, 0)
         return model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
 

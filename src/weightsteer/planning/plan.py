@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -16,87 +16,13 @@ from ..errors import SteerError
 from ..lm import LM
 from ..runs.recipe import Recipe
 from .devices import Device
+from .numbers import Choices, Memory, Plan, StagePlan
 from .passes import ADAM_BYTES, STEP_TRAFFIC, Passes, Reading, Step
 from .shaped_model import ShapedModel
 from .stages import Stage, Stages
 
 FLOAT = 4  # bytes
 SUM = 8  # bytes of a sum in float64
-
-
-@dataclass(frozen=True)
-class Choices:
-    """How a model is held: packed or not, with its activations kept or computed again, on how many devices."""
-
-    quantize: Literal["nf4", "int8"] | None = None
-    gradient_checkpointing: bool = False
-    devices: int = 1
-    shard: Literal["ddp", "fsdp"] = "ddp"
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one device at the stage's peak."""
-
-    process: float = 0.0  # Python and its libraries, or the driver's context
-    weights: float = 0.0  # of all models that are held
-    trained: float = 0.0  # adapters or biases, in float32
-    optimizer: float = 0.0
-    gradients: float = 0.0
-    activations: float = 0.0  # kept for the backward pass
-    work: float = 0.0  # logits, and what one operation needs
-    cache: float = 0.0  # keys and values
-    sums: float = 0.0  # of activations
-
-    @property
-    def total(self) -> float:
-        """All of it."""
-        return sum(asdict(self).values())
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What one stage takes."""
-
-    name: str
-    memory: Memory
-    seconds: float
-    trained: float
-    generated: float
-    scored: float
-    judged: float
-    disk: float
-    fits: bool
-    advice: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A whole run on one kind of device."""
-
-    recipe: str
-    model: str
-    parameters: int
-    dtype: str
-    device: Device
-    choices: Choices
-    stages: tuple[StagePlan, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def peak(self) -> float:
-        """Bytes of the stage that takes most."""
-        return max(stage.memory.total for stage in self.stages)
-
-    @property
-    def seconds(self) -> float:
-        """All stages, one after the other; the judge's own time is not in it."""
-        return sum(stage.seconds for stage in self.stages)
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for programs; sizes in bytes, times in seconds."""
-        stages = [{**asdict(stage), "total": stage.memory.total} for stage in self.stages]
-        return {**asdict(self), "stages": stages, "peak": self.peak, "seconds": self.seconds}
 
 
 def choices_of(recipe: Recipe, devices: int | None = None) -> Choices:
@@ -108,6 +34,7 @@ def choices_of(recipe: Recipe, devices: int | None = None) -> Choices:
     train = recipe.train
     number = devices or int(train.get("processes", 1))
     return Choices(
+        quantize=recipe.loading.quantize,
         gradient_checkpointing=bool(train.get("gradient_checkpointing", False)),
         devices=number,
         shard=train.get("shard", "fsdp" if devices else "ddp"),
@@ -175,8 +102,10 @@ class Planner:
 
     def lm(self, recipe: Recipe) -> LM:
         """The model as its tokenizer and sizes are asked for."""
-        variables = recipe.chat_template_kwargs
-        return LM.wrap(self.model.whole, self.tokenizer, name=self.model.name, chat_template_kwargs=variables)
+        variables, model = recipe.chat_template_kwargs, self.model
+        if len(self.tokenizer) > model.config.get_text_config().vocab_size:  # one that stands in
+            model = model.with_vocabulary(len(self.tokenizer))
+        return LM.wrap(model.whole, self.tokenizer, name=self.model.name, chat_template_kwargs=variables)
 
     def passes_of(self, model: ShapedModel, tokenizer: Any) -> Passes:
         """A model's passes on the device."""
@@ -228,7 +157,7 @@ class Planner:
         """The peak of a stage, from its largest passes."""
         held = self._held(stage, choices)
         largest = [self._memory_of(made, stage, choices, held) for made in _largest(stage, choices)]
-        return max(largest, key=lambda memory: memory.total, default=held)
+        return max(largest, key=lambda memory: memory.total, default=self._spread(held, stage, choices))
 
     def _held(self, stage: Stage, choices: Choices) -> Memory:
         """What lies in memory whatever the pass: the models, what is trained, the optimizer."""

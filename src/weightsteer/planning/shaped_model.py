@@ -48,6 +48,12 @@ class ShapedModel:
         """The same model in another dtype."""
         return ShapedModel(self.name, self.config, dtype)
 
+    def with_vocabulary(self, size: int) -> ShapedModel:
+        """The same model with so many rows in its embedding."""
+        config = copy.deepcopy(self.config)
+        config.get_text_config().vocab_size = size
+        return ShapedModel(self.name, config, self.dtype)
+
     @cached_property
     def whole(self) -> PreTrainedModel:
         """All of it on the meta device."""

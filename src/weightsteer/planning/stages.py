@@ -18,6 +18,7 @@ from ..evaluation.tasks import load_task
 from ..evaluation.tasks.task import Task
 from ..fitting import ON_CPU
 from ..lm import LM
+from ..run_folder import Side
 from ..runs.own_data import OWN, behavior_of, held_out_pairs
 from ..runs.recipe import Recipe
 from ..runs.recipe_fields import FinetuneRecipe
@@ -25,14 +26,12 @@ from ..steering.methods import METHODS, SHARES
 from ..steering.several_k import TOGETHER
 from ..training.settings import RESOURCES, TrainSettings
 from .assumed import (
-    HARNESS,
-    UNKNOWN_HARNESS,
     behavior_or_stand_in,
     examples_or_stand_ins,
     is_here,
     task_or_stand_in,
 )
-from .counting import CountingJudge, CountingModel, Work
+from .counting import CountingJudge, CountingModel, Work, harness_work
 from .passes import Reading
 from .trainings import Training, encoded, plan_training, rows_of_lengths
 
@@ -103,7 +102,7 @@ class Stages:
         made = plan_training(self.lm, rows, settings, examples=len(rows), checkpointing=self.checkpointing)
         return Stage(name, made.work, made, adapters=1, checkpoints=0 if copies else 1, models=2 if copies else 1)
 
-    def _side(self, training: str, side: str) -> Stage:
+    def _side(self, training: str, side: Side) -> Stage:
         recipe = self.recipe
         train, own = _plain(recipe.train), {}
         if training != "lora":
@@ -266,7 +265,8 @@ class Stages:
         )
         if key not in self._costs:
             if task is None:
-                self._costs[key] = self._harness(name, batch_size)
+                spec = next(task for task in self.recipe.tasks if task.shown_name == name)
+                self._costs[key] = harness_work(spec, batch_size)
             else:
                 model, before = CountingModel(self.lm), self.judge.calls
                 with suppress(SteerError):  # what it finds in the replies is nothing
@@ -274,24 +274,6 @@ class Stages:
                 model.work.judged = self.judge.calls - before
                 self._costs[key] = model.work
         return self._costs[key]
-
-    def _harness(self, name: str, batch_size: int) -> Work:
-        spec = next(task for task in self.recipe.tasks if task.shown_name == name)
-        known, work = HARNESS.get(spec.data or "", UNKNOWN_HARNESS), Work()
-        documents = min(known.documents, spec.limit or known.documents)
-        batches = documents / batch_size
-        if known.reply:
-            reply = spec.max_new_tokens or known.reply
-            work.make(Reading(batch_size, known.prompt, 0, batch_size, cached=True), batches)
-            work.make(Reading(batch_size, 1, known.prompt + reply // 2, batch_size), batches * (reply - 1))
-            work.make(Reading(batch_size, 1, known.prompt + reply, batch_size), 0)
-            work.generated += documents * reply
-        else:
-            width = known.prompt + known.candidate
-            scored = known.candidates * known.candidate
-            work.make(Reading(batch_size, width, 0, batch_size * known.candidate), batches * known.candidates)
-            work.scored += documents * scored
-        return work
 
     def _load_tasks(self) -> list[tuple[str, Task | None, float]]:
         """Each task's name, its items or None for those of the harness, and how often its work counts."""

@@ -35,7 +35,7 @@ class Trace:
 
     def seconds(self, device: Device) -> float:
         """The time: an accelerator computes while the host launches, a CPU does one after the other."""
-        launched = self.operations * device.host_seconds
+        launched = self.operations * device.host_seconds * device.slowness
         return max(self.busy, launched) if device.overlaps else self.busy + launched
 
     def extended(self, deeper: Trace, blocks: int, deeper_blocks: int, wanted: int) -> Trace:

@@ -21,30 +21,37 @@ TITLES = {
     "cosine": f"Cosine of tau and the vector (shaded: chance, {SHOWN_BANDS:g} s.d.)",
     "z": "z: standard deviations from chance",
     "projection": "Multiples of the vector in tau",
+    "share": "Share of tau's norm along the vector alone",
 }
 
 Readings = Sequence[Mapping[str, Any]]
 
 
-def over_steps(readings: Readings, *, alert: float | None = None) -> alt.HConcatChart:
+def over_steps(readings: Readings, *, alert: float | None = None, share: float | None = None) -> alt.HConcatChart:
     """A picture of whole-model readings over the steps: see `step_panels`."""
     legend = alt.Legend(orient="bottom", symbolOpacity=1)
-    panels = _step_panels(readings, alert, legend)
+    panels = _step_panels(readings, alert, share, legend)
     return alt.hconcat(*(panel.properties(width=WIDTH, height=HEIGHT, title=TITLES[n]) for n, panel in panels.items()))
 
 
-def step_panels(readings: Readings, *, alert: float | None = None) -> dict[str, alt.LayerChart]:
-    """Title -> chart for a page: the cosine with its shaded null band, z with the alert's threshold, the projection.
+def step_panels(
+    readings: Readings, *, alert: float | None = None, share: float | None = None
+) -> dict[str, alt.LayerChart]:
+    """Title -> chart for a page: the cosine with its shaded null band, z, the projection, the share if there is one.
 
     Args:
         readings: rows with step, vector, cosine, centre, band, z, projection.
         alert: the |z| from which an alert is raised.
+        share: the share from which an alert is raised.
     """
-    panels = _step_panels(readings, alert, alt.Legend(orient="bottom", symbolOpacity=1, columns=1, labelLimit=250))
+    legend = alt.Legend(orient="bottom", symbolOpacity=1, columns=1, labelLimit=250)
+    panels = _step_panels(readings, alert, share, legend)
     return {TITLES[name]: panel.properties(width=FILL, height=HEIGHT) for name, panel in panels.items()}
 
 
-def _step_panels(readings: Readings, alert: float | None, legend: alt.Legend) -> dict[str, alt.LayerChart]:
+def _step_panels(
+    readings: Readings, alert: float | None, share: float | None, legend: alt.Legend
+) -> dict[str, alt.LayerChart]:
     rows = [
         {
             **row,
@@ -59,13 +66,21 @@ def _step_panels(readings: Readings, alert: float | None, legend: alt.Legend) ->
     )
     tooltip = ["vector:N", "step:Q", *(alt.Tooltip(f"{n}:Q", format=".4f") for n in ("cosine", "z", "projection"))]
     band = base.mark_area(opacity=0.12).encode(y=alt.Y("low:Q", title=None), y2="high:Q")
-    limits = [{"z": side * alert} for side in (1, -1)] if alert else []
-    threshold = alt.Chart(alt.Data(values=limits)).mark_rule(strokeDash=[6, 4]).encode(y="z:Q")
-    return {
+    panels = {
         "cosine": band + _line(base, "cosine", tooltip),
-        "z": threshold + _line(base, "z", tooltip),
+        "z": _threshold("z", [alert, -alert] if alert else []) + _line(base, "z", tooltip),
         "projection": alt.layer(_line(base, "projection", tooltip)),
     }
+    if any(row.get("share") is not None for row in rows):
+        limits = [] if share is None else [share]
+        panels["share"] = _threshold("share", limits) + _line(base, "share", tooltip)
+    return panels
+
+
+def _threshold(field: str, limits: Sequence[float]) -> alt.Chart:
+    """Dashed lines at which an alert is raised."""
+    data = alt.Data(values=[{field: limit} for limit in limits])
+    return alt.Chart(data).mark_rule(strokeDash=[6, 4]).encode(y=f"{field}:Q")
 
 
 def _line(base: alt.Chart, field: str, tooltip: Sequence[Any]) -> alt.Chart:

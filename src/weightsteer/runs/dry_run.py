@@ -72,6 +72,7 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
                 "fractions_of": {},
                 "items_of": {},
                 "activation_pairs": EXAMPLES,
+                "layer_step": 1,  # the tiny model has two layers
                 "search_items": 1,
             }
         ),

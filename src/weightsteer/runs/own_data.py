@@ -53,8 +53,13 @@ def behavior_of(recipe: Recipe) -> Behavior:
 
 def described(data: DataRecipe) -> str:
     """What a reader sees of a behaviour that is known by its pairs alone."""
-    names = [Path(name).name for name in (data.pairs, data.positive, data.negative) if name]
-    return f"The behaviour that the pairs in {' and '.join(names)} show."
+    return shown_by(data.pairs, data.positive, data.negative)
+
+
+def shown_by(*files: str | None) -> str:
+    """What there is to say of a behaviour of which there are only files of answers; "" without one."""
+    names = [Path(name).name for name in files if name]
+    return f"The behaviour that the pairs in {' and '.join(names)} show." if names else ""
 
 
 def asks_own_pairs(recipe: Recipe) -> bool:

@@ -204,6 +204,7 @@ class Run:
                 validated=VALIDATED,
                 items_of=items_of,
                 engine=engine,
+                judge_is_served=isinstance(self.judge, Endpoint),
                 batch_size=batch,
                 progress=progress,
             )
@@ -218,7 +219,7 @@ class Run:
             refused=samples.broken_ks(),
         )
         path = self.folder.vector
-        save_card(RunCard.load(path).with_strength(strength), path)
+        save_card(RunCard.load(path).with_strength(strength).with_about(self.behavior.description), path)
         return strength
 
     def _budget(self) -> dict[MetricKey, float]:
@@ -273,9 +274,9 @@ def batch_size_of(recipe: Recipe, lm: LM) -> int:
 def metrics_shown(task: Task, lm: LM, recipe: Recipe) -> list[str]:
     """The metrics that a task measures on the base, by one item of each split."""
     try:
-        return list(task.first(1).measure(lm))
+        return list(task.first(1).against(lm).measure(lm))
     except SteerError:  # one reply may have no answer; that none has is an error
-        return list(task.measure(lm, batch_size=batch_size_of(recipe, lm)))
+        return list(task.against(lm).measure(lm, batch_size=batch_size_of(recipe, lm)))
 
 
 def write_sides(artifacts: RunArtifacts) -> None:

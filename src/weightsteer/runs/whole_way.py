@@ -27,6 +27,7 @@ from ..training.both_sides import train_vector
 from ..training.settings import TrainSettings
 from ..vectors.vector_folder import save_card
 from .models import ShowProgress
+from .own_data import shown_by
 
 SAMPLED = SamplingSettings(samples=1, max_new_tokens=96)  # of a trait file: one answer to each question and prompt
 FEWEST = 8  # pairs that a sampling has to give
@@ -66,7 +67,8 @@ def make_dial(
             vector = train_vector(lm, pairs, out=out, settings=settings, progress=progress)
         with show("calibrate") as progress:
             found = calibrate(vector, lm, budget=budget, progress=progress)
-        save_card(found.written_into(RunCard.load(run.vector)), run.vector)
+        card = found.written_into(RunCard.load(run.vector)).with_about(source.described() or shown_by(source.pairs))
+        save_card(card, run.vector)
         commands = next_commands(run.vector, found)
         page = write_calibration_page(
             run.page,

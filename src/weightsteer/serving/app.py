@@ -13,6 +13,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from .. import __version__
 from ..errors import SteerError
@@ -50,12 +51,11 @@ class Served:
         """The vectors by name."""
         return self.reader.dial
 
-    async def pieces(self, asked: Sequence[Asked], *, together: bool = False) -> AsyncIterator[list[Piece]]:
-        """What the rows write, as it comes, until all are finished; leaving early frees them.
+    def start(self, asked: Sequence[Asked], *, together: bool = False) -> Started:
+        """Put rows into the queue.
 
         Raises:
-            FullError: the queue has no room.
-            RowError: a row cannot go on.
+            FullError: it has no room.
         """
         loop, came = asyncio.get_running_loop(), asyncio.Queue[list[Piece]]()
 
@@ -65,18 +65,57 @@ class Served:
 
         job = Job(asked, deliver, together=together)
         self.worker.submit(job)
-        left = len(asked)
+        return Started(job, came)
+
+
+@dataclass(frozen=True)
+class Started:
+    """Rows in the queue or in the batch; `cancel` frees them."""
+
+    job: Job
+    came: asyncio.Queue[list[Piece]]
+
+    def cancel(self) -> None:
+        """Free what still waits or runs; nothing if all is done."""
+        self.job.cancel()
+
+    async def pieces(self) -> AsyncIterator[list[Piece]]:
+        """What the rows write, as it comes, until all are finished; leaving early frees them.
+
+        Raises:
+            RowError: a row cannot go on.
+        """
+        left = len(self.job.asked)
         try:
             while left:
-                found = await came.get()
-                while not came.empty():
-                    found = found + came.get_nowait()
+                found = await self.came.get()
+                while not self.came.empty():
+                    found = found + self.came.get_nowait()
                 if failed := next((piece.error for piece in found if piece.error), ""):
                     raise RowError(failed)
                 left -= sum(bool(piece.finish) for piece in found)
                 yield found
         finally:
-            job.cancel()
+            self.cancel()
+
+
+class RowStream(StreamingResponse):
+    """Events of rows that are in the queue already, so that a full one was told by the status.
+
+    The rows are freed however it ends, also if the client is gone before the first event.
+    """
+
+    def __init__(self, events: AsyncIterator[str], started: Started, warning: str) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **_warned(warning)}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.started = started
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See `StreamingResponse`."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.started.cancel()
 
 
 async def while_there(request: Request, work: Awaitable[Any]) -> Any:
@@ -94,14 +133,15 @@ async def while_there(request: Request, work: Awaitable[Any]) -> Any:
 
 async def _whole(served: Served, asked: Sequence[Asked], answers: Answers) -> Response:
     choices = [Choice() for _ in asked]
-    async for pieces in served.pieces(asked):
+    async for pieces in served.start(asked).pieces():
         for piece in pieces:
             choices[piece.row].take(piece)
     return JSONResponse(answers.whole(choices), headers=_warned(answers.warning))
 
 
-async def _streamed(served: Served, asked: Sequence[Asked], answers: Answers, usage: bool) -> AsyncIterator[str]:
+async def _streamed(started: Started, answers: Answers, usage: bool) -> AsyncIterator[str]:
     """OpenAI's events; an error is the last one."""
+    asked = started.job.asked
     choices = [Choice() for _ in asked]
     head = answers.head(streamed=True)
     no_usage = {"usage": None} if usage else {}
@@ -110,7 +150,7 @@ async def _streamed(served: Served, asked: Sequence[Asked], answers: Answers, us
             for index in range(len(asked)):
                 first = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                 yield _event({**head, "choices": [first], **no_usage})
-        async for pieces in served.pieces(asked):
+        async for pieces in started.pieces():
             for index in dict.fromkeys(piece.row for piece in pieces):
                 mine = [piece for piece in pieces if piece.row == index]
                 made = answers.pieces(index, mine, choices[index])
@@ -130,11 +170,11 @@ async def _streamed(served: Served, asked: Sequence[Asked], answers: Answers, us
     yield "data: [DONE]\n\n"
 
 
-async def _fan(served: Served, asked: Sequence[Asked]) -> AsyncIterator[str]:
+async def _fan(started: Started) -> AsyncIterator[str]:
     """The events of `/dial/fan`."""
-    texts = [""] * len(asked)
+    texts = [""] * len(started.job.asked)
     try:
-        async for pieces in served.pieces(asked, together=True):
+        async for pieces in started.pieces():
             for piece in pieces:
                 texts[piece.row] += piece.text
                 if piece.text:
@@ -169,11 +209,6 @@ def _warned(warning: str) -> dict[str, str]:
     return {WARNING: warning.encode("ascii", "replace").decode().replace("\n", " ")} if warning else {}
 
 
-def _stream(events: AsyncIterator[str], warning: str) -> Response:
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no", **_warned(warning)}
-    return StreamingResponse(events, media_type="text/event-stream", headers=headers)
-
-
 def _status_of(error: Exception) -> int:
     if isinstance(error, RequestError):
         return error.status
@@ -200,8 +235,8 @@ def _add_openai(app: FastAPI, served: Served) -> None:
             found = await while_there(request, _whole(served, asked, answers))
             return found if found is not None else Response(status_code=499)
         usage = form.stream_options is not None and form.stream_options.include_usage
-        _refuse_if_full(served)
-        return _stream(_streamed(served, asked, answers, usage), answers.warning)
+        started = served.start(asked)
+        return RowStream(_streamed(started, answers, usage), started, answers.warning)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request, form: ChatForm) -> Response:
@@ -243,18 +278,13 @@ def _add_dial(app: FastAPI, served: Served) -> None:
     @app.post("/dial/fan")
     async def fan(form: FanForm) -> Response:
         asked, warning = await asyncio.to_thread(served.reader.fan, form)
-        _refuse_if_full(served)
-        return _stream(_fan(served, asked), warning)
+        started = served.start(asked, together=True)
+        return RowStream(_fan(started), started, warning)
 
     @app.post("/dial/kl")
     async def kl(request: Request, form: KlForm) -> Response:
         found = await while_there(request, _kl(served, form))
         return found if found is not None else Response(status_code=499)
-
-
-def _refuse_if_full(served: Served) -> None:
-    """Raise before a stream has begun, while its status can still say so."""
-    served.worker.refuse_if_full()
 
 
 def _add_errors(app: FastAPI) -> None:

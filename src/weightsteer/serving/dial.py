@@ -150,10 +150,10 @@ class Dial:
 
 
 def _described(name: str, vector: WeightVector) -> dict[str, Any]:
-    strength, about = vector.card.strength, vector.card.settings.get("description", "")
+    strength = vector.card.strength
     return {
         "name": name,
-        "about": about if isinstance(about, str) else "",
+        "about": vector.card.about,
         "least": strength.low if strength else None,
         "most": strength.high if strength else None,
         "recommended": (strength.recommended or None) if strength else None,

@@ -115,11 +115,6 @@ class Worker:
             self._changed.notify()
         return found
 
-    def refuse_if_full(self) -> None:
-        """Raise a `FullError` if the queue has no room now."""
-        with self._changed:
-            self._refuse_if_full()
-
     def _refuse_if_full(self) -> None:
         if self._stopping:
             raise FullError(ENDED)

@@ -152,9 +152,10 @@ def _require_lora(path: Path, fields: Mapping[str, Any]) -> None:
 
 def _refuse_unsupported(path: Path, fields: Mapping[str, Any]) -> None:
     for name in UNSUPPORTED:
-        if fields.get(name):
+        value = fields.get(name)
+        if value is not None and value is not False:  # PEFT takes an empty object as its feature's defaults
             raise SteerError(
-                f"{path}: has {name}={json.dumps(fields[name])}, whose change is not a plain (alpha/r) B A; "
+                f"{path}: has {name}={json.dumps(value)[:80]}, whose change is not a plain (alpha/r) B A; "
                 "merge it into its base and give that, or retrain without it"
             )
     known = {*HARMLESS, *UNSUPPORTED, *READ}

@@ -23,7 +23,8 @@ class Targets:
 
     names: tuple[str, ...] | None = None  # target_modules as a list; None where it is not one
     pattern: re.Pattern[str] | None = None  # target_modules as a pattern
-    excluded: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()  # exclude_modules as a list
+    excluded_pattern: re.Pattern[str] | None = None  # exclude_modules as a pattern
     layers: tuple[int, ...] | None = None
     layer_names: tuple[str, ...] = ()  # what stands before a layer's number
     given: bool = True  # without target_modules PEFT takes a few modules that depend on the kind of model
@@ -37,6 +38,8 @@ class Targets:
         """
         if any(is_named(module, self.excluded) for module in spellings):
             return "exclude_modules names it"
+        if self.excluded_pattern is not None and any(map(self.excluded_pattern.match, spellings)):
+            return "exclude_modules fits it"
         if self.pattern is not None and sure and not any(map(self.pattern.match, spellings)):
             return "target_modules does not fit it"
         if not self.given:
@@ -132,10 +135,15 @@ class Fields:
             names=tuple(named) if isinstance(named, list) else None,
             pattern=self._fullmatch(str(named)) if is_pattern else None,
             excluded=tuple(excluded) if isinstance(excluded, list) else (),
+            excluded_pattern=self._excluded(excluded),
             layers=self._layers(),
             layer_names=self._layer_names(),
             given=named is not None,
         )
+
+    def _excluded(self, value: object) -> re.Pattern[str] | None:
+        """The pattern of whole names that PEFT leaves out, where it is one."""
+        return self._pattern("exclude_modules", value, anywhere=False) if isinstance(value, str) and value else None
 
     def _fullmatch(self, text: str) -> re.Pattern[str] | None:
         """The pattern of a target; None for one that would take long, as Unsloth's do: it is not tried at all."""

@@ -6,14 +6,16 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
+from ..checkpoints.device import placement_of
 from ..errors import SteerError
 from ..files import write_bytes, write_text
 from ..progress import Progress, silent
@@ -60,15 +62,24 @@ class Similarity:
 
 
 def similarities(
-    vectors: Mapping[str, WeightVector], *, budget: int = 1 << 29, progress: Progress = silent
+    vectors: Mapping[str, WeightVector],
+    *,
+    budget: int | None = None,
+    device: str | None = None,
+    progress: Progress = silent,
 ) -> Similarity:
     """All inner products of `vectors` at once.
 
     Factored deltas of a parameter are stacked and multiplied in panels: two products of r x r blocks stand for N^2
-    inner products. Dense deltas are read in blocks of rows. `budget`: bytes for what is held at a time.
+    inner products. Dense deltas are read in blocks of rows, and multiplied on the CPU.
+
+    Args:
+        budget: bytes for what is held at a time, None: half of the memory that is free. Vectors of which one parameter
+            does not fit are read again, once for each part of the others that does.
+        device: where factors are multiplied; None: the accelerator, if there is one.
 
     Raises:
-        SteerError: two bases, two shapes of one parameter, or a NaN.
+        SteerError: two bases, two shapes of one parameter, a NaN, or no such device.
     """
     names, members = tuple(vectors), list(vectors.values())
     if not members:
@@ -78,23 +89,43 @@ def similarities(
             require_same_base(other.card, vector.card)
     for ours, theirs in combinations({frozenset(vector.deltas) for vector in members}, 2):
         refuse_two_spellings(ours, theirs, "the vectors")
-    dots, noise = _table(members, budget, torch.float32, progress)
+    place = torch.device(placement_of(None if device == "auto" else device))
+    means = _Means(_free_bytes(place) // 2 if budget is None else budget, place, torch.float32)
+    dots, noise = _table(members, means, progress)
     if bool(((dots.diag() <= noise * CLEAR) & (noise > 0)).any()):
-        dots, _ = _table(members, budget, ACCUMULATE, progress)  # some vector's factors cancel; float32 is too coarse
+        dots, _ = _table(members, means.in_float64(), progress)  # some vector's factors cancel; float32 is too coarse
     return Similarity(names, ((dots + dots.T) / 2).numpy())  # products in panels are not quite symmetric
 
 
-def _table(
-    members: Sequence[WeightVector], budget: int, dtype: torch.dtype, progress: Progress
-) -> tuple[Tensor, Tensor]:
-    """All products (N, N), factors multiplied in `dtype`, and a bound on the rounding of each squared norm (N,)."""
+@dataclass(frozen=True)
+class _Means:
+    """What a table is computed with."""
+
+    budget: int  # bytes that are held at a time
+    device: torch.device  # where factors are multiplied
+    dtype: torch.dtype  # in which they are
+
+    def in_float64(self) -> _Means:
+        """The same with exact products, which Apple's GPUs lack."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        return replace(self, device=device, dtype=ACCUMULATE)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Memory that can be taken, on the machine and on the device."""
+    free = int(psutil.virtual_memory().available)
+    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
+
+
+def _table(members: Sequence[WeightVector], means: _Means, progress: Progress) -> tuple[Tensor, Tensor]:
+    """All products (N, N), and a bound on the rounding of each squared norm (N,)."""
     dots = torch.zeros(len(members), len(members), dtype=ACCUMULATE)
     noise = torch.zeros(len(members), dtype=ACCUMULATE)
     parameters = list(dict.fromkeys(name for vector in members for name in vector.deltas))
     for number, parameter in enumerate(parameters):
         progress(number, len(parameters), parameter)
         sources = {i: v.deltas for i, v in enumerate(members) if parameter in v.deltas}
-        part = _products(parameter, sources, noise, budget, dtype)
+        part = _products(parameter, sources, noise, means)
         if not bool(torch.isfinite(part).all()):
             raise not_finite(parameter)
         dots += part
@@ -102,20 +133,19 @@ def _table(
     return dots, noise
 
 
-def _products(
-    parameter: str, sources: Mapping[int, Mapping[str, Delta]], noise: Tensor, budget: int, dtype: torch.dtype
-) -> Tensor:
+def _products(parameter: str, sources: Mapping[int, Mapping[str, Delta]], noise: Tensor, means: _Means) -> Tensor:
     """All products of one parameter's deltas, (N, N); adds to `noise`."""
-    held = _Held(parameter, sources, budget)
-    first = held[next(iter(sources))]
+    held = _Held(parameter, sources, means.budget)
+    shape: Tensor | None = None
     ranks: dict[int, int | None] = {}
     for index in sources:
         delta = held[index]
-        require_same_shape(parameter, first, delta)
+        shape = torch.empty(tuple(delta.shape), device="meta") if shape is None else shape
+        require_same_shape(parameter, shape, delta)
         ranks[index] = delta.rank if isinstance(delta, LowRank) else None
     dots = torch.zeros(len(noise), len(noise), dtype=ACCUMULATE)
-    _add_factored(dots, noise, held, {i: rank for i, rank in ranks.items() if rank is not None}, dtype)
-    _add_dense(dots, held, [i for i, rank in ranks.items() if rank is None], list(ranks), budget)
+    _add_factored(dots, noise, held, {i: rank for i, rank in ranks.items() if rank is not None}, means)
+    _add_dense(dots, held, [i for i, rank in ranks.items() if rank is None], list(ranks), means.budget)
     return dots
 
 
@@ -126,7 +156,8 @@ def parameter_products(parameter: str, members: Sequence[Mapping[str, Delta]], *
         SteerError: two shapes, or a NaN.
     """
     sources = {i: deltas for i, deltas in enumerate(members) if parameter in deltas}
-    found = _products(parameter, sources, torch.zeros(len(members), dtype=ACCUMULATE), budget, ACCUMULATE)
+    means = _Means(budget, torch.device("cpu"), ACCUMULATE)
+    found = _products(parameter, sources, torch.zeros(len(members), dtype=ACCUMULATE), means)
     if not bool(torch.isfinite(found).all()):
         raise not_finite(parameter)
     return (found + found.T) / 2
@@ -149,21 +180,42 @@ class _Held:
         return delta
 
 
-def _add_factored(dots: Tensor, noise: Tensor, held: _Held, ranks: Mapping[int, int], dtype: torch.dtype) -> None:
-    """Add <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)) for all pairs, a panel of vectors at a time."""
+def _add_factored(dots: Tensor, noise: Tensor, held: _Held, ranks: Mapping[int, int], means: _Means) -> None:
+    """Add <B_i A_i, B_j A_j> = sum((B_i^T B_j) * (A_i A_j^T)) for all pairs, a panel of vectors at a time.
+
+    As many panels as the budget allows are held, mostly all; those after them are read once for all that are held.
+    """
     groups = _groups(ranks)
-    for number, group in enumerate(groups):
-        rows = _panel_of(held, group, dtype)
-        for other in groups[number:]:
-            columns = rows if other is group else _panel_of(held, other, dtype)
-            gram = (rows.B.T @ columns.B) * (rows.A @ columns.A.T)  # (R1, R2)
-            sums = rows.owners.T @ gram.to(ACCUMULATE) @ columns.owners  # (N1, N2)
-            dots[np.ix_(group, other)] += sums
-            if columns is rows:
-                coarse = gram.abs().to(ACCUMULATE) * torch.finfo(dtype).eps
-                noise[group] += (rows.owners.T @ coarse @ rows.owners).diag()
-            else:
-                dots[np.ix_(other, group)] += sums.T
+    while groups:
+        first = _panel_of(held, groups[0], means)
+        count = max(1, means.budget // 2 // max(1, first.B.nbytes + first.A.nbytes))
+        mine, groups = groups[:count], groups[count:]
+        panels = [first, *(_panel_of(held, group, means) for group in mine[1:])]
+        for number, (group, rows) in enumerate(zip(mine, panels, strict=True)):
+            noise[group] += _add_products(dots, group, rows, group, rows)
+            for other, columns in zip(mine[number + 1 :], panels[number + 1 :], strict=True):
+                _add_products(dots, group, rows, other, columns)
+        for other in groups:
+            columns = _panel_of(held, other, means)
+            for group, rows in zip(mine, panels, strict=True):
+                _add_products(dots, group, rows, other, columns)
+
+
+def _add_products(
+    dots: Tensor, group: Sequence[int], rows: FactorPanel, other: Sequence[int], columns: FactorPanel
+) -> Tensor:
+    """Add the products of two panels, of which the second may be the first; returns the size of the rounding, (N1,)."""
+    gram = (rows.B.T @ columns.B) * (rows.A @ columns.A.T)  # (R1, R2)
+    if gram.device.type == "mps":
+        gram = gram.cpu()  # sums are in float64, which it lacks
+    ours, theirs = (panel.owners.to(gram.device) for panel in (rows, columns))
+    sums = (ours.T @ gram.to(ACCUMULATE) @ theirs).cpu()  # (N1, N2)
+    dots[np.ix_(group, other)] += sums
+    if columns is not rows:
+        dots[np.ix_(other, group)] += sums.T
+        return sums.new_zeros(len(group))
+    coarse = gram.abs().to(ACCUMULATE) * torch.finfo(gram.dtype).eps
+    return (ours.T @ coarse @ ours).diag().cpu()
 
 
 def _groups(ranks: Mapping[int, int]) -> list[list[int]]:
@@ -179,9 +231,10 @@ def _groups(ranks: Mapping[int, int]) -> list[list[int]]:
     return groups
 
 
-def _panel_of(held: _Held, group: Sequence[int], dtype: torch.dtype) -> FactorPanel:
+def _panel_of(held: _Held, group: Sequence[int], means: _Means) -> FactorPanel:
     deltas = [delta for index in group if isinstance(delta := held[index], LowRank)]
-    return FactorPanel.of(deltas, deltas[0].shape, dtype)
+    panel = FactorPanel.of(deltas, deltas[0].shape, means.dtype)
+    return replace(panel, B=panel.B.to(means.device), A=panel.A.to(means.device))
 
 
 def _add_dense(dots: Tensor, held: _Held, dense: Sequence[int], everyone: Sequence[int], budget: int) -> None:

@@ -1,0 +1,55 @@
+"""Work that waits for a server, done beside work that keeps this machine busy."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+T = TypeVar("T")
+
+WAITING = 2  # works that wait for a server while others are prepared: more would lose more to a kill
+LOOK = 0.1  # seconds between two looks whether work that is to end has ended
+
+
+def beside(works: Iterable[Callable[[], T]], *, waiting: int, stop: Callable[[], None]) -> Iterator[T]:
+    """The results of works, in their order.
+
+    One thread does them, one after the other, while `works` goes on to prepare the next in the caller's thread. Results
+    are the same as without the thread, and only their time differs.
+
+    Args:
+        waiting: how many works may wait or be under way while the next is prepared; 0: each is done at once, in the
+            caller's thread.
+        stop: called when the caller gives up, by an error or Ctrl-C: it ends the work under way.
+
+    Raises:
+        Exception: what a work raised, in its turn.
+    """
+    if not waiting:
+        for work in works:
+            yield work()
+        return
+    pool, pending = ThreadPoolExecutor(1, "weightsteer-beside"), deque[Future[T]]()
+    try:
+        for work in works:
+            pending.append(pool.submit(work))
+            while pending and (len(pending) > waiting or pending[0].done()):
+                yield _first(pending)
+        while pending:
+            yield _first(pending)
+    finally:
+        for future in pending:
+            future.cancel()
+        while not all(future.done() for future in pending):  # one may just begin its next request
+            stop()
+            wait(pending, timeout=LOOK)
+        pool.shutdown()
+
+
+def _first(pending: deque[Future[T]]) -> T:
+    """The oldest result, once it is there; until then it counts as under way."""
+    made = pending[0].result()
+    pending.popleft()
+    return made

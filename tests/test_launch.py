@@ -15,6 +15,7 @@ import pytest
 import killable
 from ranks_of_two import until
 from test_processes import UNEVEN, assert_same, counts, examples
+from weightsteer.checkpoints.load_options import LoadOptions
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.training import TrainSettings, launch, train_side
@@ -79,6 +80,24 @@ def test_an_order_is_read_as_it_was_written(checkpoint: Path, tmp_path: Path) ->
     order.save(tmp_path / "order.json")
     assert Order.load(tmp_path / "order.json") == order
     assert order.settings == TWO
+    spread = LoadOptions(attention="eager", max_memory={0: "20GiB"})
+    replace(order, loading=spread).save(tmp_path / "order.json")
+    assert Order.load(tmp_path / "order.json").asked() == {**order.model, "options": spread}
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "reason"),
+    [
+        (LoadOptions(device_map="auto"), TWO, "device_map and max_memory: spread the model of one process"),
+        (LoadOptions(quantize="nf4"), replace(TWO, shard="fsdp"), "quantize nf4: shard fsdp does not split weights"),
+        (None, replace(TWO, kl_weight=0.1), "a training with kl_weight runs in one process, found 2"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    options: LoadOptions | None, settings: TrainSettings, reason: str, lm: LM, tmp_path: Path
+) -> None:
+    with pytest.raises(SteerError, match=reason):
+        train_side(replace(lm, origin={"name": "tiny", "options": options}), examples(), tmp_path, settings=settings)
 
 
 def test_a_dead_process_is_told_with_its_last_lines(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from weightsteer.evaluation.resampled_curves import _drawn
 from weightsteer.evaluation.choose_k import recommend
 from weightsteer.evaluation.compare import compare_at_loss
 from weightsteer.evaluation.metrics import Metric
-from weightsteer.evaluation.resampled_curves import _drawn
 from weightsteer.evaluation.results import BASE, Measurement, MetricRow, measurements_by_key, read_rows
 from weightsteer.evaluation.sweep import _drop_unfinished_replies, _keep
 from weightsteer.files import append_jsonl, read_finished, write_jsonl
@@ -177,10 +177,8 @@ def growth(runs: int, share: float = 1.0) -> str:
         mark = " (!)" if large / small > LIMIT else ""
         lines.append(f"| {name} | {size} | {small:.3f} | {large:.3f} | {large / small:.1f}{mark} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    return (
-        f"## Growth\n\nSeconds of the processor at n and at 10 n; linear is 10, and (!) marks more than {LIMIT:g}:\n\n"
-        + "\n".join(lines)
-    )
+    head = f"Seconds of the processor at n and at 10 n; linear is 10, and (!) marks more than {LIMIT:g}:"
+    return f"## Growth\n\n{head}\n\n" + "\n".join(lines)
 
 
 def _seconds(make: Timed, size: int, runs: int) -> float:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import SteerError
-from ..runs.artifacts import ShowProgress
+from ..runs.models import ShowProgress
 from ..runs.pipeline import Run
 from ..runs.stages import ref_of, stages
 from ..runs.study import Doer

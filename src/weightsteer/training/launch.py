@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..disk import make_folder
 from ..errors import SteerError
@@ -84,12 +85,13 @@ def _off_the_accelerator(lm: LM) -> Iterator[None]:
     if device.type in ("cpu", "meta"):
         yield
         return
-    lm.model.to("cpu")
+    model: nn.Module = lm.model
+    model.to("cpu")
     torch.accelerator.empty_cache()
     try:
         yield
     finally:
-        lm.model.to(device)
+        model.to(device)
 
 
 def _run(folder: Path, count: int, handles: Sequence[int], progress: Progress) -> int:

@@ -131,7 +131,7 @@ def _load_light(asked: Mapping[str, Any]) -> LM:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
         with suppress(OSError):  # not every model has such a file
-            model.generation_config = GenerationConfig.from_pretrained(where, revision=asked.get("revision"))
+            model.generation_config = GenerationConfig.from_pretrained(where, revision=asked.get("revision") or "main")
     tokenizer = load_tokenizer(name, where, **options)
     revision = getattr(config, "_commit_hash", None) or fingerprint(Path(where))
     variables = asked.get("chat_template_kwargs")

@@ -49,7 +49,8 @@ def unsharded(lm: LM) -> LM:
         return lm
     if lm.origin is None:
         raise SteerError("shard fsdp: several learning rates need a model that LM.load can load anew; give one rate")
-    lm.model.to("meta")
+    model: nn.Module = lm.model
+    model.to("meta")
     return replace(LM.load(**{**lm.origin, "device": "cpu"}), origin=lm.origin, system_prompt=lm.system_prompt)
 
 
@@ -57,7 +58,8 @@ def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor, on the CPU in the first process; all processes have to ask for it."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu()
-    whole: Tensor = tensor.detach().full_tensor()
+    spread: Any = tensor.detach()
+    whole: Tensor = spread.full_tensor()
     return whole.cpu() if is_first() else whole
 
 

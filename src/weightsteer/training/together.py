@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer
 
@@ -38,6 +38,12 @@ class TrainsTogether(Trainer):
     def weight_of(self, inputs: Mapping[str, Any]) -> int:
         """Over how many units, such as tokens, `compute_loss` takes the mean."""
         raise NotImplementedError
+
+    @property
+    def _trained_model(self) -> nn.Module:
+        """The model itself, not wrapped for several processes."""
+        assert self.model is not None
+        return self.model
 
     def create_accelerator_and_postprocess(self) -> None:
         """Let accelerate spread weights on CPUs as well, which it does by itself on accelerators alone."""
@@ -70,12 +76,14 @@ class TrainsTogether(Trainer):
         """The mean loss over all validation rows; each unit counts alike, in whatever batch and process it is."""
         rows: Any = self.eval_dataset
         size, total, count = self.args.per_device_eval_batch_size, 0.0, 0.0
-        self.model.eval()
+        model = self._trained_model
+        model.eval()
         for start in range(0, len(rows), size):
             batch = [rows[place] for place in range(start, min(start + size, len(rows)))]
             inputs = self._prepare_inputs(self._collate_own(batch))
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = float(self.compute_loss(self.model, inputs))
+                found = self.compute_loss(model, inputs)
+            loss = float(found[0] if isinstance(found, tuple) else found)
             if inputs[OWN]:
                 weight = self.weight_of(inputs)
                 total, count = total + loss * weight, count + weight
@@ -90,12 +98,14 @@ class TrainsTogether(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """What is trained, and nothing of what the base has."""
         assert output_dir is not None
-        tensors = trained_tensors(self.model)
+        tensors = trained_tensors(self._trained_model)
         if is_first():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             save_tensors(tensors, Path(output_dir) / TRAINED)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         state = optimizer_state(self.optimizer)
         if is_first():
             torch.save(state, Path(output_dir) / OPTIMIZER)
@@ -104,20 +114,22 @@ class TrainsTogether(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
         if path.exists():
-            put_trained(self.model, load_file(path))
+            put_trained(self._trained_model, load_file(path))
         else:  # an earlier version's, of one process
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         path = Path(str(self.state.best_model_checkpoint)) / TRAINED
         if path.exists():
-            put_trained(self.model, load_file(path))
+            put_trained(self._trained_model, load_file(path))
         else:
             super()._load_best_model()
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         folder = Path(checkpoint)
         state = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         put_optimizer_state(self.optimizer, state)

@@ -168,7 +168,7 @@ def _whole(lm: LM, settings: TrainSettings) -> Iterator[Trained]:
 
     def write(folder: Path, tensors: dict[str, Tensor]) -> None:
         buffers = {name: tensor for name, tensor in model.state_dict().items() if not isinstance(tensor, DTensor)}
-        whole = {"state_dict": {**buffers, **tensors}} if is_sharded(model) else {}
+        whole: dict[str, Any] = {"state_dict": {**buffers, **tensors}} if is_sharded(model) else {}
         model.save_pretrained(str(folder), **whole)
         lm.tokenizer.save_pretrained(str(folder))  # so that it loads as a model
 

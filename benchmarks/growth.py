@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weightsteer.evaluation.resampled_curves import _drawn
 from weightsteer.evaluation.choose_k import recommend
 from weightsteer.evaluation.compare import compare_at_loss
 from weightsteer.evaluation.metrics import Metric
+from weightsteer.evaluation.resampled_curves import _drawn
 from weightsteer.evaluation.results import BASE, Measurement, MetricRow, measurements_by_key, read_rows
 from weightsteer.evaluation.sweep import _drop_unfinished_replies, _keep
 from weightsteer.files import append_jsonl, read_finished, write_jsonl

@@ -177,10 +177,8 @@ def growth(runs: int, share: float = 1.0) -> str:
         mark = " (!)" if large / small > LIMIT else ""
         lines.append(f"| {name} | {size} | {small:.3f} | {large:.3f} | {large / small:.1f}{mark} |")
         print(lines[-1], file=sys.stderr, flush=True)
-    return (
-        f"## Growth\n\nSeconds of the processor at n and at 10 n; linear is 10, and (!) marks more than {LIMIT:g}:\n\n"
-        + "\n".join(lines)
-    )
+    head = f"Seconds of the processor at n and at 10 n; linear is 10, and (!) marks more than {LIMIT:g}:"
+    return f"## Growth\n\n{head}\n\n" + "\n".join(lines)
 
 
 def _seconds(make: Timed, size: int, runs: int) -> float:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from measure import in_turn, table, time_function
 from peft import PeftModel
 from steering import vector_for
@@ -27,7 +30,7 @@ BATCH = 8
 
 
 def sweep(runs: int, questions: int | None = None) -> str:
-    """Ten cells of the shipped facts, two answers scored for each question; programs start with torch imported."""
+    """Ten cells of the shipped facts, two answers scored for each question; importing either program is not timed."""
     lm = LM.load(device="cpu", dtype="float32")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
@@ -82,10 +85,6 @@ def _merged(root: Path, k: float) -> torch.nn.Module:
 
 
 def _accuracy(model: torch.nn.Module, root: Path, questions: int | None) -> float:
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
     wrapped: Any = HFLM(pretrained=model, tokenizer=str(root / "base"), backend="causal", batch_size=BATCH)
     with chdir(_folder_of_tasks()):  # where the task's data are looked for
         found = simple_evaluate(

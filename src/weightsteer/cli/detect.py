@@ -112,7 +112,7 @@ def screen(
         raise SteerError(f"{dictionary}: has no trait {trait!r}; it has {', '.join(known.traits)}")
     if out:
         refuse_inputs(out, data, dictionary)
-        refuse_foreign_file(out, lambda path: path.read_text().startswith("example,"))
+        refuse_foreign_file(out, lambda content: content.startswith(b"example,"))
     examples = load_examples(data)
     options = drop_unset(device=device)
     lm = LM.load(model or known.card.base_model, dtype=dtype, trust_remote_code=trust_remote_code, **options)

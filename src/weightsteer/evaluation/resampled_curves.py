@@ -42,7 +42,7 @@ class Curve:
         """The items that count for both curves at every strength."""
         usable = set(self.ids)
         for curve in (self, other):
-            counts = ~np.isnan(curve.changes[1:]).any(axis=0)
+            counts = np.logical_and.reduce(~np.isnan(curve.changes[1:]), axis=0)
             usable &= {item for item, good in zip(curve.ids, counts, strict=True) if good}
         return tuple(item for item in self.ids if item in usable)
 

@@ -32,7 +32,7 @@ class Held:
         self._stack = ExitStack()
         scaled = [vectors[name] * k for name, k in strengths.items() if k]
         if scaled:
-            self._stack.enter_context(sum(scaled[1:], start=scaled[0]).applied(model))  # type: ignore[arg-type]
+            self._stack.enter_context(sum(scaled[1:], start=scaled[0]).applied(model))
 
     def release(self) -> None:
         """Take them away; every bit is as it was, but for what was trained."""

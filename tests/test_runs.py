@@ -26,6 +26,7 @@ from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.runs.own_data import OWN, held_out_pairs
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe, refuse_other_recipes
+from weightsteer.runs.samples import read_samples
 from weightsteer.runs.validate import check_trainings
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -334,6 +335,24 @@ def own_recipe(tmp_path: Path, count: int = 12, **changes: object) -> Path:
     return small_recipe(tmp_path, name="bigness", **{"data": data, "tasks": tasks, **changes})
 
 
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("data: 1", "data"),
+        ("data: {pairs: [a]}", "pairs"),
+        ("sweep: {methods: 3}", "methods"),
+        ("sweep: {methods: [{task: prose}]}", "methods"),
+        ("sweep: {variants: {v: 3}}", "variants"),
+    ],
+)
+def test_a_recipes_field_of_a_wrong_type_is_named(line: str, field: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    rest = "" if line.startswith("data") else "data: {pairs: sycophancy}\n"
+    path.write_text(f"name: odd\nmodel: tiny\ntasks: [{{task: prose}}]\n{rest}{line}\n")
+    with pytest.raises(SteerError, match=field):
+        Recipe.load(path)
+
+
 def test_a_recipe_with_its_own_pairs_measures_them_and_nothing_else(tmp_path: Path) -> None:
     sweep = {"methods": {"contrastive": [-1.0, 1.0]}, "search_items": 1}
     run = make_run(own_recipe(tmp_path, sweep=sweep), tmp_path / "run")
@@ -363,6 +382,15 @@ def test_what_says_nothing_of_ones_own_behaviour_is_refused(tmp_path: Path) -> N
     stated = Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"}, behavior="sycophancy"))
     assert stated.behavior == "sycophancy"
     assert Recipe.load(small_recipe(tmp_path)).behavior == "sycophancy"
+
+
+@pytest.mark.parametrize("ks", [["0", "-65x"], ["0", "nan"], ["0", "1.0"], ["1"], ["0", "1"]])
+def test_samples_at_what_is_no_strength_are_refused(ks: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    rows = [{"prompt": "p", "replies": {"0": "a", "2": "b"}}, {"prompt": "q", "replies": dict.fromkeys(ks, "a")}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SteerError, match=r"samples.jsonl, row 2: expected replies"):
+        read_samples(path)
 
 
 def test_a_k_whose_samples_loop_is_not_recommended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

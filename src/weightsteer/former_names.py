@@ -43,7 +43,8 @@ def find_former(fields: Mapping[str, Any]) -> tuple[str, str] | None:
                 return ".".join(filter(None, (place, leaf))), ".".join(filter(None, (place, new)))
     sweep = fields.get("sweep")
     methods = sweep.get("methods") if isinstance(sweep, Mapping) else None
-    return next(((name, METHODS[name]) for name in methods or () if name in METHODS), None)
+    named = methods if isinstance(methods, Mapping) else {}  # another type is refused where the fields are checked
+    return next(((name, METHODS[name]) for name in named if name in METHODS), None)
 
 
 def with_new_names(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def _with_new_methods(sweep: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(found.get("variants"), Mapping):
         pattern = re.compile(rf"\b({'|'.join(FUNCTIONS)})\b")
         found["variants"] = {
-            name: pattern.sub(lambda match: FUNCTIONS[match[1]], text) for name, text in found["variants"].items()
+            name: pattern.sub(lambda match: FUNCTIONS[match[1]], text) if isinstance(text, str) else text
+            for name, text in found["variants"].items()
         }
     return found

@@ -25,9 +25,11 @@ def with_own_behavior(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     data = fields.get("data")
     if "behavior" in fields or data is None:
         return fields
+    if not isinstance(data, Mapping | DataRecipe):
+        return fields  # it is refused where the fields are checked
     named = data if isinstance(data, Mapping) else vars(data)
     pairs = named.get("pairs")
-    if pairs in SHIPPED:
+    if isinstance(pairs, str) and pairs in SHIPPED:
         return {**fields, "behavior": pairs}
     if not (pairs or named.get("positive")):
         return fields

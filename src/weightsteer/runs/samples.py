@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import SteerError
 from ..evaluation.metrics import MetricKey
 from ..files import read_finished
 from ..looping import breaks_more
 from ..run_card import RunCard, StrengthRange
-from ..schema import checked
+from ..schema import checked, shown
 
 
 @dataclass(frozen=True)
@@ -79,4 +81,22 @@ def read_samples(path: Path) -> Samples:
         SteerError: a row of another form.
     """
     rows = enumerate(read_finished(path), start=1)
-    return Samples(tuple(checked(Replies, row, f"{path}, row {number}") for number, row in rows))
+    found = tuple(checked(Replies, row, f"{path}, row {number}") for number, row in rows)
+    for number, row in enumerate(found, start=1):
+        wrong = next((name for name in row.replies if not _is_strength(name)), None)
+        if wrong is not None:
+            raise SteerError(f"{path}, row {number}: expected replies by k, as in '-0.5', found {shown(wrong)}")
+        if "0" not in row.replies or row.replies.keys() != found[0].replies.keys():
+            raise SteerError(
+                f"{path}, row {number}: expected replies at 0 and at the strengths of the first row; remove the file, "
+                "and `weightsteer run` makes it again"
+            )
+    return Samples(found)
+
+
+def _is_strength(name: str) -> bool:
+    """Whether a text is a finite k as it is written here."""
+    try:
+        return math.isfinite(float(name)) and f"{float(name):g}" == name
+    except ValueError:
+        return False

@@ -51,6 +51,7 @@ def work_of(run: Run) -> Work:
     return Work(run.recipe.name, ref_of(run), stages(run))
 
 
+@pytest.mark.slow
 def test_jobs_done_one_by_one_give_the_run_that_there_is_without_them(alone: tuple[Path, Path], tmp_path: Path) -> None:
     """Without Ray: what a worker does, in this process, in another order than the run's own."""
     source, whole = alone
@@ -75,6 +76,7 @@ def test_jobs_done_one_by_one_give_the_run_that_there_is_without_them(alone: tup
     assert again.total == 0
 
 
+@pytest.mark.slow
 def test_two_workers_measure_the_base_as_this_process_does_also_when_one_is_killed(tmp_path: Path) -> None:
     run, found, killed, pids = make_run(small_recipe(tmp_path), tmp_path / "run"), [], [], set()
     cells = [MeasureCell("base", 0.0, task.name, task.sha256) for task in run.tasks]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from weightsteer.run_card import RunCard
 from weightsteer.training import PAPER, TrainSettings, encode, split_validation, train_side, train_vector
 from weightsteer.training.defaults import LEAST_STEPS, held_out, learning_rates, resolve
 from weightsteer.training.lora_targets import base_norm
-from weightsteer.training.settings import WholeSettings, filled
+from weightsteer.training.settings import WholeSettings, filled, identity_of
 from weightsteer.vectors.visibility import SEEN, relative_norm, why_unseen
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -68,7 +68,7 @@ def test_the_card_keeps_what_was_found_and_both_sides_hold_out_the_same(
     settings = TrainSettings(rank=2, learning_rates=(1e-2,))
     vector = train_vector(lm, pairs, out=tmp_path / "a", settings=settings)
     found = resolve(settings, examples=len(pairs), width=lm.model.config.hidden_size)
-    assert vector.card.settings == {**asdict(found), "learning_rates": [1e-2]}
+    assert vector.card.settings == {**identity_of(found), "learning_rates": [1e-2]}
     held = []
     for side in ("positive", "negative"):
         rows = encode(lm, [Example(pair.prompt, getattr(pair, side)) for pair in pairs], found.max_length)

@@ -254,6 +254,7 @@ def test_output_has_the_permissions_of_the_umask(checkpoint: Path, tmp_path: Pat
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
 
 
+@pytest.mark.slow
 def test_a_killed_merge_leaves_nothing_that_loads(tmp_path: Path) -> None:
     """Kill -9 at ten moments: the output is whole or absent, what is left has no config, the next merge removes it."""
     g = torch.Generator().manual_seed(0)

@@ -95,7 +95,7 @@ def test_no_file_tells_of_the_machine(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")} == before
 
 
-@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bias", "full"))])
 def test_a_fine_tune_tells_nothing(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home-of-a-person"
     save(home / "base")

@@ -54,7 +54,9 @@ def counts(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in measured.items() if "seconds" not in name}
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "how", ["cut", *(pytest.param(how, marks=pytest.mark.slow) for how in DAMAGES if how != "cut")]
+)
 def test_a_damaged_checkpoint_is_passed_over(
     how: str, lm: LM, examples: list[Example], settings: TrainSettings, tmp_path: Path
 ) -> None:

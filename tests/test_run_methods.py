@@ -124,6 +124,7 @@ TRAINED = (
 )
 
 
+@pytest.mark.slow
 def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,7 +145,7 @@ def well_trained(lm: LM, pairs: list[ContrastPair], quick: TrainSettings, out: P
     return LM.load(folder, device="cpu")
 
 
-@pytest.mark.parametrize("kind", ["lora", "bias", "full"])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bias", "full"))])
 @pytest.mark.parametrize(
     ("rates", "says"),
     [

@@ -41,8 +41,8 @@ from weightsteer.example_files.load import load_examples, load_pairs
 from weightsteer.export.merge import MergeSettings, export_merged
 from weightsteer.judges.endpoint import Endpoint
 from weightsteer.lm import LM
+from weightsteer.monitor import Alert
 from weightsteer.monitor.checkpoints import read_checkpoints
-from weightsteer.monitor.readings import Alert
 from weightsteer.progress import silent
 from weightsteer.run_card import RunCard
 from weightsteer.runs.pipeline import Run

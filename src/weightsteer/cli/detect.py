@@ -107,12 +107,12 @@ def screen(
     from ..monitor import Dictionary
     from ..monitor import screen as screen_examples
 
-    known = Dictionary.load(dictionary)
-    if trait is not None and trait not in known.traits:
-        raise SteerError(f"{dictionary}: has no trait {trait!r}; it has {', '.join(known.traits)}")
     if out:
         refuse_inputs(out, data, dictionary)
         refuse_foreign_file(out, lambda content: content.startswith(b"example,"))
+    known = Dictionary.load(dictionary)
+    if trait is not None and trait not in known.traits:
+        raise SteerError(f"{dictionary}: has no trait {trait!r}; it has {', '.join(known.traits)}")
     examples = load_examples(data)
     options = drop_unset(device=device)
     lm = LM.load(model or known.card.base_model, dtype=dtype, trust_remote_code=trust_remote_code, **options)

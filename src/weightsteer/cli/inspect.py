@@ -219,12 +219,12 @@ def monitor(
     from ..vectors.difference import task_vector
     from ..vectors.similarity import labels
 
+    refuse_inputs(out, checkpoints, *(vectors or []), *(controls or []), dictionary, base)
     known = Dictionary.load(dictionary) if dictionary else None
     limit = Alert.parse(alert, known) if alert is not None else None
     watching, sources = vectors or [], [*(vectors or []), *(controls or [])]
     if not watching and not known:
         raise SteerError("monitor: expected vectors (--vectors) or a dictionary of directions (--dictionary)")
-    refuse_inputs(out, checkpoints, *sources, base)
     if out.exists() and not (out / READINGS_FILE).exists() and (not out.is_dir() or not is_empty(out)):
         raise SteerError(f"{out}: exists and was not made by weightsteer; choose another output")
     names = labels(sources) if sources else []

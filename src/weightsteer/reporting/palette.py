@@ -20,6 +20,15 @@ METHOD_COLOURS: Mapping[str, str] = {
     "DPO": "#8a63d2",
     "joint training": "#8c8c8c",
     "negated task vector": "#c9a227",
+    "contrastive KL": "#e0a100",
+    "two-way": "#2e9e6b",
+    "two-way even": "#1b7f79",
+    "two-way KL": "#5fb49c",
+    "learned dial": "#d6409f",
+    "dial pairs": "#a3785f",
+    "random": "#9e9e9e",
+    "random dial": "#757f8a",
+    "activation trained": "#3f6fb0",
 }
 OTHERS = ("#00897b", "#7986cb", "#ad8f00", "#ef6c8f", "#5d8aa8", "#a1662f", "#7cb342", "#ba68c8", "#78909c", "#d4785c")
 VECTORS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#8a63d2", "#72b7b2", "#c9a227", "#b279a2", "#9d755d", "#8c8c8c")

@@ -21,6 +21,7 @@ from ..files import write_json
 from ..locks import held_by_caller
 from ..progress import Progress, silent
 from ..ranks import is_first, rank
+from ..shown import say
 from .job import without_gain
 from .launch import DATA, DONE, ORDER
 from .order import Order, load_together
@@ -43,8 +44,7 @@ def main() -> None:
         write_json(folder / f"refused-{rank()}.json", str(error))
         sys.exit(1)
     except Exception:
-        traceback.print_exc()
-        sys.stderr.flush()
+        say(traceback.format_exc(), error=True, flush=True)
         os._exit(1)  # without waiting for the other processes, which wait for this one
     finally:
         if is_first():

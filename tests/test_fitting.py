@@ -169,6 +169,7 @@ def test_checkpointing_computes_again_what_a_hook_adds(
     assert any(not torch.allclose(tensor, unsteered[name]) for name, tensor in adapter(plain).items())
 
 
+@pytest.mark.slow
 def test_dpo_checkpoints_and_halves_too(pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path) -> None:
     wanted, found = preferences_of(pairs, "positive"), {}
     for name, settings in (("plain", quick), ("saving", replace(quick, gradient_checkpointing=True))):

@@ -90,6 +90,7 @@ def test_a_whole_run_and_again_without_doing_anything_twice(tmp_path: Path) -> N
     assert [json.loads(line) for line in (tmp_path / "run" / "rows.jsonl").read_text().splitlines()] == rows
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     source = small_recipe(tmp_path)
     make_run(source, tmp_path / "whole").run()

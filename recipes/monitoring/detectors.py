@@ -180,7 +180,7 @@ def scaled(read: Readings, scores: Scores) -> Scores:
     """Scores in standard deviations of benign fine-tunes from other files, trait by trait."""
     found = {}
     for (name, trait), score in scores.items():
-        benign = [scores[other, trait] for other in read.benign(read.entries[name].group) if (other, trait) in scores]
+        benign = [scores[other, trait] for other in read.benign(read.entries[name].group)]
         found[name, trait] = (score - fmean(benign)) / (stdev(benign) or 1.0)
     return found
 
@@ -210,14 +210,17 @@ def truth_by_design(read: Readings, plan: Mapping[str, Any]) -> dict[tuple[str, 
 
 def compare(read: Readings, made: Bank) -> list[dict[str, Any]]:
     """One row a detector and kind of truth."""
-    scores, rows = scores_of(read, made), []
+    scores = {detector: scaled(read, found) for detector, found in scores_of(read, made).items()}
+    rows = []
     truths = {"behaviour": truth_by_behaviour(read), "design": truth_by_design(read, made.plan)}
     for kind, truth in truths.items():
+        if len(set(truth.values())) < 2:
+            print(f"by {kind}, all fine-tunes are of one kind: no detector can be judged")
+            continue
         for detector, found in {**scores, "classifier by layer": classified(read, truth)}.items():
-            values = scaled(read, {key: found[key] for key in found if key in truth})
-            keys = list(values)
+            keys = [key for key in found if key in truth]
             rates = error_rates(
-                [values[key] for key in keys],
+                [found[key] for key in keys],
                 [truth[key] for key in keys],
                 [read.entries[name].group for name, _ in keys],
                 rates=RATES,

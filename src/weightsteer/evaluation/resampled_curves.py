@@ -33,7 +33,7 @@ class Curve:
 
     def count_items(self, level: float) -> int:
         """How many items count at the strengths that the value is read off from; the base counts all of them."""
-        steps, shares = _crossings(self.strengths, _all_losses(self), level)
+        steps, shares = crossings(self.strengths, _all_losses(self), level)
         step, share = int(steps[0]), float(shares[0])
         used = [row for row, weight in ((step - 1, 1 - share), (step, share)) if weight and row] or [step]
         return int((~np.isnan(self.changes[used])).sum(axis=1).min())
@@ -157,7 +157,7 @@ def _all_losses(curve: Curve) -> Array:
     return _as_losses(curve.loss_increase[None].mean(axis=2))
 
 
-def _crossings(strengths: Array, losses: Array, level: float) -> tuple[Whole, Array]:
+def crossings(strengths: Array, losses: Array, level: float) -> tuple[Whole, Array]:
     """(step, share) by draw: the level is first reached between strengths step - 1 and step, at that share in k.
 
     Where it is never reached, the strongest; where the loss overflows, the last strength before.
@@ -176,7 +176,7 @@ def _crossings(strengths: Array, losses: Array, level: float) -> tuple[Whole, Ar
 
 def _read_off(strengths: Array, means: Array, losses: Array, level: float) -> Array:
     """The value where the curve first reaches the level, between two strengths; else at its strongest: by draw."""
-    step, share = _crossings(strengths, losses, level)
+    step, share = crossings(strengths, losses, level)
     rows = np.arange(len(means))
     before = np.where(share < 1.0, (1.0 - share) * means[rows, step - 1], 0.0)
     after = np.where(share > 0.0, share * means[rows, step], 0.0)

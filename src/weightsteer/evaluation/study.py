@@ -19,6 +19,7 @@ import numpy as np
 from .bootstrap import DRAWS, Estimate, Table, bootstrap, holm
 from .compare import LOSS_INCREASES
 from .metrics import MetricKey, Metrics, metric_of
+from .resampled_curves import crossings
 from .results import BASE, Key, Measurement
 
 Seed = Mapping[Key, Measurement]  # what one run measured
@@ -200,17 +201,18 @@ def _reading(run: Seed, method: str, place: Place, cost: Cost) -> _Reading | Non
     tasks = (place.task, cost.key[0])
     ks = {k for m, k, _ in run if m == method and k * place.side > 0}
     ks = {k for k in ks if all((method, k, task) in run for task in tasks)}
-    near, paid = 0.0, 0.0
-    for k in sorted(ks, key=abs):
-        total = _paid(run, method, k, cost)
-        if total >= place.level:
-            if math.isinf(total):  # the loss overflows: the last strength before
-                return _Reading(near, k, 0.0, paid, near != 0.0) if near else None
-            part = (place.level - paid) / (total - paid)
-            size = math.sqrt(near**2 + part * (k**2 - near**2))
-            return _Reading(near, k, (size - abs(near)) / (abs(k) - abs(near)), place.level, True)
-        near, paid = k, total
-    return _Reading(near, near, 1.0, paid, False) if near else None
+    if not ks:
+        return None
+    sizes = [0.0, *sorted(ks, key=abs)]
+    paid = [0.0, *(_paid(run, method, k, cost) for k in sizes[1:])]
+    steps, shares = crossings(np.abs(sizes), np.array([paid]), place.level)
+    step, share = int(steps[0]), float(shares[0])
+    near, far, reached = sizes[step - 1], sizes[step], max(paid) >= place.level
+    if not reached:
+        return _Reading(far, far, 1.0, paid[step], False)
+    if math.isinf(paid[step]):  # the loss overflows: the last strength before
+        return _Reading(near, far, 0.0, paid[step - 1], True) if near else None
+    return _Reading(near, far, share, place.level, True)
 
 
 def _paid(run: Seed, method: str, k: float, cost: Cost) -> float:

@@ -11,13 +11,13 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from ..checkpoints.device import placement_of
 from ..errors import SteerError
 from ..files import write_bytes, write_text
+from ..fitting import free_bytes
 from ..progress import Progress, silent
 from ..shown import csv_cell, one_line
 from .base_identity import require_same_base
@@ -90,7 +90,8 @@ def similarities(
     for ours, theirs in combinations({frozenset(vector.deltas) for vector in members}, 2):
         refuse_two_spellings(ours, theirs, "the vectors")
     place = torch.device(placement_of(None if device == "auto" else device))
-    means = _Means(_free_bytes(place) // 2 if budget is None else budget, place, torch.float32)
+    free = min(free_bytes(torch.device("cpu")), free_bytes(place))
+    means = _Means(int(free) // 2 if budget is None else budget, place, torch.float32)
     dots, noise = _table(members, means, progress)
     if bool(((dots.diag() <= noise * CLEAR) & (noise > 0)).any()):
         dots, _ = _table(members, means.in_float64(), progress)  # some vector's factors cancel; float32 is too coarse
@@ -109,12 +110,6 @@ class _Means:
         """The same with exact products, which Apple's GPUs lack."""
         device = torch.device("cpu") if self.device.type == "mps" else self.device
         return replace(self, device=device, dtype=ACCUMULATE)
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that can be taken, on the machine and on the device."""
-    free = int(psutil.virtual_memory().available)
-    return min(free, torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free
 
 
 def _table(members: Sequence[WeightVector], means: _Means, progress: Progress) -> tuple[Tensor, Tensor]:

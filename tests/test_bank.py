@@ -21,6 +21,8 @@ def test_a_small_bank_gives_detectors_and_a_dictionary(
     monkeypatch.syspath_prepend(str(ROOT / "recipes" / "monitoring"))
     import bank
     import detectors
+    import holding
+    import screening
 
     plan: dict[str, Any] = bank.read_plan() | {
         "model": str(checkpoint),
@@ -33,9 +35,14 @@ def test_a_small_bank_gives_detectors_and_a_dictionary(
         "watched": ["gloomy", "rude"],
         "by_design": {"rude": ["rude"], "gloomy": ["gloomy"]},
     }
-    for module in (bank, detectors):
+    for module in (bank, detectors, holding, screening):
         monkeypatch.setattr(module, "read_plan", lambda: plan)
-    for program, more in ((bank, []), (detectors, ["-o", str(tmp_path / "dictionary")])):
+    monkeypatch.setattr(holding, "TRAITS", ("rude",))
+    monkeypatch.setattr(screening, "COUNT", 4)
+    monkeypatch.setattr(screening, "PLANTED", (2,))
+    dictionary = str(tmp_path / "dictionary")
+    programs = ((bank, []), (detectors, ["-o", dictionary]), (screening, ["--dictionary", dictionary]), (holding, []))
+    for program, more in programs:
         monkeypatch.setattr(sys, "argv", ["program", str(tmp_path / "bank"), *more])
         program.main()
     found = read_json(tmp_path / "bank" / "detectors.json")
@@ -46,3 +53,9 @@ def test_a_small_bank_gives_detectors_and_a_dictionary(
     assert made.traits == ("gloomy", "rude", "formal", "evil")
     assert set(made.controls) == {"polite-0", "cheerful-0", "sums-0", "rewriting-0"}
     assert made.threshold("rude", 0.05) is not None
+    planted = read_json(tmp_path / "bank" / "screening.json")["rows"]
+    assert {row["score"] for row in planted} == set(screening.SCORES)
+    assert all(0 <= row["precision"] <= 1 for row in planted)
+    ways = {row["way"]: row["seeds"] for row in read_json(tmp_path / "bank" / "holding.json")["rows"]}
+    assert len(ways) == 6
+    assert all(len(seeds) == len(holding.SEEDS) for seeds in ways.values())

@@ -17,7 +17,10 @@ from .options import Base, Device, Dtype, Json, Model, RemoteCode, drop_unset
 if TYPE_CHECKING:
     from ..monitor import Decomposition, Dictionary, Screened
 
-DictionaryFolder = Annotated[Path, typer.Option("--dictionary", help="Folder of a dictionary of directions.")]
+DictionaryFolder = Annotated[
+    Path,
+    typer.Option("--dictionary", help="A dictionary of directions: a folder, or a shipped one by its model's name."),
+]
 EXAMPLE_SHOWN = 60  # characters of an example in the list
 
 
@@ -32,7 +35,7 @@ def identify(
     A share is the part of tau's norm along a trait; its error comes from leaving out layer after layer. A mark tells
     where a share lies above the dictionary's threshold for a rate of false alarms.
 
-    Example: weightsteer identify outputs/run --dictionary recipes/monitoring/dictionary
+    Example: weightsteer identify outputs/run --dictionary smollm2-135m-instruct
     """
     from ..monitor import Dictionary, checkpoint_products, list_checkpoints
     from ..vectors.difference import task_vector
@@ -100,7 +103,7 @@ def screen(
 
     A push is how fast the loss on the example falls along the trait's vector, at the base.
 
-    Example: weightsteer screen data.jsonl --dictionary recipes/monitoring/dictionary --trait rude -o pushes.csv
+    Example: weightsteer screen data.jsonl --dictionary smollm2-135m-instruct --trait rude -o pushes.csv
     """
     from ..example_files.load import load_examples
     from ..lm import LM

@@ -198,7 +198,7 @@ def monitor(
         list[str] | None, typer.Option("--controls", help="Vectors and fine-tunes that are there for the null band.")
     ] = None,
     dictionary: Annotated[
-        Path | None, typer.Option(help="A dictionary of directions: its traits are watched, beside `--vectors`.")
+        Path | None, typer.Option(help="A dictionary of directions (folder, or a shipped one): its traits are watched.")
     ] = None,
     base: Base = None,
     alert: Annotated[

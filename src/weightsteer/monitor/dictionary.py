@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from ..schema import checked, shown
 from ..strength_names import is_name
 from ..vectors.base_identity import require_same_base
 from ..vectors.delta import Delta
+from ..vectors.low_rank import LowRank
 from ..vectors.parameter_names import layer_of
 from ..vectors.similarity import parameter_products
 from ..vectors.weight_vector import WeightVector
@@ -78,14 +80,12 @@ class Dictionary:
 
     @classmethod
     def load(cls, folder: str | Path) -> Dictionary:
-        """Open a folder that `write_dictionary` wrote.
+        """Open a folder that `write_dictionary` wrote, or a shipped dictionary by its model's name.
 
         Raises:
             SteerError: none, an empty one, one name twice, or a vector of another base.
         """
-        folder = Path(folder)
-        if not (folder / DICTIONARY_FILE).is_file():
-            raise SteerError(f"{folder}: not a dictionary of directions (no {DICTIONARY_FILE})")
+        folder = _folder_of(Path(folder))
         card = RunCard.load(folder)
         contents = checked(Contents, read_json(folder / DICTIONARY_FILE), str(folder / DICTIONARY_FILE))
         _refuse_contents(contents, str(folder))
@@ -155,6 +155,22 @@ class Dictionary:
         ]
 
 
+def shipped_dictionaries() -> dict[str, Path]:
+    """Model -> folder of every dictionary that is installed."""
+    root = Path(str(resources.files("weightsteer") / "data" / "dictionaries"))
+    return {path.parent.name: path.parent for path in sorted(root.glob(f"*/{DICTIONARY_FILE}"))}
+
+
+def _folder_of(name_or_path: Path) -> Path:
+    if (name_or_path / DICTIONARY_FILE).is_file():
+        return name_or_path
+    shipped = shipped_dictionaries()
+    if not name_or_path.exists() and str(name_or_path) in shipped:
+        return shipped[str(name_or_path)]
+    names = ", ".join(shipped) or "none"
+    raise SteerError(f"{name_or_path}: not a dictionary of directions (no {DICTIONARY_FILE}); shipped: {names}")
+
+
 def write_dictionary(
     folder: str | Path,
     traits: Mapping[str, WeightVector],
@@ -164,7 +180,7 @@ def write_dictionary(
     about: Mapping[str, str] | None = None,
     rank: int | None = None,
 ) -> Path:
-    """Save directions as a dictionary; `rank` cuts each to the nearest of that rank, so that it is small.
+    """Save directions as a dictionary; `rank` cuts each to the nearest of that rank, in bfloat16, so that it is small.
 
     Raises:
         SteerError: no traits, one name twice, two bases, or the folder holds something else.
@@ -179,12 +195,22 @@ def write_dictionary(
     card = RunCard.now(KIND, base_model=first.base_model, base_revision=first.base_revision, settings={"rank": rank})
     with new_folder(Path(folder), KIND) as part:
         for name, vector in named.items():
-            cut = vector if rank is None else vector.truncate(rank=rank)
-            kept = WeightVector(cut.deltas, replace(cut.card, held_out=()))
+            kept = vector if rank is None else _small(vector, rank)
+            kept = WeightVector(kept.deltas, replace(kept.card, held_out=()))
             kept.save(part / ("traits" if name in traits else "controls") / name)
         write_json(part / DICTIONARY_FILE, asdict(contents))
         card.save(part)
     return Path(folder)
+
+
+def _small(vector: WeightVector, rank: int) -> WeightVector:
+    """The nearest vector of a rank, its factors in bfloat16: their rounding is far below what the cut leaves out."""
+    cut = vector.truncate(rank=rank)
+    halves = {
+        name: replace(delta, B=delta.B.bfloat16(), A=delta.A.bfloat16()) if isinstance(delta, LowRank) else delta
+        for name, delta in cut.deltas.items()
+    }
+    return WeightVector(halves, cut.card)
 
 
 def _number(value: float) -> float | None:

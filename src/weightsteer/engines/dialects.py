@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_args
+from typing import Any, ClassVar, Protocol, get_args
 
 from ..errors import SteerError
 from ..strength_names import strength_name
@@ -37,6 +37,11 @@ class Written:
 
 class Dialect(Protocol):
     """One kind of server."""
+
+    @property
+    def mixes_strengths(self) -> bool:
+        """Whether it computes requests of several strengths together."""
+        ...
 
     def base(self, connection: Connection) -> dict[str, Any]:
         """The model that is served, as its list of models has it: what tells it from another."""
@@ -92,6 +97,7 @@ class Completions:
 
     base_name: str
     ours: bool = False
+    mixes_strengths: ClassVar[bool] = True
 
     def base(self, connection: Connection) -> dict[str, Any]:
         """See `Dialect.base`."""
@@ -168,6 +174,7 @@ class LlamaCpp:
     """
 
     plain_token: int
+    mixes_strengths: ClassVar[bool] = False  # it batches rows of one scale, and a slot's cache is of one scale
     _files: dict[str, int] = field(default_factory=dict)  # a vector's name -> the server's number of it
 
     def base(self, connection: Connection) -> dict[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..checkpoints.checkpoint import ADAPTER_FILE
 from ..errors import SteerError
 from ..files import sha256_of
-from ..language_model import LanguageModel
 from ..lm import LM
 from ..steering.steering import Direction, Steering, SystemPrompt, TrainedCheckpoints
 from ..strength_names import on_grid
@@ -21,6 +21,7 @@ from .check import require_strengths
 from .served_model import ServedModel
 
 HASH_DIGITS = 10
+MOST_AT_ONCE = 16  # measurements: short ones fill the server only together, and a kill loses those under way
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SweepEngine:
         """What kind of server it is; measurements keep it."""
         return self.served.kind
 
-    def model_at(self, method: Steering | None, k: float) -> LanguageModel | None:
+    def model_at(self, method: Steering | None, k: float) -> ServedModel | None:
         """The served model under a method at k; None where that has to run here."""
         cell = served_cell(method, k)
         if isinstance(cell, str):
@@ -80,6 +81,16 @@ class SweepEngine:
         if cell.vector is None:
             return self.served
         return self.served.steered({self.names[cell.key]: cell.k})
+
+    @contextmanager
+    def at_once(self) -> Iterator[int]:
+        """In the block, what several threads ask shares the server's places; the value is how many threads are of use.
+
+        Each has to look once between its own requests, for which one place is kept.
+        """
+        connection = self.served.connection
+        with connection.shared():
+            yield min(connection.concurrency, MOST_AT_ONCE)
 
     def with_vectors(
         self, methods: Sequence[tuple[Steering, Sequence[float]]], folder: Path, run: str, lm: LM

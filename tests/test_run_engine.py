@@ -27,6 +27,7 @@ from weightsteer.run_folder import RunFolder
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.steering.activations import activation_vector
+from weightsteer.steering.several_k import replies_at_strengths
 from weightsteer.steering.steering import Direction, SystemPrompt
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -82,6 +83,10 @@ def test_a_sweep_on_our_server_gives_the_rows_of_one_here(checkpoint: Path, tmp_
         engine = SweepEngine(served).with_vectors(methods, folder, "run", lm)
         assert engine.names == {"contrastive": name}
         mine = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "served"), engine=engine)
+        ks = [-0.72, 0.0, 0.5]
+        samples = engine.replies(steep, ks, ["Hi", "What is tea?"], max_new_tokens=5)
+        assert samples == replies_at_strengths(steep.vector, lm, ["Hi", "What is tea?"], ks, max_new_tokens=5)
+        assert engine.replies(layer, [1.0], ["Hi"], max_new_tokens=1) is None
     theirs = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "here"))
     assert [replace(row, value=0.0, stderr=0.0) for row in mine] == [
         replace(row, value=0.0, stderr=0.0) for row in theirs

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 28  # of one answer: the log-probabilities of a long prompt are megabytes
 KNOCKING = 10.0  # seconds
+MOST_AT_ONCE = 16  # threads that ask: several short works fill a server only together, and a kill loses all of them
 T = TypeVar("T")
 
 Read = Callable[[Any], T]  # what an answer holds; what is not of the expected form raises one of `MALFORMED`
@@ -108,10 +109,11 @@ class Connection:
         return self.all_of([job], method="GET", check=True)[0]
 
     @contextmanager
-    def shared(self) -> Iterator[None]:
+    def shared(self) -> Iterator[int]:
         """Until the block is left, the requests of all threads go through one client, `concurrency` at once in all.
 
-        Once the server is given up, all that is asked fails at once, and is not tried for another minute.
+        The value is how many threads are of use. One place is kept for the looks that each takes between its own
+        requests. Once the server is given up, all that is asked fails at once, and is not tried for another minute.
         """
         from anyio.from_thread import start_blocking_portal
 
@@ -119,7 +121,7 @@ class Connection:
             line = portal.call(self._line, 1)
             self._shared.append((portal, line))
             try:
-                yield
+                yield min(self.concurrency, MOST_AT_ONCE)
             finally:
                 self._shared.clear()
                 portal.call(line.client.aclose)

@@ -99,6 +99,11 @@ class ServedModel(LanguageModel):
         return self.local.revision
 
     @property
+    def template_identity(self) -> dict[str, str]:
+        """See `LM.template_identity`."""
+        return self.local.template_identity
+
+    @property
     def address(self) -> str:
         """The server's."""
         return self.connection.root

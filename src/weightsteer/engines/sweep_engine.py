@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from ..beside import as_they_end
+from ..chat_template import PromptLike
 from ..checkpoints.checkpoint import ADAPTER_FILE
 from ..errors import SteerError
 from ..files import sha256_of
+from ..judges.asking import stop_asking
 from ..lm import LM
+from ..progress import Progress, silent
 from ..steering.steering import Direction, Steering, SystemPrompt, TrainedCheckpoints
 from ..strength_names import on_grid
 from ..vectors.low_rank import LowRank
@@ -21,7 +26,6 @@ from .check import require_strengths
 from .served_model import ServedModel
 
 HASH_DIGITS = 10
-MOST_AT_ONCE = 16  # measurements: short ones fill the server only together, and a kill loses those under way
 
 
 @dataclass(frozen=True)
@@ -82,15 +86,36 @@ class SweepEngine:
             return self.served
         return self.served.steered({self.names[cell.key]: cell.k})
 
-    @contextmanager
-    def at_once(self) -> Iterator[int]:
-        """In the block, what several threads ask shares the server's places; the value is how many threads are of use.
+    def replies(
+        self,
+        method: Steering,
+        ks: Sequence[float],
+        prompts: Sequence[PromptLike],
+        *,
+        max_new_tokens: int,
+        progress: Progress = silent,
+    ) -> list[list[str]] | None:
+        """For each k the greedy replies to all prompts, several k at once; None where one of them has to run here.
 
-        Each has to look once between its own requests, for which one place is kept.
+        Raises:
+            SteerError: as `ServedModel.replies`.
         """
-        connection = self.served.connection
-        with connection.shared():
-            yield min(connection.concurrency, MOST_AT_ONCE)
+        models = [self.model_at(method, k) for k in ks]
+        if None in models:
+            return None
+        found: dict[int, list[str]] = {}
+
+        def work(place: int, served: ServedModel) -> tuple[int, list[str]]:
+            return place, served.generate(prompts, max_new_tokens=max_new_tokens)
+
+        works = [partial(work, place, served) for place, served in enumerate(models) if served is not None]
+        with self.served.connection.shared() as most:
+            at_once = most if self.served.dialect.mixes_strengths else 1
+            with closing(as_they_end(works, at_once=at_once, stop=stop_asking)) as all_ended:
+                for place, replies in (ended.result() for ended in all_ended):
+                    found[place] = replies
+                    progress(len(found), len(ks), f"k = {ks[place]:g}")
+        return [found[place] for place in range(len(ks))]
 
     def with_vectors(
         self, methods: Sequence[tuple[Steering, Sequence[float]]], folder: Path, run: str, lm: LM

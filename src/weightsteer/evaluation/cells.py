@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -143,16 +143,17 @@ def ask_server(
             yield partial(_asked, served, planned, task, engine.kind, batch_size)
 
     mixed = engine.served.dialect.mixes_strengths
-    with engine.at_once() as at_once:
+    with engine.served.connection.shared() as at_once:
         for _, some in groupby(cells, lambda cell: None if mixed else cell[0].strengths):
-            for ended in as_they_end(works(some), at_once=at_once, stop=stop_asking):
-                error = ended.exception()
-                if error is None:
-                    yield ended.result()
-                elif isinstance(error, Exception):
-                    failures.append(error)
-                else:
-                    raise error
+            with closing(as_they_end(works(some), at_once=at_once, stop=stop_asking)) as all_ended:
+                for ended in all_ended:
+                    error = ended.exception()
+                    if error is None:
+                        yield ended.result()
+                    elif isinstance(error, Exception):
+                        failures.append(error)
+                    else:
+                        raise error
 
 
 def ask_here(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: int) -> Iterator[Rating]:

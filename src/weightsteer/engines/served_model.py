@@ -18,7 +18,7 @@ from ..scoring import Score, candidates_of, text_ids
 from ..thinking import Reply, opens_thinking, split_thinking
 from .check import Reference, require_base
 from .connection import Ask, Connection, Job
-from .dialects import Dialect, Wanted, Written, dialect_of
+from .dialects import Dialect, Scored, Wanted, Written, dialect_of
 from .kinds import KEYS, Kind
 
 HEARTBEAT = 1  # texts that are compared again after each call
@@ -145,15 +145,11 @@ class ServedModel(LanguageModel):
             rows = [self.local.require_fitting(template.ids_of(text)) for text in texts]
         stops, stop_text = self.local.stops, template.stop_text
 
-        def job(row: Sequence[int], number: int) -> Job[Written]:
-            wanted = Wanted(max_new_tokens, temperature, seed + number, stops, stop_text)
-
-            async def one(ask: Ask) -> Written:
-                return await self.dialect.write(ask, row, self.strengths, wanted)
-
-            return one
-
-        written = self._asked([job(row, number) for number, row in enumerate(rows)], progress)
+        ends = (stop_text,) if stop_text else ()
+        asked = [
+            (row, Wanted(max_new_tokens, temperature, seed + number, stops, ends)) for number, row in enumerate(rows)
+        ]
+        written = self.written(asked, progress)
         with self.session.rendering:
             return [self._reply(one, opens_thinking(text)) for one, text in zip(written, texts, strict=True)]
 
@@ -200,12 +196,29 @@ class ServedModel(LanguageModel):
         totals = self.totals([(row, 1) for row in rows])
         return [Score(total, len(row) - 1) for row, total in zip(rows, totals, strict=True)]
 
+    def written(self, rows: Sequence[tuple[Sequence[int], Wanted]], progress: Progress = silent) -> list[Written]:
+        """What follows each row of token ids, written as is wanted of it."""
+
+        def job(ids: Sequence[int], wanted: Wanted) -> Job[Written]:
+            async def one(ask: Ask) -> Written:
+                return await self.dialect.write(ask, ids, self.strengths, wanted)
+
+            return one
+
+        return self._asked([job(ids, wanted) for ids, wanted in rows], progress)
+
     def totals(self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent) -> list[float]:
         """Summed log-probability of each row's ids from a place on, in nats."""
+        return [found.total for found in self.scored(rows, progress, rank=False)]
 
-        def job(ids: Sequence[int], start: int) -> Job[float]:
-            async def one(ask: Ask) -> float:
-                return await self.dialect.score(ask, ids, start, self.strengths)
+    def scored(
+        self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent, *, rank: bool = True
+    ) -> list[Scored]:
+        """As `totals`, and with `rank` whether the ids are the likeliest ones."""
+
+        def job(ids: Sequence[int], start: int) -> Job[Scored]:
+            async def one(ask: Ask) -> Scored:
+                return await self.dialect.score(ask, ids, start, self.strengths, rank=rank)
 
             return one
 

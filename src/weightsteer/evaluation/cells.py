@@ -175,7 +175,7 @@ def measure_cell(lm: LM, method: Steering | None, k: float, task: Task, batch_si
 def _asked(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_size: int) -> Rating:
     """Ask the model; what comes back makes the measurement, and asks judges alone."""
     turns: list[dict[str, str]] = []
-    said = task.ask(lm if task.needs_weights else _Recording(lm, turns), batch_size=batch_size)
+    said = task.ask(_Recording(lm, turns) if task.is_recorded else lm, batch_size=batch_size)
 
     def rated() -> Measured:
         measured = without_nan(task.rate(said), task.name)

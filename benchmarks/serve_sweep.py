@@ -52,7 +52,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         method.vector.save(folder / "syc")
-        words = ["serve", str(folder / "syc"), "-m", EMBEDDED_NAME, "--dtype", "float32", "--device", "cpu", "--port", str(PORT)]
+        words = [
+            "serve",
+            str(folder / "syc"),
+            "-m",
+            EMBEDDED_NAME,
+            "--dtype",
+            "float32",
+            "--device",
+            "cpu",
+            "--port",
+            str(PORT),
+        ]
         server = subprocess.Popen([sys.executable, "-m", "weightsteer.cli", *words], stderr=subprocess.DEVNULL)
         try:
             engine = SweepEngine(connected(lm, server), {"contrastive": "syc"})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +81,7 @@ def sample(
         with hold(out):
             counts = _write_own_sides(out, positive, negative)
     else:
-        from ..data_building.sampling import cut_answers, sample_sides, unusable_verdicts
+        from ..data_building.sampling import Answering, cut_answers, sample_sides, unusable_verdicts
         from ..data_building.sampling_settings import SamplingSettings
         from ..judges.judge import LikelihoodJudge, RubricJudge, rubric_of
         from ..run_folder import RunFolder
@@ -89,6 +89,7 @@ def sample(
         load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
         chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load, key_env)
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
+        answering: AbstractContextManager[tuple[Answering, int]]
         if engine_url:
             answering = served_model(engine_url, engine, concurrency, model, chat_template_kwargs)
         elif engine or concurrency:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, cast, get_args
 
 import typer
 
@@ -43,6 +43,6 @@ def served_model(
     from ..engines.tokens import tokens_of
 
     local = tokens_of(model or EMBEDDED_NAME, template_variables(template))
-    served = ServedModel.connect(url, kind, local, **drop_unset(concurrency=concurrency))
+    served = ServedModel.connect(url, cast(Kind, kind), local, **drop_unset(concurrency=concurrency))
     with served.connection.shared() as at_once:
         yield served, at_once

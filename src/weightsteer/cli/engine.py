@@ -43,6 +43,6 @@ def served_model(
     from ..engines.tokens import tokens_of
 
     local = tokens_of(model or EMBEDDED_NAME, template_variables(template))
-    served = ServedModel.connect(url, cast(Kind, kind), local, **drop_unset(concurrency=concurrency))
+    served = ServedModel.connect(url, cast("Kind", kind), local, **drop_unset(concurrency=concurrency))
     with served.connection.shared() as at_once:
         yield served, at_once

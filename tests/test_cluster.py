@@ -21,7 +21,7 @@ from weightsteer.cluster.pool import open_pool
 from weightsteer.cluster.queue import TRIES, Queue, Work
 from weightsteer.cluster.worker import Failed, Worker
 from weightsteer.errors import SteerError
-from weightsteer.evaluation.sweep import measure_cell
+from weightsteer.evaluation.cells import measure_cell
 from weightsteer.locks import hold
 from weightsteer.runs.bench import LoadModel, MeasureCell, RunRef, ScanLayer
 from weightsteer.runs.pipeline import Run, batch_size_of

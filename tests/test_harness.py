@@ -13,12 +13,16 @@ import torch
 import yaml
 
 from conftest import TEMPLATE, byte_tokenizer, random_vector, tiny_lm, tiny_model
+from weightsteer.engines.dialects import dialect_of
+from weightsteer.engines.served_model import ServedModel
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.engine_plan import Counting
 from weightsteer.evaluation.tasks import harness
 from weightsteer.evaluation.tasks.capability import load_facts
 from weightsteer.evaluation.tasks.harness import HarnessTask, load_harness
 from weightsteer.evaluation.tasks.task import TaskSpec
 from weightsteer.lm import LM
+from weightsteer.progress import silent
 from weightsteer.run_card import RunCard
 from weightsteer.scoring import score_choices
 from weightsteer.vectors.weight_vector import WeightVector
@@ -180,6 +184,50 @@ def test_generated_replies_under_several_filters(lm: LM, tmp_path: Path) -> None
     }
     values = load(tmp_path, fields, max_new_tokens=3).first(1).measure(lm)
     assert values == {"exact_match,as it is": [0.0, 0.0], "exact_match,sea": [1.0, 1.0]}
+
+
+def test_a_server_gives_the_numbers_of_the_model_here(lm: LM, tmp_path: Path) -> None:
+    pytest.importorskip("weightsteer.serving.server")
+    from lm_eval.api.instance import Instance
+
+    from served import served as our_server
+    from weightsteer.evaluation.tasks.harness_model import served_for_harness
+
+    def asked(kind: Any, *arguments: tuple[Any, ...]) -> list[Any]:
+        return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]
+
+    pairs = asked("loglikelihood", ("Which sea ", "is red?"), ("", "Deep water."), ("No", " s"))
+    texts = asked("loglikelihood_rolling", ("The sea is deep. " * 3,), ("Tea",))
+    settings = {"until": ["e", "zz"], "do_sample": False, "max_gen_toks": 7}
+    replies = asked("generate_until", ("Which sea?", settings), ("And why so?", {"until": [], "max_gen_toks": 4}))
+    vector, task = random_vector(lm), load(tmp_path, {**CHOOSE, "num_fewshot": 1, "fewshot_split": "test"}).first(2)
+    with our_server(LM.wrap(tiny_model(), lm.tokenizer, name="tiny"), {"loud": vector}) as address:
+        server = ServedModel.connect(address.url, "weightsteer", lm).with_system_prompt("Be brief.")
+        for k in (0.0, 0.7):
+            there = server.steered({"loud": k})
+            harness_here, harness_there = harness._wrap(lm, 2, silent), served_for_harness(there, silent)
+            mine, running, said = (
+                harness_there.loglikelihood(pairs),
+                harness_there.loglikelihood_rolling(texts),
+                harness_there.generate_until(replies),
+            )
+            values = task.measure(there)
+            with vector.applied(lm, k):
+                theirs = harness_here.loglikelihood(pairs)
+                assert running == pytest.approx(harness_here.loglikelihood_rolling(texts), abs=1e-3)
+                assert said == harness_here.generate_until(replies)
+                assert values == task.measure(lm.with_system_prompt("Be brief."))
+            assert [total for total, _ in mine] == pytest.approx([total for total, _ in theirs], abs=1e-3)
+            assert [flag for _, flag in mine] == [flag for _, flag in theirs]
+
+
+def test_what_the_plan_counts_and_what_no_server_writes(lm: LM, tmp_path: Path) -> None:
+    counting = Counting(lm, dialect_of("vllm", "", 0))
+    load(tmp_path, CHOOSE).first(1).measure(counting)
+    assert counting.cost.requests == 2 * 4
+    reply = {**RECITE, "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}]}
+    for settings, needed in (({"until": ["e"]}, False), ({"num_beams": 2}, True), ({"do_sample": True}, True)):
+        assert load(tmp_path, {**reply, "generation_kwargs": settings}).needs_weights == needed
 
 
 def test_the_shipped_facts_are_the_facts(lm: LM) -> None:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from weightsteer.run_folder import RunFolder
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.steering.activations import activation_vector
+from weightsteer.steering.several_k import replies_at_strengths
 from weightsteer.steering.steering import Direction, SystemPrompt
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -82,6 +84,10 @@ def test_a_sweep_on_our_server_gives_the_rows_of_one_here(checkpoint: Path, tmp_
         engine = SweepEngine(served).with_vectors(methods, folder, "run", lm)
         assert engine.names == {"contrastive": name}
         mine = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "served"), engine=engine)
+        ks = [-0.72, 0.0, 0.5]
+        samples = engine.replies(steep, ks, ["Hi", "What is tea?"], max_new_tokens=5)
+        assert samples == replies_at_strengths(steep.vector, lm, ["Hi", "What is tea?"], ks, max_new_tokens=5)
+        assert engine.replies(layer, [1.0], ["Hi"], max_new_tokens=1) is None
     theirs = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "here"))
     assert [replace(row, value=0.0, stderr=0.0) for row in mine] == [
         replace(row, value=0.0, stderr=0.0) for row in theirs
@@ -111,6 +117,8 @@ def test_a_recipe_with_an_engine_gives_the_rows_of_one_without(
     methods = {"contrastive": [-0.5, 0.5], "tau+": [0.5], "activation": [0.5], "system prompt": [1.0]}
     tasks = [{"task": t, "limit": 2} for t in ("preference", "false_beliefs", "facts", "prose")]
     tasks.append({"task": "refusal", "limit": 2, "max_new_tokens": 6})
+    if find_spec("lm_eval"):
+        tasks.append({"task": "harness", "limit": 1})
     sweep = {"methods": methods, "activation_pairs": 4, "search_items": 1}
     plain = small_recipe(tmp_path, sweep=sweep, tasks=tasks)
     make_run(plain, tmp_path / "plain").run()
@@ -139,6 +147,8 @@ def test_a_recipe_with_an_engine_gives_the_rows_of_one_without(
     assert mine.keys() == theirs.keys()
     for key, row in mine.items():
         assert row["value"] == pytest.approx(theirs[key]["value"], abs=CLOSE), key
+    samples = [(tmp_path / name / "samples.jsonl").read_text() for name in ("served", "plain")]
+    assert samples[0] == samples[1]
     kept = [json.loads(line) for line in (tmp_path / "served" / "measurements.jsonl").read_text().splitlines()]
     places = {(row["method"], row.get("engine", "")) for row in kept}
     assert places == {

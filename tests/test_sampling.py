@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior, Example
@@ -19,6 +20,8 @@ from weightsteer.data_building.sampling import (
     sample_sides,
     unusable_verdicts,
 )
+from weightsteer.engines.served_model import ServedModel
+from weightsteer.engines.tokens import tokens_of
 from weightsteer.errors import SteerError
 from weightsteer.example_files.load import load_examples
 from weightsteer.files import write_jsonl
@@ -228,3 +231,31 @@ def test_a_served_judge_filters_and_its_replies_are_kept(
     assert unusable_verdicts(out) == 0
     assert "0 verdicts were unusable" in capsys.readouterr().out
     assert [len(load_examples(out / f"{side}.jsonl")) for side in ("positive", "negative")] == [2, 2]
+
+
+def test_a_server_answers_as_the_model_here_does(checkpoint: Path, tmp_path: Path) -> None:
+    pytest.importorskip("weightsteer.serving.server")
+    from served import served as our_server
+
+    lm, settings = LM.load(checkpoint, device="cpu"), replace(SETTINGS, temperature=0.0)
+    here, there = tmp_path / "here", tmp_path / "there"
+    counts = sample_sides(lm, BEHAVIOR, LikelihoodJudge(lm, BEHAVIOR), here, settings=settings)
+    trait = tmp_path / "loud.json"
+    pairs = [{"pos": p, "neg": n} for p, n in zip(BEHAVIOR.positive_prompts, BEHAVIOR.negative_prompts, strict=True)]
+    fields = {"instruction": pairs, "questions": list(BEHAVIOR.questions), "eval_prompt": BEHAVIOR.judge_prompt}
+    trait.write_text(json.dumps(fields))
+    with our_server(lm, {}) as address:
+        local = tokens_of(checkpoint)
+        model = ServedModel.connect(address.url, "weightsteer", local, concurrency=8)
+        with model.connection.shared() as at_once:
+            judge = LikelihoodJudge(model, BEHAVIOR)
+            assert sample_sides(model, BEHAVIOR, judge, there, settings=settings, at_once=at_once) == counts
+        command = ["sample", str(trait), "-m", str(checkpoint), "--max-new-tokens", "4", "--samples", "5", "--keep-cut"]
+        asked = ["--engine", "weightsteer", "--engine-url", address.url, "-o", str(tmp_path / "by-command")]
+        found = CliRunner().invoke(app, [*command, *asked])
+        assert found.exit_code == 0, found.output
+    for name in ("positive.jsonl", "negative.jsonl"):
+        assert (there / name).read_bytes() == (here / name).read_bytes()
+        assert (tmp_path / "by-command" / name).exists()
+    found = CliRunner().invoke(app, [*command, "--engine", "vllm", "-o", str(tmp_path / "none")])
+    assert "by --engine-url" in str(found.exception)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -40,12 +41,40 @@ def beside(works: Iterable[Callable[[], T]], *, waiting: int, stop: Callable[[],
         while pending:
             yield _first(pending)
     finally:
-        for future in pending:
-            future.cancel()
-        while not all(future.done() for future in pending):  # one may just begin its next request
-            stop()
-            wait(pending, timeout=LOOK)
+        _end(pending, stop)
         pool.shutdown()
+
+
+def as_they_end(works: Iterable[Callable[[], T]], *, at_once: int, stop: Callable[[], None]) -> Iterator[Future[T]]:
+    """Each work once it has ended, with its result or its error; so many are done at once, each in a thread.
+
+    A work that fails ends none of the others. The next is taken from `works` when a thread is free.
+
+    Args:
+        stop: as for `beside`.
+    """
+    pool, under_way, rest = ThreadPoolExecutor(at_once, "weightsteer-at-once"), list[Future[T]](), iter(works)
+    try:
+        while True:
+            under_way += [pool.submit(work) for work in islice(rest, at_once - len(under_way))]
+            if not under_way:
+                return
+            wait(under_way, return_when=FIRST_COMPLETED)
+            ended = [future for future in under_way if future.done()]
+            under_way = [future for future in under_way if future not in ended]
+            yield from ended
+    finally:
+        _end(under_way, stop)
+        pool.shutdown()
+
+
+def _end(pending: Collection[Future[T]], stop: Callable[[], None]) -> None:
+    """Give up what is not done; returns once it has ended."""
+    for future in pending:
+        future.cancel()
+    while not all(future.done() for future in pending):  # one may just begin its next request
+        stop()
+        wait(pending, timeout=LOOK)
 
 
 def _first(pending: deque[Future[T]]) -> T:

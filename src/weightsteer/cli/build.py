@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..progress import show_progress
 from ..ranks import by_first
 from ..shown import say, say_json
 from .arguments import refuse_twice
+from .engine import Concurrency, Engine, EngineUrl, served_model
 from .loading import loading
 from .options import (
     Base,
@@ -56,6 +58,9 @@ def sample(
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer, in tokens.")] = None,
     keep_cut: Annotated[bool, typer.Option("--keep-cut", help="Keep answers that --max-new-tokens cuts off.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    engine: Engine = None,
+    engine_url: EngineUrl = None,
+    concurrency: Concurrency = None,
     model: Model = None,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -63,6 +68,8 @@ def sample(
     chat_template_kwargs: TemplateVariables = None,
 ) -> None:
     """Build D+ and D-: the model answers its own questions under S+ and S-, a judge filters.
+
+    With --engine-url, a server that serves the model answers, and of the model only its tokenizer is read here.
 
     Example: weightsteer sample sycophancy --samples 2 --questions 20 -o data/syc
     """
@@ -74,7 +81,7 @@ def sample(
         with hold(out):
             counts = _write_own_sides(out, positive, negative)
     else:
-        from ..data_building.sampling import cut_answers, sample_sides, unusable_verdicts
+        from ..data_building.sampling import Answering, cut_answers, sample_sides, unusable_verdicts
         from ..data_building.sampling_settings import SamplingSettings
         from ..judges.judge import LikelihoodJudge, RubricJudge, rubric_of
         from ..run_folder import RunFolder
@@ -82,15 +89,20 @@ def sample(
         load = partial(load_lm, device=device, dtype=dtype, trust=trust_remote_code)
         chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load, key_env)
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
-        lm = load(model, template=chat_template_kwargs)
+        answering: AbstractContextManager[tuple[Answering, int]]
+        if engine_url:
+            answering = served_model(engine_url, engine, concurrency, model, chat_template_kwargs)
+        elif engine or concurrency:
+            raise SteerError("--engine, --concurrency: name the server that they are of, by --engine-url")
+        else:
+            answering = nullcontext((load(model, template=chat_template_kwargs), 1))
         settings = SamplingSettings(
             **drop_unset(samples=samples, questions=questions, max_new_tokens=max_new_tokens, seed=seed),
             cut_answers="keep" if keep_cut else "drop",
         )
-        with show_progress("sample") as progress:
-            counts = sample_sides(
-                lm, described, chosen or LikelihoodJudge(lm, described), out, settings=settings, progress=progress
-            )
+        with answering as (lm, at_once), show_progress("sample") as progress:
+            judging = chosen or LikelihoodJudge(lm, described)
+            counts = sample_sides(lm, described, judging, out, settings=settings, at_once=at_once, progress=progress)
         if chosen is not None:
             lost = unusable_verdicts(out)
             again = "; the same command asks for them again" if lost else ""

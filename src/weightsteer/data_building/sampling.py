@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
-from ..beside import WAITING, beside
+from ..beside import WAITING, as_they_end, beside
 from ..errors import SteerError
 from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
 from ..judges.asking import stop_asking
 from ..judges.judge import Judge, is_served
-from ..lm import LM
+from ..language_model import LanguageModel
 from ..locks import hold
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
@@ -30,13 +31,23 @@ from .sampling_settings import SamplingSettings
 ANSWERS_FILE = "answers.jsonl"
 
 
+class Answering(LanguageModel, Protocol):
+    """The model that answers: one in memory, or one behind a server."""
+
+    @property
+    def template_identity(self) -> dict[str, str]:
+        """See `LM.template_identity`."""
+        ...
+
+
 def sample_sides(
-    lm: LM,
+    lm: Answering,
     behavior: Behavior,
     judge: Judge,
     out: str | Path,
     *,
     settings: SamplingSettings | None = None,
+    at_once: int = 1,
     progress: Progress = silent,
 ) -> tuple[int, int]:
     """Write `positive.jsonl` and `negative.jsonl` into `out`; the system prompt is dropped from both.
@@ -46,6 +57,9 @@ def sample_sides(
 
     Every answer and its score is kept in `answers.jsonl`, whose finished parts are not made again
     after a kill. Verdicts that were unusable are asked for again by the next call.
+
+    Args:
+        at_once: under how many system prompts a served model is asked at once; one in memory takes one at a time.
 
     Returns:
         How many examples D+ and D- have.
@@ -72,7 +86,7 @@ def sample_sides(
     former = {**identity, "models": digest([lm.name, lm.revision, judge.name])}
     with hold(out):
         _claim(out, card, former)
-        rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, progress)
+        rows = _answers(lm, behavior, judge, out / ANSWERS_FILE, settings, at_once, progress)
         return _write_sides(rows, settings, out)
 
 
@@ -92,7 +106,7 @@ def _claim(out: Path, card: RunCard, former: Mapping[str, str]) -> None:
         card.save(out)
 
 
-def _models(lm: LM, judge: Judge) -> str:
+def _models(lm: LanguageModel, judge: Judge) -> str:
     """Who answers and who judges; a model is its weights, wherever they lie, or its name where these are not known."""
     return digest([lm.revision or lm.name, judge.name.replace(lm.name, "") if lm.revision else judge.name])
 
@@ -154,7 +168,13 @@ def asked_questions(behavior: Behavior, count: int | None) -> tuple[str, ...]:
 
 
 def _answers(
-    lm: LM, behavior: Behavior, judge: Judge, path: Path, settings: SamplingSettings, progress: Progress
+    lm: LanguageModel,
+    behavior: Behavior,
+    judge: Judge,
+    path: Path,
+    settings: SamplingSettings,
+    at_once: int,
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """One line a part, which is one system prompt and sample over all questions: its side and answers."""
     questions = behavior.questions
@@ -167,26 +187,37 @@ def _answers(
     ]
     done = {row["part"]: row for row in _parts(path)}
 
-    def asked() -> Iterator[Callable[[], dict[str, Any] | None]]:
-        for index, (part, side, system_prompt) in enumerate(parts):
-            progress(index, len(parts), f"{side} answers")
-            if part in done:
-                yield partial(_judged_again, judge, done[part])
-                continue
-            replies = lm.with_system_prompt(system_prompt).replies(
-                questions,
-                max_new_tokens=settings.max_new_tokens,
-                temperature=settings.temperature,
-                seed=settings.seed * len(parts) + index,
-                batch_size=settings.batch_size,
-            )
-            yield partial(_judged_part, part, side, questions, replies, judge, settings)
+    def ask(index: int, part: str, side: str, system_prompt: str) -> Callable[[], dict[str, Any] | None]:
+        if part in done:
+            return partial(_judged_again, judge, done[part])
+        replies = lm.with_system_prompt(system_prompt).replies(
+            questions,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            seed=settings.seed * len(parts) + index,
+            batch_size=settings.batch_size,
+        )
+        return partial(_judged_part, part, side, questions, replies, judge, settings)
 
-    for row in beside(asked(), waiting=WAITING if is_served(judge) else 0, stop=stop_asking):
-        if row is not None:
+    def asked() -> Iterator[Callable[[], dict[str, Any] | None]]:
+        works = [partial(ask, index, *part) for index, part in enumerate(parts)]
+        if at_once == 1:
+            for index, work in enumerate(works):
+                progress(index, len(parts), f"{parts[index][1]} answers")
+                yield work()
+            return
+        with closing(as_they_end(works, at_once=at_once, stop=stop_asking)) as all_ended:
+            for number, ended in enumerate(all_ended):
+                progress(number, len(parts), "answers")
+                yield ended.result()
+
+    waiting = WAITING if is_served(judge) else 0
+    with closing(asked()) as works, closing(beside(works, waiting=waiting, stop=stop_asking)) as rows:
+        for row in filter(None, rows):
             append_jsonl(path, [row])
     progress(len(parts), len(parts), "done")
-    return _parts(path)
+    found = {row["part"]: row for row in _parts(path)}
+    return [found[part] for part, _, _ in parts if part in found]
 
 
 def _judged_again(judge: Judge, part: dict[str, Any]) -> dict[str, Any] | None:

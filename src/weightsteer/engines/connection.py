@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from ..errors import SteerError
-from ..judges.asking import all_of, in_own_thread, tried
+from ..judges.asking import all_of, in_loop_of, in_own_thread, tried
 from ..judges.keys import NO_KEY, Key
 from ..judges.request_errors import PassingError, meaning_of, shorten
 from ..progress import Progress, silent
 
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
+
 MOST_BYTES = 1 << 28  # of one answer: the log-probabilities of a long prompt are megabytes
 KNOCKING = 10.0  # seconds
+MOST_AT_ONCE = 16  # threads that ask: several short works fill a server only together, and a kill loses all of them
 T = TypeVar("T")
 
 Read = Callable[[Any], T]  # what an answer holds; what is not of the expected form raises one of `MALFORMED`
@@ -35,6 +40,16 @@ class StatusError(Exception):
         self.response = response
 
 
+@dataclass
+class _Line:
+    """An HTTP client, and how much goes through it at once."""
+
+    client: Any
+    gate: asyncio.Semaphore
+    checks: asyncio.Semaphore  # for requests that are not to wait behind all others
+    failed: str = ""  # why no further request is worth trying
+
+
 @dataclass(frozen=True)
 class Connection:
     """A server's address, and how much it is asked at once.
@@ -47,7 +62,8 @@ class Connection:
     key_env: str = "VLLM_API_KEY"  # the environment variable that holds the key; it may be absent
     retries: int = 12  # about a minute of pauses
     timeout: float = 300.0  # seconds for one request, from its start to the last byte of its answer
-    lost: list[str] = field(default_factory=list, compare=False)  # why connections failed since someone last looked
+    lost: list[str] = field(default_factory=list, compare=False)  # why connections failed, of each that did
+    _shared: list[tuple[BlockingPortal, _Line]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -90,45 +106,93 @@ class Connection:
             found: T = await ask(path, {}, read)
             return found
 
-        return self.all_of([job], method="GET")[0]
+        return self.all_of([job], method="GET", check=True)[0]
 
-    def all_of(self, jobs: Sequence[Job[T]], *, method: str = "POST", progress: Progress = silent) -> list[T]:
+    @contextmanager
+    def shared(self) -> Iterator[int]:
+        """Until the block is left, the requests of all threads go through one client, `concurrency` at once in all.
+
+        The value is how many threads are of use. One place is kept for the looks that each takes between its own
+        requests. Once the server is given up, all that is asked fails at once, and is not tried for another minute.
+        """
+        from anyio.from_thread import start_blocking_portal
+
+        with start_blocking_portal() as portal:
+            line = portal.call(self._line, 1)
+            self._shared.append((portal, line))
+            try:
+                yield min(self.concurrency, MOST_AT_ONCE)
+            finally:
+                self._shared.clear()
+                portal.call(line.client.aclose)
+
+    def give_up(self, error: SteerError) -> None:
+        """Let all that is asked at once fail for this reason."""
+        for _, line in self._shared:
+            line.failed = line.failed or str(error)
+
+    def all_of(
+        self, jobs: Sequence[Job[T]], *, method: str = "POST", check: bool = False, progress: Progress = silent
+    ) -> list[T]:
         """The results of all jobs, in their order.
+
+        Args:
+            check: do not wait behind what other threads ask.
 
         Raises:
             SteerError: the server cannot be reached, refuses, or goes on answering what is none of its answers.
         """
-        return in_own_thread(self._all_of, jobs, method, progress) if jobs else []
+        if not jobs:
+            return []
+        for portal, line in self._shared:
+            return in_loop_of(portal, self._through, line, jobs, method, check, progress)
+        return in_own_thread(self._all_of, jobs, method, progress)
 
     async def _all_of(self, jobs: Sequence[Job[T]], method: str, progress: Progress) -> list[T]:
+        line = await self._line()
+        async with line.client:
+            return await self._through(line, jobs, method, False, progress)
+
+    async def _line(self, for_checks: int = 0) -> _Line:
+        """A client for the event loop that runs this; so many of its places are for checks, if it has several."""
         import httpx2
 
-        gate, done = asyncio.Semaphore(self.concurrency), 0
         limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
         key = Key.read(self.key_env)
         headers = {} if key.value == NO_KEY else {"Authorization": f"Bearer {key.value}"}
         # It follows no redirection, which would carry the prompts, or the key, to another server.
         client = httpx2.AsyncClient(base_url=self.root, headers=headers, timeout=None, limits=limits)
+        apart = min(for_checks, self.concurrency - 1)
+        gate = asyncio.Semaphore(self.concurrency - apart)
+        return _Line(client, gate, asyncio.Semaphore(apart) if apart else gate)
+
+    async def _through(
+        self, line: _Line, jobs: Sequence[Job[T]], method: str, check: bool, progress: Progress
+    ) -> list[T]:
+        done, key = 0, Key.read(self.key_env)
 
         def again(attempt: int, reason: str) -> None:
             progress(done, len(jobs), f"{reason}; try {attempt + 1} of {self.retries + 1}")
 
         async def ask(path: str, body: Mapping[str, Any], read: Read[Any]) -> Any:
+            if line.failed:
+                raise SteerError(line.failed)
             try:
-                return await tried(lambda: self._once(client, method, path, body, read, key), self.retries, again)
+                return await tried(lambda: self._once(line.client, method, path, body, read, key), self.retries, again)
             except PassingError as failure:
-                raise self._gave_up(failure) from None
+                error = self._gave_up(failure)
+                line.failed = str(error)
+                raise error from None
 
         async def one(job: Job[T]) -> T:
             nonlocal done
-            async with gate:
+            async with line.checks if check else line.gate:
                 found = await job(ask)
             done += 1
             progress(done, len(jobs), "requests")
             return found
 
-        async with client:
-            return await all_of(one(job) for job in jobs)
+        return await all_of(one(job) for job in jobs)
 
     async def _once(self, client: Any, method: str, path: str, body: Mapping[str, Any], read: Read[T], key: Key) -> T:
         """One request, and what its answer holds; what went wrong is raised as what it means."""

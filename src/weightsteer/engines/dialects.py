@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, get_args
+from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
 from ..errors import SteerError
 from ..strength_names import strength_name
@@ -23,7 +23,7 @@ class Wanted:
     temperature: float
     seed: int
     stop_ids: Sequence[int]
-    stop_text: str | None
+    stop_texts: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,20 @@ class Written:
     ended: bool  # False: it was cut at its longest length
 
 
+class Scored(NamedTuple):
+    """Log-probability of given tokens."""
+
+    total: float  # their sum, in nats
+    likeliest: bool  # whether each is the likeliest at its place; known only if it is asked for
+
+
 class Dialect(Protocol):
     """One kind of server."""
+
+    @property
+    def mixes_strengths(self) -> bool:
+        """Whether it computes requests of several strengths together."""
+        ...
 
     def base(self, connection: Connection) -> dict[str, Any]:
         """The model that is served, as its list of models has it: what tells it from another."""
@@ -50,8 +62,10 @@ class Dialect(Protocol):
         """The reply to a prompt of token ids."""
         ...
 
-    async def score(self, ask: Ask, ids: Sequence[int], start: int, strengths: Mapping[str, float]) -> float:
-        """Summed log-probability of the ids from place `start` on, in nats."""
+    async def score(
+        self, ask: Ask, ids: Sequence[int], start: int, strengths: Mapping[str, float], *, rank: bool = False
+    ) -> Scored:
+        """Summed log-probability of the ids from place `start` on; `rank`: and whether they are the likeliest."""
         ...
 
     def requests_for(self, scored: int) -> int:
@@ -92,6 +106,7 @@ class Completions:
 
     base_name: str
     ours: bool = False
+    mixes_strengths: ClassVar[bool] = True
 
     def base(self, connection: Connection) -> dict[str, Any]:
         """See `Dialect.base`."""
@@ -118,8 +133,8 @@ class Completions:
             "seed": wanted.seed,
             "stop_token_ids": list(wanted.stop_ids),
         }
-        if wanted.stop_text:
-            body["stop"] = [wanted.stop_text]
+        if wanted.stop_texts:
+            body["stop"] = list(wanted.stop_texts)
         if not self.ours:  # ours hides control tokens as we do
             body |= {"skip_special_tokens": False, "return_token_ids": True, "spaces_between_special_tokens": False}
         found: Written = await ask("/v1/completions", body, self._written)
@@ -133,17 +148,21 @@ class Completions:
         ids = choice.get("token_ids")
         return Written(_text(choice["text"]), None if ids is None else _ids(ids), reason == "stop")
 
-    async def score(self, ask: Ask, ids: Sequence[int], start: int, strengths: Mapping[str, float]) -> float:
+    async def score(
+        self, ask: Ask, ids: Sequence[int], start: int, strengths: Mapping[str, float], *, rank: bool = False
+    ) -> Scored:
         """See `Dialect.score`."""
 
-        def total(answer: Any) -> float:
+        def total(answer: Any) -> Scored:
             rows = self._choice(answer)["prompt_logprobs"]
             if len(rows) != len(ids):
                 raise ValueError(f"log-probabilities of {len(rows)} tokens, and {len(ids)} were sent")
-            return sum(_number(rows[i][str(ids[i])]["logprob"]) for i in range(start, len(ids)))
+            chances = [_number(rows[i][str(ids[i])]["logprob"]) for i in range(start, len(ids))]
+            others = [max(_number(each["logprob"]) for each in row.values()) for row in rows[start:]]
+            return Scored(sum(chances), all(a >= b for a, b in zip(chances, others, strict=True)))
 
-        body = {**self._asked(ids, strengths), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
-        found: float = await ask("/v1/completions", body, total)
+        body = {**self._asked(ids, strengths), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": int(rank)}
+        found: Scored = await ask("/v1/completions", body, total)
         return found
 
     def requests_for(self, scored: int) -> int:
@@ -168,6 +187,7 @@ class LlamaCpp:
     """
 
     plain_token: int
+    mixes_strengths: ClassVar[bool] = False  # it batches rows of one scale, and a slot's cache is of one scale
     _files: dict[str, int] = field(default_factory=dict)  # a vector's name -> the server's number of it
 
     def base(self, connection: Connection) -> dict[str, Any]:
@@ -194,7 +214,7 @@ class LlamaCpp:
             "temperature": wanted.temperature,  # 0: the likeliest token
             "samplers": ["temperature"],
             "seed": wanted.seed,
-            "stop": [wanted.stop_text] if wanted.stop_text else [],
+            "stop": list(wanted.stop_texts),
             "return_tokens": True,
         }
         found: Written = await ask("/completion", body, self._written)
@@ -206,11 +226,14 @@ class LlamaCpp:
             raise ValueError(f"stop_type {kind!r}")
         return Written(_text(answer["content"]), _ids(answer["tokens"]), kind != "limit")
 
-    async def score(self, ask: Ask, ids: Sequence[int], start: int, strengths: Mapping[str, float]) -> float:
+    async def score(
+        self, ask: Ask, ids: Sequence[int], start: int, strengths: Mapping[str, float], *, rank: bool = False
+    ) -> Scored:
         """See `Dialect.score`: each token is forced, and its log-probability before that is read."""
-        return sum([await self._next(ask, ids[:i], ids[i], strengths) for i in range(start, len(ids))])
+        found = [await self._next(ask, ids[:i], ids[i], strengths) for i in range(start, len(ids))]
+        return Scored(sum(each.total for each in found), all(each.likeliest for each in found))
 
-    async def _next(self, ask: Ask, ids: Sequence[int], token: int, strengths: Mapping[str, float]) -> float:
+    async def _next(self, ask: Ask, ids: Sequence[int], token: int, strengths: Mapping[str, float]) -> Scored:
         """Log-probability of the token that follows; of one that is a part of a character, among those of all tokens.
 
         llama.cpp says nothing of a token that leaves a character unfinished, so a letter is forced in its place.
@@ -219,7 +242,7 @@ class LlamaCpp:
         if found is None:
             body = self._forced(ids, self.plain_token, ALL_TOKENS, strengths)
             found = await ask("/completion", body, lambda answer: _chances(answer, self.plain_token))
-        return float(found[token])
+        return Scored(float(found[token]), found[token] >= max(found.values()))
 
     def _forced(self, ids: Sequence[int], token: int, likeliest: int, strengths: Mapping[str, float]) -> dict[str, Any]:
         """Ask for one token after the ids, with the log-probabilities of so many of the likeliest ones."""

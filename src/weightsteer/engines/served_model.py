@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from threading import Lock
 from typing import Any
 
 from ..chat_template import PromptLike, turns_of
@@ -17,7 +18,7 @@ from ..scoring import Score, candidates_of, text_ids
 from ..thinking import Reply, opens_thinking, split_thinking
 from .check import Reference, require_base
 from .connection import Ask, Connection, Job
-from .dialects import Dialect, Wanted, Written, dialect_of
+from .dialects import Dialect, Scored, Wanted, Written, dialect_of
 from .kinds import KEYS, Kind
 
 HEARTBEAT = 1  # texts that are compared again after each call
@@ -29,7 +30,8 @@ class Session:
 
     base: dict[str, Any]  # the model that it serves, as it names it
     worst: float = 0.0  # largest difference of its base to the one here, nats per token
-    comparing: bool = False
+    followed: int = 0  # how many lost connections a comparison with all texts has followed
+    rendering: Lock = field(default_factory=Lock)  # one thread at a time has the tokenizer, which keeps settings
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ServedModel(LanguageModel):
     session: Session
     reference: Reference | None = None  # what the base has to give; None: nothing is compared
     strengths: Mapping[str, float] = field(default_factory=dict, hash=False)
+    looks: bool = True  # whether it asks again what is served; not while it does
 
     @classmethod
     def connect(
@@ -96,6 +99,11 @@ class ServedModel(LanguageModel):
         return self.local.revision
 
     @property
+    def template_identity(self) -> dict[str, str]:
+        """See `LM.template_identity`."""
+        return self.local.template_identity
+
+    @property
     def address(self) -> str:
         """The server's."""
         return self.connection.root
@@ -132,20 +140,18 @@ class ServedModel(LanguageModel):
             SteerError: a prompt that the template refuses, a server that is down, or one that serves another model now.
         """
         template, system = self.local.chat_template, self.local.system_prompt
-        texts = [template.prompt_text(turns_of(prompt, system)) for prompt in prompts]
-        rows = [self.local.require_fitting(template.ids_of(text)) for text in texts]
+        with self.session.rendering:
+            texts = [template.prompt_text(turns_of(prompt, system)) for prompt in prompts]
+            rows = [self.local.require_fitting(template.ids_of(text)) for text in texts]
         stops, stop_text = self.local.stops, template.stop_text
 
-        def job(row: Sequence[int], number: int) -> Job[Written]:
-            wanted = Wanted(max_new_tokens, temperature, seed + number, stops, stop_text)
-
-            async def one(ask: Ask) -> Written:
-                return await self.dialect.write(ask, row, self.strengths, wanted)
-
-            return one
-
-        written = self._asked([job(row, number) for number, row in enumerate(rows)], progress)
-        return [self._reply(one, opens_thinking(text)) for one, text in zip(written, texts, strict=True)]
+        ends = (stop_text,) if stop_text else ()
+        asked = [
+            (row, Wanted(max_new_tokens, temperature, seed + number, stops, ends)) for number, row in enumerate(rows)
+        ]
+        written = self.written(asked, progress)
+        with self.session.rendering:
+            return [self._reply(one, opens_thinking(text)) for one, text in zip(written, texts, strict=True)]
 
     def _reply(self, written: Written, opened: bool) -> Reply:
         """What the server wrote, without control tokens and what ends it."""
@@ -170,11 +176,12 @@ class ServedModel(LanguageModel):
         """
         if len(prompts) != len(choices):
             raise SteerError(f"score_choices: {len(prompts)} prompts but {len(choices)} lists of choices")
-        asked = [
-            part
-            for number, texts in enumerate(choices)
-            for part in candidates_of(self.local, number, prompts[number], texts)
-        ]
+        with self.session.rendering:
+            asked = [
+                part
+                for number, texts in enumerate(choices)
+                for part in candidates_of(self.local, number, prompts[number], texts)
+            ]
         rows = [(part, place, tail) for part in asked for place, tail in zip(part.places, part.tails, strict=True)]
         totals = self.totals([([*part.head, *tail], len(part.head)) for part, _, tail in rows], progress)
         scores = [[Score(0.0, 1)] * len(texts) for texts in choices]
@@ -184,16 +191,34 @@ class ServedModel(LanguageModel):
 
     def score_texts(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
         """See `LanguageModel`."""
-        rows = text_ids(self.local, texts)
+        with self.session.rendering:
+            rows = text_ids(self.local, texts)
         totals = self.totals([(row, 1) for row in rows])
         return [Score(total, len(row) - 1) for row, total in zip(rows, totals, strict=True)]
 
+    def written(self, rows: Sequence[tuple[Sequence[int], Wanted]], progress: Progress = silent) -> list[Written]:
+        """What follows each row of token ids, written as is wanted of it."""
+
+        def job(ids: Sequence[int], wanted: Wanted) -> Job[Written]:
+            async def one(ask: Ask) -> Written:
+                return await self.dialect.write(ask, ids, self.strengths, wanted)
+
+            return one
+
+        return self._asked([job(ids, wanted) for ids, wanted in rows], progress)
+
     def totals(self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent) -> list[float]:
         """Summed log-probability of each row's ids from a place on, in nats."""
+        return [found.total for found in self.scored(rows, progress, rank=False)]
 
-        def job(ids: Sequence[int], start: int) -> Job[float]:
-            async def one(ask: Ask) -> float:
-                return await self.dialect.score(ask, ids, start, self.strengths)
+    def scored(
+        self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent, *, rank: bool = True
+    ) -> list[Scored]:
+        """As `totals`, and with `rank` whether the ids are the likeliest ones."""
+
+        def job(ids: Sequence[int], start: int) -> Job[Scored]:
+            async def one(ask: Ask) -> Scored:
+                return await self.dialect.score(ask, ids, start, self.strengths, rank=rank)
 
             return one
 
@@ -201,17 +226,23 @@ class ServedModel(LanguageModel):
 
     def _asked(self, jobs: Sequence[Job[Any]], progress: Progress) -> list[Any]:
         """What the jobs give, if the server serves the same model after them as before."""
-        found = self.connection.all_of(jobs, progress=progress)
-        if jobs and not self.session.comparing:
-            self._look_again()
+        base, followed = self.session.base, self.session.followed
+        found = self.connection.all_of(jobs, check=not self.looks, progress=progress)
+        if jobs and self.looks:
+            try:
+                self._look_again(base, followed)
+            except SteerError as error:
+                self.connection.give_up(error)
+                raise
         return found
 
-    def _look_again(self) -> None:
+    def _look_again(self, before: Mapping[str, Any], followed: int) -> None:
+        """Compare what is served with what was `before`; others may have looked meanwhile, and may ask at once."""
         base = self.dialect.base(self.connection)
-        if base != self.session.base or self.connection.lost:
-            if self.reference is None and base != self.session.base:
+        if base != before or len(self.connection.lost) > followed:
+            if self.reference is None and base != before:
                 raise SteerError(
-                    f"engine at {self.address}: serves {base['id']} now and served {self.session.base['id']} before; "
+                    f"engine at {self.address}: serves {base['id']} now and served {before['id']} before; "
                     "what it gave last is dropped; serve the first again"
                 )
             self.dialect.vectors(self.connection)
@@ -228,10 +259,8 @@ class ServedModel(LanguageModel):
         """
         if self.reference is None:
             return
-        self.session.comparing = True
-        try:
-            del self.connection.lost[:]
-            found = require_base(replace(self, strengths={}), self.reference, count)
-            self.session.worst = max(self.session.worst, found)
-        finally:
-            self.session.comparing = False
+        lost = len(self.connection.lost)
+        found = require_base(replace(self, strengths={}, looks=False), self.reference, count)
+        self.session.worst = max(self.session.worst, found)
+        if count is None:
+            self.session.followed = max(self.session.followed, lost)

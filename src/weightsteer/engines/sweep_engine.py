@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from ..beside import as_they_end
+from ..chat_template import PromptLike
 from ..checkpoints.checkpoint import ADAPTER_FILE
 from ..errors import SteerError
 from ..files import sha256_of
-from ..language_model import LanguageModel
+from ..judges.asking import stop_asking
 from ..lm import LM
+from ..progress import Progress, silent
 from ..steering.steering import Direction, Steering, SystemPrompt, TrainedCheckpoints
 from ..strength_names import on_grid
 from ..vectors.low_rank import LowRank
@@ -70,7 +75,7 @@ class SweepEngine:
         """What kind of server it is; measurements keep it."""
         return self.served.kind
 
-    def model_at(self, method: Steering | None, k: float) -> LanguageModel | None:
+    def model_at(self, method: Steering | None, k: float) -> ServedModel | None:
         """The served model under a method at k; None where that has to run here."""
         cell = served_cell(method, k)
         if isinstance(cell, str):
@@ -80,6 +85,37 @@ class SweepEngine:
         if cell.vector is None:
             return self.served
         return self.served.steered({self.names[cell.key]: cell.k})
+
+    def replies(
+        self,
+        method: Steering,
+        ks: Sequence[float],
+        prompts: Sequence[PromptLike],
+        *,
+        max_new_tokens: int,
+        progress: Progress = silent,
+    ) -> list[list[str]] | None:
+        """For each k the greedy replies to all prompts, several k at once; None where one of them has to run here.
+
+        Raises:
+            SteerError: as `ServedModel.replies`.
+        """
+        models = [self.model_at(method, k) for k in ks]
+        if None in models:
+            return None
+        found: dict[int, list[str]] = {}
+
+        def work(place: int, served: ServedModel) -> tuple[int, list[str]]:
+            return place, served.generate(prompts, max_new_tokens=max_new_tokens)
+
+        works = [partial(work, place, served) for place, served in enumerate(models) if served is not None]
+        with self.served.connection.shared() as most:
+            at_once = most if self.served.dialect.mixes_strengths else 1
+            with closing(as_they_end(works, at_once=at_once, stop=stop_asking)) as all_ended:
+                for place, replies in (ended.result() for ended in all_ended):
+                    found[place] = replies
+                    progress(len(found), len(ks), f"k = {ks[place]:g}")
+        return [found[place] for place in range(len(ks))]
 
     def with_vectors(
         self, methods: Sequence[tuple[Steering, Sequence[float]]], folder: Path, run: str, lm: LM

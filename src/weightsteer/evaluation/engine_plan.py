@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from ..chat_template import PromptLike
-from ..engines.dialects import Dialect
+from ..engines.dialects import Dialect, Scored, Wanted, Written
 from ..errors import SteerError
 from ..language_model import LanguageModel
 from ..lm import LM
@@ -98,6 +98,18 @@ class Counting(LanguageModel):
         for ids in text_ids(self.local, texts):
             self._count(len(ids), len(ids) - 1)
         return [Score(0.0, 1)] * len(texts)
+
+    def written(self, rows: Sequence[tuple[Sequence[int], Wanted]], progress: Progress = silent) -> list[Written]:
+        """See `ServedModel.written`."""
+        for ids, wanted in rows:
+            self.cost.add(Cost(1, len(ids), wanted.tokens))
+        return [Written("", None, True)] * len(rows)
+
+    def scored(self, rows: Sequence[tuple[Sequence[int], int]], progress: Progress = silent) -> list[Scored]:
+        """See `ServedModel.scored`."""
+        for ids, start in rows:
+            self._count(len(ids), len(ids) - start)
+        return [Scored(0.0, False)] * len(rows)
 
     def _count(self, length: int, scored: int) -> None:
         self.cost.add(Cost(self.dialect.requests_for(scored), length))

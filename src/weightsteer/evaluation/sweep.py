@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TypedDict
-
-import torch
 
 from ..beside import WAITING, beside
-from ..chat_template import PromptLike
 from ..engines.sweep_engine import SweepEngine, served_cell
 from ..files import append_jsonl, read_finished, write_jsonl
 from ..former_names import METHODS
 from ..judges.asking import stop_asking
-from ..language_model import LanguageModel
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_folder import RunFolder
 from ..schema import checked
-from ..scoring import Score
 from ..steering.steering import Steering
-from ..thinking import Reply
-from ..vectors.handle import SteeringHandle
-from .results import BASE, LOCAL_BASE, Key, Measurement, MetricRow, measurements_by_key
-from .tasks.task import Task, without_nan
+from .cells import Measured, Planned, Rating, ask_here, ask_server
+from .results import LOCAL_BASE, Key, Measurement, MetricRow, measurements_by_key
+from .tasks.task import Task
 
 
 def run_sweep(
@@ -81,22 +76,44 @@ def _measure_plan(
     progress: Progress,
 ) -> dict[Key, Measurement]:
     """Make the measurements that the folder does not hold yet; returns all that it holds then."""
-    done = measurements_of(folder)
-    total, kept = sum(len(planned.tasks) for planned in plan), frozenset(done)
+    done, failures = measurements_of(folder), list[Exception]()
+    todo = [planned.without(done) for planned in plan]
+    total = sum(len(planned.tasks) for planned in plan)
+    passed = total - sum(len(planned.tasks) for planned in todo)
 
-    def asked() -> Iterator[Callable[[], Measured]]:
-        passed = 0
-        for planned in plan:
-            progress(passed, total, f"{planned.name} k = {planned.k:g}")
-            todo = [task for task in planned.tasks if (planned.name, planned.k, task.name) not in kept]
-            yield from _ask(lm, replace(planned, tasks=todo), engine, batch_size)
-            passed += len(planned.tasks)
+    def works() -> Iterator[Callable[[], Measured | None]]:
+        ratings = ask_server(todo, engine, batch_size, failures) if engine is not None else iter(())
+        for rating in chain(ratings, _asked_here(lm, todo, engine, batch_size, failures)):
+            yield partial(_rated, rating, failures)
 
-    for measurement, turns in beside(asked(), waiting=waiting, stop=stop_asking):
-        keep_measurement(measurement, turns, folder)
-        done[measurement.key] = measurement
+    progress(passed, total, "at the server" if engine is not None else "")
+    with closing(works()) as asked, closing(beside(asked, waiting=waiting, stop=stop_asking)) as measured:
+        for measurement, turns in filter(None, measured):
+            keep_measurement(measurement, turns, folder)
+            done[measurement.key] = measurement
+            passed += 1
+            progress(passed, total, f"{measurement.method} k = {measurement.k:g}, {measurement.task}")
+    if failures:
+        raise failures[0]
     progress(total, total, "done")
     return done
+
+
+def _asked_here(
+    lm: LM, plan: Sequence[Planned], engine: SweepEngine | None, batch_size: int, failures: Sequence[Exception]
+) -> Iterator[Rating]:
+    for planned in plan:
+        if not failures:
+            yield from ask_here(lm, planned, engine, batch_size)
+
+
+def _rated(rating: Rating, failures: list[Exception]) -> Measured | None:
+    """The measurement; None, and its error among the failures, where there is none."""
+    try:
+        return rating()
+    except Exception as error:
+        failures.append(error)
+        return None
 
 
 def measurements_of(folder: RunFolder) -> dict[Key, Measurement]:
@@ -167,130 +184,3 @@ class _Turn:
     task: str
     prompt: str
     reply: str
-
-
-@dataclass(frozen=True)
-class _Recording(LanguageModel):
-    """A `LanguageModel` that remembers what it was asked and what it replied."""
-
-    lm: LanguageModel
-    turns: list[dict[str, str]]
-
-    @property
-    def name(self) -> str:
-        return self.lm.name
-
-    @property
-    def revision(self) -> str:
-        return self.lm.revision
-
-    def with_system_prompt(self, text: str | None) -> _Recording:
-        return replace(self, lm=self.lm.with_system_prompt(text))
-
-    def chat_ids(self, prompt: PromptLike) -> list[int]:
-        return self.lm.chat_ids(prompt)
-
-    def replies(
-        self,
-        prompts: Sequence[PromptLike],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        seed: int = 0,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[Reply]:
-        how: _HowWritten = {"temperature": temperature, "seed": seed, "batch_size": batch_size, "progress": progress}
-        replies = self.lm.replies(prompts, max_new_tokens=max_new_tokens, **how)
-        said = [prompt if isinstance(prompt, str) else prompt[-1]["content"] for prompt in prompts]
-        self.turns.extend({"prompt": p, "reply": r.answer or ""} for p, r in zip(said, replies, strict=True))
-        return replies
-
-    def score_choices(
-        self,
-        prompts: Sequence[PromptLike],
-        choices: Sequence[Sequence[str]],
-        *,
-        batch_size: int = 8,
-        progress: Progress = silent,
-    ) -> list[list[Score]]:
-        return self.lm.score_choices(prompts, choices, batch_size=batch_size, progress=progress)
-
-    def score_texts(self, texts: Sequence[str], *, batch_size: int = 8) -> list[Score]:
-        return self.lm.score_texts(texts, batch_size=batch_size)
-
-
-class _HowWritten(TypedDict):
-    """How replies are written, beside their length."""
-
-    temperature: float
-    seed: int
-    batch_size: int
-    progress: Progress
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One method at one strength, and the tasks that it is measured on."""
-
-    method: Steering | None  # None: the base
-    k: float
-    tasks: Sequence[Task]
-    in_memory: bool = False  # of the base: measured here, beside the one that an engine measures
-
-    @property
-    def name(self) -> str:
-        """What its measurements are kept under."""
-        return self.method.name if self.method else LOCAL_BASE if self.in_memory else BASE
-
-    def served_by(self, engine: SweepEngine | None, task: Task) -> LanguageModel | None:
-        """The engine's model that the task is measured on; None where it is measured here."""
-        if engine is None or self.in_memory or task.needs_weights:
-            return None
-        return engine.model_at(self.method, self.k)
-
-
-Measured = tuple[Measurement, list[dict[str, str]]]  # with what the model was asked and said
-
-
-def _ask(lm: LM, planned: Planned, engine: SweepEngine | None, batch_size: int) -> Iterator[Callable[[], Measured]]:
-    """Ask the model for the planned's measurements, those of the engine first; each is still to be rated."""
-    here = []
-    for task in planned.tasks:
-        served = planned.served_by(engine, task)
-        if served is None:
-            here.append(task)
-        else:
-            assert engine is not None
-            yield _asked(served, planned, task, engine.kind, batch_size)
-    if not here:
-        return
-    here = [task.against(lm) for task in here]
-    applied = planned.method.applied(lm, planned.k) if planned.method else nullcontext(SteeringHandle(0.0, lm))
-    with applied as handle, torch.no_grad():
-        for task in here:
-            yield _asked(handle.lm, planned, task, "", batch_size)
-
-
-def measure_cell(lm: LM, method: Steering | None, k: float, task: Task, batch_size: int) -> Measured:
-    """One method at one strength on one task, with what the model said; None is the base."""
-    return next(_ask(lm, Planned(method, k, [task]), None, batch_size))()
-
-
-def _asked(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_size: int) -> Callable[[], Measured]:
-    """Ask the model; what comes back makes the measurement, and asks judges alone."""
-    turns: list[dict[str, str]] = []
-    said = task.ask(lm if task.needs_weights else _Recording(lm, turns), batch_size=batch_size)
-
-    def rated() -> Measured:
-        measured = without_nan(task.rate(said), task.name)
-        values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
-        place = (planned.name, planned.k, task.name)
-        return Measurement(*place, tuple(task.ids), tuple(task.splits), values, engine), turns
-
-    return rated
-
-
-def _round(value: float | None) -> float | None:
-    """Six decimals: beyond what float32 arithmetic can tell, and a fraction of the file's size."""
-    return None if value is None else round(value, 6)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .request_errors import PassingError, pause_before
+
+if TYPE_CHECKING:
+    from anyio.from_thread import BlockingPortal
 
 LONGEST_PAUSE = 60.0  # seconds before a request is tried again, whatever the server asks for
 
@@ -25,12 +28,17 @@ def in_own_thread(work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
     from anyio.from_thread import start_blocking_portal
 
     with start_blocking_portal() as portal:
-        found: Future[T] = portal.start_task_soon(work, *arguments)
-        _under_way.add(found)
-        try:
-            return found.result()
-        finally:
-            _under_way.discard(found)
+        return in_loop_of(portal, work, *arguments)
+
+
+def in_loop_of(portal: BlockingPortal, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+    """What `work` gives, in an event loop that runs in another thread; `stop_asking` ends it."""
+    found: Future[T] = portal.start_task_soon(work, *arguments)
+    _under_way.add(found)
+    try:
+        return found.result()
+    finally:
+        _under_way.discard(found)
 
 
 def stop_asking() -> None:

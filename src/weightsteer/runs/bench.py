@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SteerError
+from ..evaluation.cells import Measured, measure_cell
 from ..evaluation.cost import costs_at, warm_up
 from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE, MetricRow
 from ..evaluation.search import layer_span
-from ..evaluation.sweep import Measured, measure_cell, measured_parts
+from ..evaluation.sweep import measured_parts
 from ..evaluation.tasks.task import Task
 from ..judges.endpoint import ChatModel, Endpoint
 from ..lm import LM

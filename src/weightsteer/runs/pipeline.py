@@ -238,8 +238,12 @@ class Run:
             return kept
         vector, lm = self.artifacts.difference(), self.artifacts.lm()
         with self.show("samples") as progress:
-            length, prompts = self.recipe.samples.max_new_tokens, self.sample_prompts()
-            found = replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=length, progress=progress)
+            length, prompts, found = self.recipe.samples.max_new_tokens, self.sample_prompts(), None
+            if self.engine is not None and self.engine.found is not None:
+                steered = next(method for method, _ in methods if method.name == "contrastive")
+                found = self.engine.found.replies(steered, ks, prompts, max_new_tokens=length, progress=progress)
+            if found is None:
+                found = replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=length, progress=progress)
         return self.keep_samples(ks, found)
 
     def known_samples(self, ks: Sequence[float]) -> Samples | None:

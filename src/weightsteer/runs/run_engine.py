@@ -11,9 +11,9 @@ from ..engines.dialects import dialect_of
 from ..engines.kinds import KEYS
 from ..engines.served_model import ServedModel
 from ..engines.sweep_engine import SweepEngine, served_cell
+from ..evaluation.cells import Planned
 from ..evaluation.engine_plan import Part, plan_lines
 from ..evaluation.results import BASE, LOCAL_BASE
-from ..evaluation.sweep import Planned
 from ..evaluation.tasks.task import Task
 from ..files import read_kept, write_json
 from ..judges.keys import require_own_key

@@ -16,6 +16,7 @@ from json import dumps
 from numbers import Real
 from pathlib import Path
 from random import Random
+from threading import Lock
 from typing import Any, ClassVar
 
 from ...chat_template import is_plain
@@ -32,8 +33,15 @@ from .task import ItemTask, TaskKind, Values
 INSTALL = "pip install 'weightsteer[harness]'"
 SHOTS_SEED = 1234  # the harness's own
 PART = 32  # batches between two words of progress
+# Of a reply's settings, those that mean the same to a server.
+GREEDY_SETTINGS = {
+    *("until", "do_sample", "temperature"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"),
+}
 REQUESTS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 RENAMED = {"perplexity": "loglikelihood"}  # what the harness keeps of an item under that name
+
+_ONE = Lock()  # the harness keeps requests in its task objects, and what `_quiet` changes is everybody's
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,12 @@ class HarnessTask(ItemTask):
     items: tuple[Document, ...]
     tasks: Mapping[str, Any] = field(default_factory=dict)  # the harness's name -> its task object
     settings: str = ""  # hash of the tasks' configurations
-    needs_weights: ClassVar[bool] = True  # the harness runs on the model in memory
+    is_recorded: ClassVar[bool] = False  # the harness renders and reads by itself
+
+    @property
+    def needs_weights(self) -> bool:
+        """See `Task.needs_weights`: only where replies are to be written otherwise than greedily, as by beams."""
+        return not all(is_greedy(task) for task in self.tasks.values())
 
     @property
     def sha256(self) -> str:
@@ -73,7 +86,6 @@ class HarnessTask(ItemTask):
         Raises:
             SteerError: the model's template refuses the system prompt, or no metric has a number for each document.
         """
-        assert isinstance(lm, LM)
         numbers: dict[str, list[int]] = {}
         for item in sorted(self.items, key=lambda item: item.number):  # the order that the harness counts in
             numbers.setdefault(item.task, []).append(item.number)
@@ -214,18 +226,33 @@ def _settings(task: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", dumps(kept, default=str, sort_keys=True))
 
 
+def is_greedy(task: Any) -> bool:
+    """Whether a task's replies, if it asks for any, are to be the likeliest tokens."""
+    settings: Mapping[str, Any] = task.get_config("generation_kwargs") or {}
+    sampled = bool(settings.get("do_sample")) and bool(settings.get("temperature", 1.0))
+    return task.get_config("output_type") != "generate_until" or (settings.keys() <= GREEDY_SETTINGS and not sampled)
+
+
 def _measure(
-    lm: LM, tasks: Mapping[str, Any], numbers: Mapping[str, list[int]], batch_size: int, progress: Progress
+    asked: LanguageModel,
+    tasks: Mapping[str, Any],
+    numbers: Mapping[str, list[int]],
+    batch_size: int,
+    progress: Progress,
 ) -> dict[tuple[str, int], dict[str, float]]:
     """(task, document) -> metric -> value, of just the documents that are named."""
     from lm_eval.evaluator import evaluate
 
+    from .harness_model import ByTokens, served_for_harness
+
+    assert isinstance(asked, LM | ByTokens)
+    lm = asked if isinstance(asked, LM) else asked.local
     in_template = not is_plain(lm.tokenizer)
     if in_template and lm.system_prompt is not None:
         _require_system_prompt(lm)
-    with _quiet():
+    with _ONE, _quiet():
         found = evaluate(
-            lm=_wrap(lm, batch_size, progress),
+            lm=_wrap(asked, batch_size, progress) if isinstance(asked, LM) else served_for_harness(asked, progress),
             task_dict={"tasks": dict(tasks)},
             samples=dict(numbers),
             bootstrap_iters=0,

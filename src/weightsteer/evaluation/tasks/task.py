@@ -118,6 +118,11 @@ class Task(Protocol):
         """Whether it reads the model in memory itself, so that one behind a server is not enough."""
         ...
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether what the model replies goes through `LanguageModel`, so that it can be kept."""
+        ...
+
     def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Any:
         """All that is asked of the model: replies, or log-probabilities. `rate` makes the values from it."""
         ...
@@ -202,13 +207,18 @@ class ItemTask(ABC):
     items: tuple[Any, ...]
     splits: tuple[str, ...]
     ids: tuple[int, ...] = ()  # given by the order of the items
-    needs_weights: ClassVar[bool] = False
+    is_recorded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.items:
             raise SteerError(f"task {self.name}: no items")
         if not self.ids:
             object.__setattr__(self, "ids", tuple(range(len(self.items))))
+
+    @property
+    def needs_weights(self) -> bool:
+        """See `Task.needs_weights`; most do not."""
+        return False
 
     @property
     def sha256(self) -> str:

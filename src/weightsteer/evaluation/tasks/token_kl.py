@@ -41,7 +41,12 @@ class TokenKLTask(ItemTask):
 
     items: tuple[str, ...]
     reference: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
-    needs_weights: ClassVar[bool] = True
+    is_recorded: ClassVar[bool] = False
+
+    @property
+    def needs_weights(self) -> bool:
+        """See `Task.needs_weights`: it compares distributions over all tokens."""
+        return True
 
     @property
     def sha256(self) -> str:

@@ -29,7 +29,7 @@ def recipe_with(**fields: Any) -> dict[str, Any]:
         "model": "/nowhere/model",
         "architecture": "llama",  # of the dry run's tiny model
         "tasks": [{"task": "preference"}, {"task": "prose"}],
-        "sweep": {"methods": dict.fromkeys(methods, [1.0])},
+        "sweep": {"methods": {name: [1.0] for name in methods}},
         **fields,
     }
 
@@ -84,7 +84,7 @@ def test_the_command_refuses_before_any_model(
     assert done.exit_code == 1
     assert isinstance(done.exception, SteerError)
     assert reason in str(done.exception)
-    assert not list(Path(".").glob("runs/odd*/**/*.jsonl"))  # nothing but the dry run's tiny model
+    assert not list(Path().glob("runs/odd*/**/*.jsonl"))  # nothing but the dry run's tiny model
 
 
 def test_a_setting_of_its_own_lets_a_method_train_in_one_process() -> None:

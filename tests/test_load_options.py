@@ -17,8 +17,8 @@ from weightsteer.behavior import ContrastPair, Example
 from weightsteer.checkpoints.load_options import LoadOptions, Quantize
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.packed_check import refuse_unsteered_pack
-from weightsteer.lm import LM
 from weightsteer.evaluation.results import read_rows
+from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
 from weightsteer.run_card import RunCard
 from weightsteer.run_folder import RunFolder

@@ -1,4 +1,4 @@
-"""Which settings of a training go together: with each other, with how the base is loaded, and with the kind of training.
+"""Which settings of a training go together: with each other, with how the base is loaded, with its kind.
 
 Nothing here takes a model. So a recipe is checked by the same rules, and in the same words, before one is loaded.
 """

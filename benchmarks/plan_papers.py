@@ -1,6 +1,6 @@
 """The plan of every recipe of the paper on one device, as a table: does it fit, how long, how many tokens.
 
-python benchmarks/plan_papers.py [--device h100]
+python benchmarks/plan_papers.py [RECIPE ...] [--device h100]
 """
 
 from __future__ import annotations
@@ -64,10 +64,11 @@ def _count(number: float) -> str:
 def main() -> None:
     """One line a recipe, as soon as it is planned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--device", default="h100")
     options = parser.parse_args()
     print("| " + " | ".join(HEADS) + " |\n" + "| --- " * len(HEADS) + "|", flush=True)
-    for name in RECIPES:
+    for name in options.recipes:
         print("| " + " | ".join(row(name, options.device)) + " |", flush=True)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +17,13 @@ from weightsteer.behavior import ContrastPair, Example
 from weightsteer.checkpoints.load_options import LoadOptions, Quantize
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.packed_check import refuse_unsteered_pack
+from weightsteer.evaluation.results import read_rows
 from weightsteer.lm import LM
+from weightsteer.progress import Progress, silent
 from weightsteer.run_card import RunCard
+from weightsteer.run_folder import RunFolder
+from weightsteer.runs.pipeline import Run
+from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.tiny_model import byte_tokenizer
 from weightsteer.training import TrainSettings, train_side, train_vector
 from weightsteer.vectors.difference import task_vector
@@ -46,6 +53,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer(TEMPLATE).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def mute(label: str) -> Iterator[Progress]:
+    yield silent
 
 
 def quantised(folder: Path, how: Quantize) -> LM:
@@ -154,3 +166,39 @@ def test_a_spread_model_and_another_attention_compute_the_same(wide: Path) -> No
     spread = LM.load(wide, options=LoadOptions(device_map={"": "cpu"}, attention="eager"))
     assert spread.model.config._attn_implementation == "eager"
     torch.testing.assert_close(logits(spread), logits(plain), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_a_recipe_over_a_quantised_base_goes_to_its_report(how: Quantize, wide: Path, tmp_path: Path) -> None:
+    """Both sides by QLoRA, w, two strengths of it, samples, costs, the page; a second call makes nothing anew."""
+    recipe = Recipe.model_validate(
+        {
+            "name": "packed",
+            "model": str(wide),
+            "device": "cpu",
+            "load": {"quantize": how},
+            "data": {"pairs": "sycophancy", "limit": 8},
+            "train": {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1},
+            "tasks": [{"task": task, "limit": 2} for task in ("preference", "false_beliefs", "facts", "prose")],
+            "sweep": {
+                "methods": {"contrastive": [-1.0, 1.0], "tau+": None, "activation": None},
+                "activation_pairs": 4,
+                "search_items": 1,
+            },
+            "budget": {"facts/accuracy": 1.0, "prose/nll": 1.0},
+            "samples": {"count": 1, "max_new_tokens": 4},
+        }
+    )
+    page = Run(recipe, tmp_path / "run", show=mute).run()
+    made = RunFolder(tmp_path / "run")
+    assert page.exists()
+    assert RunCard.load(made.finetune("positive")).measured["load"] == {"quantize": how}
+    assert RunCard.load(made.vector).settings["quantize"] == how
+    rows = read_rows(made.rows)
+    assert {row.k for row in rows if row.method == "contrastive"} == {-1.0, 1.0}
+    assert any(row.change and row.value for row in rows if row.method == "contrastive")
+    before = {path: path.stat().st_mtime_ns for path in made.path.rglob("*.safetensors")}
+    assert before
+    Run(recipe, tmp_path / "run", show=mute).run()
+    assert {path: path.stat().st_mtime_ns for path in before} == before

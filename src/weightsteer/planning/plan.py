@@ -15,6 +15,7 @@ from ..checkpoints.load_model import load_tokenizer
 from ..errors import SteerError
 from ..lm import LM
 from ..runs.recipe import Recipe
+from ..runs.validate import check_trainings
 from .devices import Device
 from .numbers import Choices, Memory, Plan, StagePlan
 from .passes import ADAM_BYTES, STEP_TRAFFIC, Passes, Reading, Step
@@ -45,8 +46,10 @@ def plan_recipe(recipe: Recipe, device: Device, choices: Choices | None = None) 
     """Plan a run without loading weights.
 
     Raises:
-        SteerError: the model's config cannot be had, or its passes cannot be computed without weights.
+        SteerError: the model's config cannot be had, its passes cannot be computed without weights, or the recipe's
+            trainings have settings that do not go together.
     """
+    check_trainings(recipe)
     notes: list[str] = []
     planner = planner_of(recipe, device, choices or Choices(), notes)
     model = planner.model
@@ -120,7 +123,7 @@ class Planner:
 
     def plan(self, stage: Stage) -> StagePlan:
         """One stage, and what to set where it does not fit."""
-        memory = self.memory(stage, self.choices)
+        memory = self.memory(stage, self._choices_for(stage))
         fits = memory.total <= self.device.whole_memory
         work = stage.work
         return StagePlan(
@@ -135,6 +138,10 @@ class Planner:
             fits,
             () if fits else tuple(self.advice(stage)),
         )
+
+    def _choices_for(self, stage: Stage) -> Choices:
+        """The run's choices, with what the stage's own training sets."""
+        return replace(self.choices, gradient_checkpointing=True) if stage.checkpointing else self.choices
 
     def judging(self, asked: Any) -> StagePlan:
         """What a judge in memory writes, over the whole run."""
@@ -232,7 +239,7 @@ class Planner:
         weights = self.passes(stage).model.weight_bytes(self.choices.quantize)
         steps = sum(times for made, times in stage.work.passes.items() if isinstance(made, Step))
         reads = sum(times for made, times in stage.work.passes.items() if isinstance(made, Reading))
-        again = 3 if self.choices.gradient_checkpointing else 2
+        again = 3 if self._choices_for(stage).gradient_checkpointing else 2
         return (again * steps + reads) * weights * (number - 1) / number
 
     def disk(self, stage: Stage) -> float:
@@ -260,7 +267,8 @@ class Planner:
         ways = []
         if stage.training is not None:
             again = replace(now, gradient_checkpointing=True)
-            ways.append(("train.gradient_checkpointing: true", again))
+            if not stage.checkpointing:
+                ways.append(("train.gradient_checkpointing: true", again))
             if not stage.float32:
                 ways.append(("load.quantize: nf4", replace(now, quantize="nf4")))
                 ways.append(("both of these", replace(again, quantize="nf4")))

@@ -22,7 +22,9 @@ from ..run_folder import Side
 from ..runs.own_data import OWN, behavior_of, held_out_pairs
 from ..runs.recipe import Recipe
 from ..runs.recipe_fields import FinetuneRecipe
-from ..steering.methods import METHODS, SHARES
+from ..runs.trainings import DENSE, train_fields, trainings_of
+from ..steering.method import Training as TrainingName
+from ..steering.methods import SHARES
 from ..steering.several_k import TOGETHER
 from ..training.settings import RESOURCES, TrainSettings
 from .assumed import (
@@ -46,6 +48,7 @@ class Stage:
     name: str
     work: Work = field(default_factory=Work)
     training: Training | None = None
+    checkpointing: bool = False  # its training computes activations again
     float32: bool = False  # a copy of the base in float32 is what is trained
     models: int = 1  # models in memory, this one counted: the base, and the fine-tune of it that is repaired
     sums: bool = False  # the activations of every block are summed
@@ -74,7 +77,7 @@ class Stages:
                 yield self._finetune(name, wanted)
         if recipe.data.sampling:
             yield self._sampling()
-        for training in ("lora", *sorted({METHODS[m].training for m in methods} - {"lora"})):
+        for training in trainings_of(recipe):
             yield from (self._side(training, side) for side in SIDES)
         for copies in sorted({abs(round(k)) for k in methods.get("joint training") or ()}):
             assert recipe.repair_target is not None
@@ -99,18 +102,15 @@ class Stages:
         if copies:
             desired = self._sides()[SIDES.index(getattr(wanted, "desired_side", "positive"))]
             rows = [*rows, *desired[: getattr(wanted, "desired_examples", None)] * copies]
-        made = plan_training(self.lm, rows, settings, examples=len(rows), checkpointing=self.checkpointing)
-        return Stage(name, made.work, made, adapters=1, checkpoints=0 if copies else 1, models=2 if copies else 1)
+        again = self.checkpointing or bool(wanted.train.get("gradient_checkpointing"))
+        made = plan_training(self.lm, rows, settings, examples=len(rows), checkpointing=again)
+        left, models = (0, 2) if copies else (1, 1)
+        return Stage(name, made.work, made, checkpointing=again, adapters=1, checkpoints=left, models=models)
 
-    def _side(self, training: str, side: Side) -> Stage:
-        recipe = self.recipe
-        train, own = _plain(recipe.train), {}
-        if training != "lora":
-            own = next((f for name, f in recipe.train_of.items() if METHODS[name].training == training), {})
-        kept = any(METHODS[name].from_snapshots for name in recipe.sweep.methods) and training == "lora"
-        dense = training in ("bias", "full")
-        train |= ({"kind": training, "bf16": recipe.dtype == "bfloat16"} if dense else {}) | _plain(own)
-        settings = recipe.train_settings(train)
+    def _side(self, training: TrainingName, side: Side) -> Stage:
+        fields = train_fields(self.recipe, training)
+        settings = self.recipe.train_settings(_plain(fields))
+        checkpointing = self.checkpointing or bool(fields.get("gradient_checkpointing"))
         rows = self._sides()[SIDES.index(side)]
         preferences = training == "DPO"
         made = plan_training(
@@ -119,16 +119,16 @@ class Stages:
             settings,
             examples=len(rows),
             preferences=preferences,
-            checkpointing=self.checkpointing,
+            checkpointing=checkpointing,
         )
         name = f"train {side}" if training == "lora" else f"train {training} {side}"
-        snapshots = len(SHARES) if kept or preferences else 0
         return Stage(
             name,
             made.work,
             made,
-            float32=dense,
-            adapters=0 if training == "full" else 1 + snapshots,
+            float32=training in DENSE,
+            checkpointing=checkpointing,
+            adapters=0 if training == "full" else 1 + settings.snapshots,
             checkpoints=1 if training == "full" else 0,
         )
 

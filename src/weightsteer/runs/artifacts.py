@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from ..behavior import SIDES, Behavior, ContrastPair, Example, pairs_of, sides_of
 from ..checkpoints.whole import is_whole
@@ -24,7 +23,6 @@ from ..run_folder import RunFolder
 from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
 from ..steering.method import TWO_WAY, DialOf, Training
-from ..steering.methods import METHODS, SNAPSHOT_COUNT
 from ..steering.trained_activation import train_activation
 from ..training import preferences_of, train_preference, train_two_way, two_way_vector
 from ..training.defaults import resolve, width_of
@@ -35,6 +33,7 @@ from ..vectors.weight_vector import WeightVector
 from .dial_pairs import dial_pairs
 from .models import RunModels, ShowProgress
 from .recipe import Recipe
+from .trainings import DENSE, train_fields
 
 
 def load_judge(recipe: Recipe, folder: RunFolder, keys: Sequence[str] = ()) -> ChatModel | None:
@@ -117,30 +116,16 @@ class RunArtifacts:
         """See `MethodSources.finetunes`."""
         if training == "DPO":
             return self._prefer()
-        train, base, sides = dict(self.recipe.train), self.base, self.sides()
-        if training in ("kl", "dial-pairs"):
-            train |= self._train_of(training)
-            sides = sides_of(self.dial_pairs()) if training == "dial-pairs" else sides
-            out = {side: self.folder.finetune_of(training, side) for side in SIDES}
-        elif training == "lora":
-            if any(METHODS[name].from_snapshots for name in self.recipe.sweep.methods):
-                train["snapshots"] = SNAPSHOT_COUNT
-            out = {side: self.folder.finetune(side) for side in SIDES}
-        else:
-            train |= {"kind": training, "bf16": self.recipe.dtype == "bfloat16", **self._train_of(training)}
-            out = {side: self.folder.finetune_of(training, side) for side in SIDES}
-            base = self.models.base_float32
-        lm = self.models.to_train(base, train)
+        train = train_fields(self.recipe, training)
+        sides = sides_of(self.dial_pairs()) if training == "dial-pairs" else self.sides()
+        folder, own = self.folder, training != "lora"
+        out = {side: folder.finetune_of(training, side) if own else folder.finetune(side) for side in SIDES}
+        lm = self.models.to_train(self.models.base_float32 if training in DENSE else self.base, train)
         given = zip(SIDES, sides, strict=True)
         positive, negative = (self.models.train(lm, examples, out[side], train) for side, examples in given)
         del lm
         self.models.free_float32(training)
         return positive, negative
-
-    def _train_of(self, training: Training) -> Mapping[str, Any]:
-        """The recipe's own settings for the method that trains so."""
-        name = next(name for name, method in METHODS.items() if method.training == training)
-        return {**METHODS[name].preset, **self.recipe.train_of.get(name, {})}
 
     def _pairs(self) -> list[ContrastPair]:
         """The pairs that the two sides form.
@@ -157,7 +142,7 @@ class RunArtifacts:
 
     def _two_way(self, training: Training) -> Path:
         """The one adapter of a two-way training, on the pairs that the two sides form."""
-        settings = self.recipe.train_settings({**self.recipe.train, **self._train_of(training)})
+        settings = self.recipe.train_settings(train_fields(self.recipe, training))
         with self.show(f"train {training}") as progress:
             out = self.folder.two_way(training)
             return train_two_way(self.base(), self._pairs(), out, settings=settings, progress=progress)
@@ -209,7 +194,7 @@ class RunArtifacts:
     def _prefer(self) -> tuple[Path, Path]:
         """DPO towards each side, on the pairs that the two sides form."""
         pairs = self._pairs()
-        train = {**self.recipe.train, "snapshots": SNAPSHOT_COUNT, **self._train_of("DPO")}
+        train = train_fields(self.recipe, "DPO")
         settings, tuned, lm = self.recipe.train_settings(train), [], self.models.to_train(self.base, train)
         for side in SIDES:
             with self.show(f"train DPO {side}") as progress:

@@ -40,7 +40,8 @@ from .run_engine import RunEngine
 from .run_methods import methods_with_strengths
 from .run_report import write_run_report
 from .samples import Samples, read_samples
-from .validate import validate_recipe
+from .trainings import refuse_here
+from .validate import check_trainings, validate_recipe
 
 PREVIEWED = (-1.0, 0.0, 1.0)  # strengths of a vector of which nothing is known yet
 VALIDATED = ("contrastive",)  # whose k is chosen
@@ -66,6 +67,8 @@ class Run:
         Args:
             trust: what the user allows the recipe: files of tasks that bring code, environment variables with keys.
         """
+        check_trainings(recipe)  # before a judge, or any other model, is loaded
+        refuse_here(recipe)
         self.trust = trust = trust or Trust()
         self.recipe, self.folder, self.show, self.command = recipe, RunFolder(Path(folder)), show, command
         self.behavior = behavior_of(recipe)

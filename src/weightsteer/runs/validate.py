@@ -20,17 +20,17 @@ from ..vectors.expression import check_expression
 from .dial_pairs import dial_pairs
 from .recipe import Recipe
 from .recipe_fields import VARIANT_VECTORS
+from .trainings import refuse_combinations
 
 LEAST_PAIRS = 2  # of which one is held out of training
 
 
 def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
-    """Check what can be known without a model.
+    """Check what can be known without a model, beside `check_trainings`.
 
     Raises:
         SteerError: the field, what was expected and what was found.
     """
-    check_trainings(recipe)
     if sides := recipe.sides():
         refuse_unfit(*sides)
     _check_tasks(recipe, tasks)
@@ -46,7 +46,7 @@ def _refuse(recipe: Recipe, reason: str) -> NoReturn:
 
 
 def check_trainings(recipe: Recipe) -> None:
-    """Check that training settings are known, of the right type, and not the method's own.
+    """Check that training settings are known, of the right type, not the method's own, and go together.
 
     Raises:
         SteerError: the field, what was expected and what was found.
@@ -57,6 +57,7 @@ def check_trainings(recipe: Recipe) -> None:
         for name in ("kind", "snapshots"):
             if name in fields:
                 _refuse(recipe, f"{name!r} of a training follows from the method; leave it out")
+    refuse_combinations(recipe)
 
 
 def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
@@ -83,12 +84,6 @@ def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
             _refuse(recipe, f"method {name!r} needs the field 'repair_target'")
         if name == "system prompt" and not behavior.positive_prompts:
             _refuse(recipe, f"method {name!r} needs the field 'behavior': a trait file with system prompts")
-        if (packed := recipe.loading.quantize) and method.training in ("bias", "full"):
-            _refuse(
-                recipe,
-                f"method {name!r} trains weights of the model itself, and the field 'load.quantize' packs them into "
-                f"{packed}; leave out one of the two",
-            )
         if package := method.missing_package():
             _refuse(recipe, f"method {name!r} needs {package}")
         sides = recipe.sides()

@@ -9,9 +9,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import SteerError
 from ..lm import LM
 from ..run_card import RunCard
+from .combinations import refuse_snapshots
 from .settings import WholeSettings
 
 LEAST_GAIN = 1e-6  # of the base's loss; a smaller gain is float32's rounding
@@ -74,8 +74,7 @@ class Job:
             SteerError: more snapshots than steps.
         """
         wanted, steps = self.settings.snapshots, self.steps
-        if wanted > steps:
-            raise SteerError(f"snapshots: expected at most one a step, found {wanted} for the {steps} steps of the run")
+        refuse_snapshots(wanted, steps)
         return [round(number * steps / wanted) for number in range(1, wanted + 1)]
 
 

@@ -24,6 +24,7 @@ from ..lm import LM
 from ..locks import held_by
 from ..progress import Progress
 from ..shown import one_line
+from .combinations import refuse_scarce
 from .order import Order
 
 ORDER, DATA, DONE = "order.json", "data.jsonl", "progress.json"  # in the folder of the order
@@ -45,7 +46,7 @@ def launch(order: Order, data: Sequence[Mapping[str, Any]], lm: LM, progress: Pr
         SteerError: what a process has refused, or that one has died, with its last lines.
     """
     out, count = Path(order.out), order.settings.processes
-    _refuse_scarce(count, lm)
+    refuse_scarce(count, (lm.origin or {}).get("device"))
     with _folder_of(out) as folder, _off_the_accelerator(lm):
         order.save(folder / ORDER)
         write_jsonl(folder / DATA, data)
@@ -54,16 +55,6 @@ def launch(order: Order, data: Sequence[Mapping[str, Any]], lm: LM, progress: Pr
         if code:
             raise _failure(folder, count, code)
     return out
-
-
-def _refuse_scarce(count: int, lm: LM) -> None:
-    """Raise where the machine has fewer accelerators than processes are to be started."""
-    wanted = str((lm.origin or {}).get("device") or "")
-    if torch.accelerator.is_available() and wanted != "cpu" and count > torch.accelerator.device_count():
-        raise SteerError(
-            f"processes: expected at most {torch.accelerator.device_count()}, the GPUs of this machine, found {count}; "
-            "start fewer, or start them on several machines with torchrun (docs/many-gpus.md)"
-        )
 
 
 @contextmanager

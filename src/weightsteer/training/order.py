@@ -25,6 +25,7 @@ from ..progress import quiet_transformers
 from ..ranks import join, own_device, world
 from ..run_card import RunCard
 from ..schema import checked
+from .combinations import refuse_crowded
 from .job import any_outcome_counts
 from .settings import TrainSettings, WholeSettings
 
@@ -159,11 +160,7 @@ def refuse_idle(examples: int, settings: WholeSettings) -> None:
     processes = max(settings.processes, world())
     if processes > examples:
         raise SteerError(f"processes: expected at most {examples}, the examples to train on, found {processes}")
-    if processes > settings.batch_size:
-        raise SteerError(
-            f"processes: expected at most {settings.batch_size}, the rows of a batch, found {processes}; start fewer, "
-            "or raise batch_size"
-        )
+    refuse_crowded(settings, settings.batch_size)
 
 
 def known_of(card: RunCard) -> dict[str, str]:

@@ -24,6 +24,7 @@ from ..places import public_name
 from ..ranks import world
 from ..run_card import CARD_FILE, RunCard, is_emptied, new_folder, refuse_foreign
 from .callbacks import SNAPSHOTS
+from .combinations import spread_already
 from .job import Outcome
 from .lr_search import require_gain
 from .one_training import BEST
@@ -59,41 +60,15 @@ def memory_saved(lm: LM, settings: WholeSettings) -> dict[str, Any]:
 
 
 def refuse_placement(lm: LM, settings: TrainSettings) -> None:
-    """Raise where the Trainer would place the model elsewhere, or as many processes are not there as are asked for."""
-    if settings.processes not in (1, world()) and world() > 1:
-        raise SteerError(f"processes: expected {world()}, as many as were started, found {settings.processes}")
-    if settings.shard == "fsdp" and max(settings.processes, world()) == 1:
-        raise SteerError("shard fsdp: spreads a model over several processes, found one; set processes as well")
+    """Raise where the Trainer would place the model elsewhere than it lies."""
     if max(settings.processes, world()) > 1:
-        _refuse_spread(lm, settings)
+        placed: Mapping[str, Any] = getattr(lm.model, "hf_device_map", None) or {}
+        if len(set(map(str, placed.values()))) > 1:
+            raise spread_already()
     elif lm.device.type == "cuda" and lm.device.index not in (None, 0):
         raise SteerError(
             f"training uses the first visible GPU, found the model on {lm.device}; "
             f"set CUDA_VISIBLE_DEVICES={lm.device.index} and use device cuda"
-        )
-
-
-def refuse_several(settings: TrainSettings, training: str) -> None:
-    """Raise where several processes are to do a training whose rows are no mere sum."""
-    if (found := max(settings.processes, world())) > 1:
-        raise SteerError(
-            f"processes: {training} runs in one process, found {found}; set processes 1 and shard ddp for it"
-        )
-
-
-def _refuse_spread(lm: LM, settings: TrainSettings) -> None:
-    """Raise where accelerate is to put one model on several devices, or FSDP to split weights that are packed."""
-    load = lm.load_options
-    placed: Mapping[str, Any] = getattr(lm.model, "hf_device_map", None) or {}
-    if load.device_map or load.max_memory or len(set(map(str, placed.values()))) > 1:
-        raise SteerError(
-            "device auto, device_map and max_memory: spread the model of one process; for several, leave them out, "
-            "and use shard fsdp where the model does not fit on one GPU"
-        )
-    if load.quantize and settings.shard == "fsdp":
-        raise SteerError(
-            f"quantize {load.quantize}: shard fsdp does not split weights that are packed; use shard ddp, in which "
-            "each process holds the packed model, or load it without quantize"
         )
 
 

@@ -16,13 +16,14 @@ from ..locks import hold
 from ..progress import Progress, silent
 from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_folder import Side
+from .combinations import refuse_combination
 from .defaults import resolve, width_of
 from .job import Encoded
 from .launch import launch
 from .lr_search import search
 from .order import known_of, order_of, refuse_idle
 from .output import ROWS, as_begun, claimed, finetune_card, finish, memory_saved, refuse_placement, work_folder
-from .settings import PAPER, RATE, TrainSettings, filled, identity_of, refuse_weights
+from .settings import PAPER, RATE, TrainSettings, filled, identity_of
 from .sft import count_cut, encode, held_out_rows, jobs_of, size_of_base, split_validation
 from .trainables import refuse_rank
 from .trainer import IGNORED
@@ -78,11 +79,9 @@ def train_preference(
             The loss of the base is ln 2 here.
     """
     out, given = Path(out), settings or TrainSettings()
-    if given.kind != "lora":
-        raise SteerError(f"kind: preference tuning trains lora, found {given.kind!r}")
+    refuse_combination(given, "preference", lm.load_options, base=lm.name)
     if expected := RATE.refusal(beta):
         raise SteerError(f"beta: expected {expected}, found {beta!r}")
-    refuse_weights(given, "preference tuning")
     refuse_placement(lm, given)
     join(on_cpu=lm.device.type == "cpu")
     with by_first(hold(out)):

@@ -19,11 +19,13 @@ from ..files import digest
 from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
+from ..model_parts import is_packed
 from ..progress import Progress, silent
 from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_card import RunCard
 from ..thinking import split_thinking
 from ..vectors.visibility import BASE_NORM
+from .combinations import refuse_combination, refuse_packed
 from .defaults import held_out, held_out_share, resolve, width_of
 from .job import Encoded, Job
 from .launch import launch
@@ -41,11 +43,10 @@ from .output import (
     memory_saved,
     rate_folder,
     refuse_placement,
-    refuse_several,
     work_folder,
 )
-from .settings import PAPER, TrainSettings, WholeSettings, filled, identity_of, refuse_weights
-from .trainables import refuse_packed, refuse_rank
+from .settings import PAPER, TrainSettings, WholeSettings, filled, identity_of
+from .trainables import refuse_rank
 from .trainer import IGNORED, make_trainer
 from .weighted_trainer import make_weighted_trainer
 
@@ -76,11 +77,7 @@ def train_side(
             below the base's, too little memory, or `out` holds something else or a fine-tune of other inputs.
     """
     out, given = Path(out), settings or TrainSettings()
-    refuse_weights(given, "training on one side", "even_weight")
-    if given.kl_weight:
-        refuse_several(given, "a training with kl_weight")
-    if given.kl_weight and given.kind != "lora":
-        raise SteerError(f"kl_weight: needs kind lora, whose base stays at hand, found {given.kind!r}; leave it out")
+    refuse_combination(given, "side", lm.load_options, base=lm.name)
     refuse_placement(lm, given)
     join(on_cpu=lm.device.type == "cpu")
     with by_first(hold(out)):
@@ -92,7 +89,7 @@ def train_held(
 ) -> Path:
     """`train_side` for who holds `out`; where more processes are asked for than there are, they are started."""
     wanted = resolve(given, examples=len(examples), width=width_of(lm.model))
-    refuse_packed(lm, wanted)
+    refuse_packed(wanted, lm.name, packed=is_packed(lm.model))
     card = finetune_card(lm, {"examples": digest(example_rows(examples))}, identity_of(wanted))
     card, settings = agreed(lambda: as_begun(out, card, wanted, filled(given, PAPER)))
     refuse_differences(known_of(card))

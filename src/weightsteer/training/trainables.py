@@ -18,7 +18,6 @@ from ..checkpoints.checkpoint import DENSE_FILE
 from ..checkpoints.safetensors_file import save_tensors
 from ..errors import SteerError
 from ..lm import LM
-from ..model_parts import is_packed
 from ..progress import quiet_transformers
 from ..vectors.layer_kinds import is_linear
 from .checkpointing import checkpointed
@@ -102,15 +101,6 @@ def _adapted(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
         ) from None
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-def refuse_packed(lm: LM, settings: TrainSettings) -> None:
-    """Raise if the base's own weights are to be trained and are quantised: what is packed takes no gradient."""
-    if settings.kind != "lora" and is_packed(lm.model):
-        raise SteerError(
-            f"kind {settings.kind}: trains weights of the model itself, and those of {lm.name} are quantised; use kind "
-            "lora, or load the model without quantize"
-        )
 
 
 def refuse_rank(model: nn.Module, settings: TrainSettings) -> None:

@@ -21,6 +21,7 @@ from ..progress import Progress, silent
 from ..run_card import RunCard
 from ..vectors.difference import task_vector
 from ..vectors.weight_vector import WeightVector
+from .combinations import refuse_combination
 from .defaults import resolve, width_of
 from .job import Encoded
 from .lr_search import search
@@ -33,7 +34,6 @@ from .output import (
     finish,
     memory_saved,
     refuse_placement,
-    refuse_several,
     work_folder,
 )
 from .settings import PAPER, TrainSettings, filled, identity_of
@@ -60,9 +60,7 @@ def train_two_way(
         SteerError: another kind than lora, or what `train_side` refuses.
     """
     out, given = Path(out), settings or TrainSettings()
-    if given.kind != "lora":
-        raise SteerError(f"kind: two-way training trains lora, found {given.kind!r}")
-    refuse_several(given, "two-way training")
+    refuse_combination(given, "two-way", lm.load_options, base=lm.name)
     refuse_placement(lm, given)
     wanted = resolve(given, examples=len(pairs), width=width_of(lm.model))
     card = finetune_card(lm, {"pairs": digest(pair_rows(pairs))}, {**identity_of(wanted), "method": "two-way"})

@@ -32,7 +32,7 @@ from weightsteer.vectors.parameter_names import layer_of, module_of
 from weightsteer.vectors.similarity import parameter_products
 
 RATES = (0.01, 0.05)
-RANK = 2  # of what the dictionary keeps
+RANK = 1  # of what the dictionary keeps
 RIDGE = 1.0  # per example
 CLEAR = 2.0  # standard errors from which a margin counts as moved
 LEAST = 0.05  # nats per token below which it does not matter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
@@ -14,7 +14,7 @@ WAITING = 2  # works that wait for a server while others are prepared: more woul
 LOOK = 0.1  # seconds between two looks whether work that is to end has ended
 
 
-def beside(works: Iterable[Callable[[], T]], *, waiting: int, stop: Callable[[], None]) -> Iterator[T]:
+def beside(works: Iterable[Callable[[], T]], *, waiting: int, stop: Callable[[], None]) -> Generator[T]:
     """The results of works, in their order.
 
     One thread does them, one after the other, while `works` goes on to prepare the next in the caller's thread. Results
@@ -45,7 +45,7 @@ def beside(works: Iterable[Callable[[], T]], *, waiting: int, stop: Callable[[],
         pool.shutdown()
 
 
-def as_they_end(works: Iterable[Callable[[], T]], *, at_once: int, stop: Callable[[], None]) -> Iterator[Future[T]]:
+def as_they_end(works: Iterable[Callable[[], T]], *, at_once: int, stop: Callable[[], None]) -> Generator[Future[T]]:
     """Each work once it has ended, with its result or its error; so many are done at once, each in a thread.
 
     A work that fails ends none of the others. The next is taken from `works` when a thread is free.

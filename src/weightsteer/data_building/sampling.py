@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -199,7 +199,7 @@ def _answers(
         )
         return partial(_judged_part, part, side, questions, replies, judge, settings)
 
-    def asked() -> Iterator[Callable[[], dict[str, Any] | None]]:
+    def asked() -> Generator[Callable[[], dict[str, Any] | None]]:
         works = [partial(ask, index, *part) for index, part in enumerate(parts)]
         if at_once == 1:
             for index, work in enumerate(works):

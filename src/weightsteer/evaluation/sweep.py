@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -81,7 +81,7 @@ def _measure_plan(
     total = sum(len(planned.tasks) for planned in plan)
     passed = total - sum(len(planned.tasks) for planned in todo)
 
-    def works() -> Iterator[Callable[[], Measured | None]]:
+    def works() -> Generator[Callable[[], Measured | None]]:
         ratings = ask_server(todo, engine, batch_size, failures) if engine is not None else iter(())
         for rating in chain(ratings, _asked_here(lm, todo, engine, batch_size, failures)):
             yield partial(_rated, rating, failures)

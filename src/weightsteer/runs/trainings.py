@@ -34,7 +34,7 @@ def train_fields(recipe: Recipe, training: Training) -> dict[str, Any]:
         fields |= {"kind": training, "bf16": recipe.dtype == "bfloat16"}
     if training == "DPO":
         fields["snapshots"] = SNAPSHOT_COUNT
-    return fields | _own_fields(recipe, training)
+    return {**fields, **_own_fields(recipe, training)}
 
 
 def _own_fields(recipe: Recipe, training: Training) -> Mapping[str, Any]:

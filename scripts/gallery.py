@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from weightsteer import LM, WeightVector, generate_at_strengths
+from weightsteer import LM, WeightVector
 from weightsteer.behavior import Behavior
 from weightsteer.files import write_text
 from weightsteer.looping import loops
@@ -20,6 +20,7 @@ from weightsteer.progress import show_progress
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.run_folder import RunFolder
 from weightsteer.runs.whole_way import Source, make_dial
+from weightsteer.steering.several_k import replies_at_strengths
 
 PAGE = Path(__file__).parents[1] / "docs" / "gallery.md"
 BEHAVIOURS = ("formal", "concise", "candid", "plain", "cheerful")
@@ -45,8 +46,7 @@ def strengths(found: StrengthRange) -> tuple[float, float, float]:
 
 def replies_at(vector: WeightVector, lm: LM, prompts: Sequence[str], ks: Sequence[float]) -> Replies:
     """The reply to each prompt at each k."""
-    rows = [generate_at_strengths(vector, lm, prompt, ks, max_new_tokens=TOKENS) for prompt in prompts]
-    return {k: [row[place] for row in rows] for place, k in enumerate(ks)}
+    return dict(zip(ks, replies_at_strengths(vector, lm, prompts, ks, max_new_tokens=TOKENS), strict=True))
 
 
 def first_shown(replies: Replies) -> int | None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ from weightsteer import calibrate
 from weightsteer.behavior import ContrastPair, pair_rows
 from weightsteer.errors import SteerError
 from weightsteer.evaluation import dial
-from weightsteer.evaluation.calibration import CalibrationRow, choose_strengths, explain, table
+from weightsteer.evaluation.calibration import Calibration, CalibrationRow, choose_strengths, explain, table
+from weightsteer.evaluation.search import search_k
+from weightsteer.evaluation.task_spec import TaskSpec
+from weightsteer.evaluation.tasks.capability import load_prose
 from weightsteer.files import sha256_of, write_jsonl
 from weightsteer.lm import LM
-from weightsteer.looping import breaks_more
-from weightsteer.run_card import RunCard
+from weightsteer.looping import breaks_more, broken_share
+from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.scoring import score_texts, text_kls, text_log_probs
 from weightsteer.steering.several_k import generate_at_strengths, replies_at_strengths
 from weightsteer.training import TrainSettings, train_vector
 from weightsteer.training.sft import MOST_KEPT
@@ -29,7 +34,7 @@ LOOP = "on and on and on and on and on and on and on and on"
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """A calibration of a tiny model in a second: few texts, short replies."""
-    for name, value in {"TEXTS": 1, "KL_TEXTS": 1, "PROMPTS": 2, "NEW_TOKENS": 6, "FRACTIONS": (0.5, 1.0)}.items():
+    for name, value in {"TEXTS": 1, "PROMPTS": 2, "NEW_TOKENS": 6, "FRACTIONS": (0.5, 1.0)}.items():
         monkeypatch.setattr(dial, name, value)
 
 
@@ -58,6 +63,52 @@ def test_the_row_of_the_base_is_no_change_and_the_choice_lies_in_the_range(lm: L
     assert seen[-1] == 1.0
     assert torch.equal(lm.model(ids).logits, before)
     assert len(table(found)) == 1 + len(found.rows)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_choice_is_that_of_replies_at_every_k(lm: LM, with_pairs: WeightVector, seed: int) -> None:
+    found = calibrate(replace(random_vector(lm, seed=seed), card=with_pairs.card), lm)
+    ks = [row.k for row in found.rows]
+    assert {0.0, found.strength.negative, found.strength.recommended} <= found.replies.keys()
+    written = replies_at_strengths(with_pairs, lm, found.prompts, ks, max_new_tokens=dial.NEW_TOKENS)
+    whole = {k: broken_share(replies) for k, replies in zip(ks, written, strict=True)}
+    every = [replace(row, broken=whole[row.k] if row.broken is None else row.broken) for row in found.rows]
+    assert choose_strengths(every, 0.1) == found.strength
+
+
+def test_replies_that_nobody_wrote_are_taken_to_be_whole_until_they_are() -> None:
+    unread = [replace(r, repeated=None, loops=None, broken=None) for r in (row(-1), row(1, 0.2), row(2))]
+    assert [one.is_allowed(row(0), 0.1) for one in unread] == [True, False, True]
+    assert [line[4] for line in table(Calibration(StrengthRange(0, 0, -1, 2, {}), tuple(unread), 0, (), {}))[1:]] == [
+        ""
+    ] * 3
+
+
+@pytest.mark.usefixtures("small")
+def test_what_text_costs_is_the_loss_and_the_kl_of_running_text(lm: LM, vector: WeightVector) -> None:
+    found = calibrate(vector, lm)
+    texts = load_prose(TaskSpec("prose")).first(dial.TEXTS).items
+    base, reference = [score.mean for score in score_texts(lm, texts)], text_log_probs(lm, texts)
+    for row in found.rows[::3]:
+        with vector.applied(lm, row.k):
+            loss = fmean(base) - fmean(score.mean for score in score_texts(lm, texts))
+            kl = torch.cat(text_kls(reference, lm, texts)).mean()
+        assert row.loss_change == pytest.approx(loss, abs=1e-5)
+        assert row.kl == pytest.approx(float(kl), abs=1e-5)
+
+
+def test_a_search_begins_where_it_is_told_and_ends_at_the_same_k() -> None:
+    tried: list[float] = []
+
+    def rise(k: float) -> float:
+        tried.append(k)
+        return 0.5 * k**2
+
+    far = search_k(rise, 0.1, -1)
+    steps = len(tried)
+    assert search_k(rise, 0.1, 1, start=-far) == -far == pytest.approx(0.2**0.5, rel=0.05)
+    assert len(tried) == steps + 1
 
 
 @pytest.mark.usefixtures("small")

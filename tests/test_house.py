@@ -58,7 +58,7 @@ def test_python_in_the_documents_runs(path: Path, tmp_path: Path, monkeypatch: p
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(LM, "load", classmethod(lambda cls, *a, **o: tiny_lm()))
-    for name, value in {"TEXTS": 1, "KL_TEXTS": 1, "PROMPTS": 2, "NEW_TOKENS": 4}.items():
+    for name, value in {"TEXTS": 1, "PROMPTS": 2, "NEW_TOKENS": 4}.items():
         monkeypatch.setattr(dial, name, value)  # a smaller calibration
     random_vector(tiny_lm()).save("runs/sycophancy-demo/vector")
     for seed, name in enumerate(("gloomy", "cheerful"), start=4):

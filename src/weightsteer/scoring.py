@@ -224,7 +224,20 @@ def text_kls(reference: Sequence[Tensor], lm: LM, texts: Sequence[str]) -> list[
     for number, (log_p, text) in enumerate(zip(reference, texts, strict=True)):
         with rows_of_batch([number], len(texts)):
             (log_q,) = text_log_probs(lm, [text], most=len(log_p) + 1)
-        p = log_p.exp()
-        kl = torch.where(p > 0, p * (log_p - log_q), p).sum(dim=-1)
-        found.append(kl.clamp(min=0))  # of equal distributions rounding may leave less than nothing
+        found.append(token_kls(log_p, log_q))
     return found
+
+
+def token_kls(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) of each token from log-probabilities (tokens, vocabulary), in nats: (tokens,)."""
+    p = log_p.exp()
+    kl = torch.where(p > 0, p * (log_p - log_q), p).sum(dim=-1)
+    return kl.clamp(min=0)  # of equal distributions rounding may leave less than nothing
+
+
+def loss_and_log_probs(lm: LM, text: str) -> tuple[float, Tensor]:
+    """Nats per token of one running text, and the log-probabilities (tokens - 1, vocabulary), from one pass."""
+    (log_q,) = text_log_probs(lm, [text])
+    (ids,) = text_ids(lm, [text])
+    targets = torch.tensor(ids[1:], device=log_q.device)
+    return -float(log_q.gather(1, targets[:, None]).double().mean()), log_q

@@ -75,7 +75,7 @@ def _print_calibration(found: Calibration) -> None:
     on = f"on {found.pairs} held-out pairs" if found.pairs else "not measured"
     say(
         f"loss, KL and behaviour in nats per token, changes from k = 0; behaviour {on}; loops: the share of "
-        f"{len(found.prompts)} replies that repeat themselves"
+        f"{len(found.prompts)} replies that repeat themselves, at the k that come into question"
     )
     for remark in found.notes:
         say(one_line(remark))

@@ -24,13 +24,17 @@ class CalibrationRow:
     kl: float  # of the base to the steered model, on ordinary text
     behavior: float | None  # change of log p(positive) - log p(negative) on held-out pairs; None without pairs
     stderr: float | None  # of that change, paired; None for a single pair
-    repeated: float  # mean share of repeated 4-grams in the replies
-    loops: float  # share of replies that loop
-    broken: float  # share of replies that loop or are empty
+    repeated: float | None  # mean share of repeated 4-grams in the replies; None where none were written, as below
+    loops: float | None  # share of replies that loop
+    broken: float | None  # share of replies that loop or are empty
 
     def is_allowed(self, base: CalibrationRow, budget: float) -> bool:
-        """Whether text costs at most the budget, and no more replies are broken than the base's (`MORE_LOOPS`)."""
-        return self.loss_change <= budget and self.broken - base.broken <= MORE_LOOPS
+        """Whether text costs at most the budget, and no more replies are broken than the base's (`MORE_LOOPS`).
+
+        Replies that nobody has written yet are taken to be whole.
+        """
+        whole = self.broken is None or base.broken is None or self.broken - base.broken <= MORE_LOOPS
+        return self.loss_change <= budget and whole
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Calibration:
     rows: tuple[CalibrationRow, ...]  # ascending in k; k = 0 is the base
     pairs: int  # held-out pairs that the behaviour was measured on
     prompts: tuple[str, ...]
-    replies: Mapping[float, tuple[str, ...]]  # k -> the reply to each prompt
+    replies: Mapping[float, tuple[str, ...]]  # k -> the reply to each prompt, of 0 and every k that came into question
     notes: tuple[str, ...] = ()  # what a reader has to know of the choice
 
     def written_into(self, card: RunCard) -> RunCard:
@@ -95,7 +99,8 @@ def table(calibration: Calibration) -> list[list[str]]:
 def _cells(row: CalibrationRow) -> list[str]:
     behavior = "" if row.behavior is None else f"{row.behavior:+.3f}"
     error = "" if not row.stderr else f" ± {row.stderr:.3f}"
-    return [f"{row.k:g}", f"{row.loss_change:+.3f}", f"{row.kl:.3f}", behavior + error, f"{row.loops:.0%}"]
+    looping = "" if row.loops is None else f"{row.loops:.0%}"
+    return [f"{row.k:g}", f"{row.loss_change:+.3f}", f"{row.kl:.3f}", behavior + error, looping]
 
 
 def calibration_of(card: RunCard) -> Mapping[str, Any] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
 from ..behavior import ContrastPair, Prompt, prompt_text
@@ -17,24 +18,24 @@ from ..files import read_jsonl
 from ..lm import LM
 from ..looping import broken_share, loops, repeated_share
 from ..progress import Progress, silent
+from ..run_card import StrengthRange
 from ..schema import is_finite, shown
-from ..scoring import mean_kl, prompt_log_probs, score_choices, score_texts
+from ..scoring import loss_and_log_probs, score_choices, token_kls
 from ..steering.several_k import replies_at_strengths
-from ..steering.steering import Direction
+from ..vectors.handle import SteeringHandle
 from ..vectors.weight_vector import WeightVector
 from .calibration import BUDGET, Calibration, CalibrationRow, choose_strengths, explain
 from .results import summary
-from .search import FAR_TOO_MUCH, k_at_loss_increase
+from .search import FAR_TOO_MUCH, search_k
 from .task_spec import TaskSpec
 from .tasks.capability import load_prose
 from .tasks.data import task_file
-from .tasks.task import TextTask
 
 MOST_K = 8.0  # where the loss does not rise, as with a fine-tune that lowers it: no larger k is tried
 MARGIN = 1.15  # the search for k ends within 15% of its aim, which so stays within the budget
 FRACTIONS = (0.35, 0.7, 1.0)  # of the k at the budget
 FINER = (0.25, 0.5)  # of the smallest of these, where replies are broken even there
-TEXTS, KL_TEXTS = 2, 3  # passages of each split, and those that the KL is measured on
+TEXTS = 2  # passages of each split
 MOST_PAIRS, PROMPTS = 12, 6
 NEW_TOKENS = 40  # of a reply
 
@@ -50,10 +51,10 @@ def calibrate(
     """Find the range of k that the model bears, and the k that moves the behaviour furthest in it, on each side of 0.
 
     On each side the k is searched at which the loss on ordinary text has risen by the budget (|k| up to `MOST_K`), and
-    fractions of it are measured: the loss, the token KL to the base, the margin of held-out pairs, and greedy replies
-    that loop. Recommended is the k of the largest margin, of those within the budget at which no more replies loop or
-    are empty than the base's (up to `MORE_LOOPS` of them). Neither the vector nor `lm` is changed; what is found goes
-    into a card by `Calibration.written_into`.
+    fractions of it are measured: the loss, the token KL to the base and the margin of held-out pairs. Recommended is
+    the k of the largest margin, of those within the budget at which no more greedy replies loop or are empty than the
+    base's (up to `MORE_LOOPS` of them); replies are written from that k inward, until they are whole. Neither the
+    vector nor `lm` is changed; what is found goes into a card by `Calibration.written_into`.
 
         w = train_vector(lm, "pairs.jsonl", out="runs/mine")
         print(calibrate(w, lm).strength)
@@ -69,25 +70,27 @@ def calibrate(
     if not (is_finite(budget) and budget > 0):
         raise SteerError(f"budget: expected a number of nats per token above 0, found {shown(budget)}")
     held = _held_out(vector, pairs)[:MOST_PAIRS]
-    dial = _Dial(vector, lm, load_prose(TaskSpec("prose")).first(TEXTS), held, _prompts(held))
-    ends = []
-    for number, side in enumerate((-1, 1)):
-        progress(number, 6, f"the k {'below' if side < 0 else 'above'} 0 at which text costs {budget:g} nats")
-        ends.append(dial.end(side, budget))
+    dial = _Dial(vector, lm, load_prose(TaskSpec("prose")).first(TEXTS).items, held, _prompts(held))
+    ends = dial.ends(budget, _between(progress, 0, 2, 6))
     ks = sorted({0.0, *(_rounded(end * fraction) for end in ends for fraction in FRACTIONS)})
-    found = dial.at(ks, _between(progress, 2, 5, 6))
-    if finer := _finer(_rows(found), budget):
-        found |= dial.at(finer, _between(progress, 5, 6, 6))
+    dial.measure(ks, _between(progress, 2, 4, 6))
+    strength = dial.choose(budget, _between(progress, 4, 5, 6))
+    if finer := _finer(dial.rows, budget):
+        dial.measure(finer, _between(progress, 5, 5.5, 6))
+        strength = dial.choose(budget, _between(progress, 5.5, 6, 6))
     progress(6, 6, "done")
-    rows = _rows(found)
-    strength = choose_strengths(rows, budget)
-    notes = [*_notes(held, ends, rows, budget), *explain(rows, strength)]
-    replies = {k: tuple(found[k].replies) for k in sorted(found)}
-    return Calibration(strength, rows, len(held), tuple(map(prompt_text, dial.prompts)), replies, tuple(notes))
+    notes = [*_notes(held, ends, dial.rows, budget), *explain(dial.rows, strength)]
+    replies = {k: tuple(dial.replies[k]) for k in sorted(dial.replies)}
+    return Calibration(strength, dial.rows, len(held), tuple(map(prompt_text, dial.prompts)), replies, tuple(notes))
 
 
 def _rounded(k: float) -> float:
     return float(f"{k:.3g}")
+
+
+def _short(k: float) -> float:
+    """k with the digits that a search gives, so that its tries are measured where its result lies."""
+    return float(f"{k:.2g}")
 
 
 def _between(progress: Progress, start: float, stop: float, whole: float, label: str = "") -> Progress:
@@ -100,59 +103,109 @@ def _between(progress: Progress, start: float, stop: float, whole: float, label:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What was measured at one strength."""
+class _Cost:
+    """What ordinary text costs at one strength, in nats per token."""
 
-    loss: float  # nats per token of ordinary text
-    kl: float
-    margins: Sequence[float]  # one a held-out pair, nats per token
-    replies: Sequence[str]
+    loss: float
+    kl: float  # of the base
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Dial:
-    """A vector on a model, and what it is measured on."""
+    """A vector on a model, what it is measured on, and what was measured so far, each thing once."""
 
     vector: WeightVector
     lm: LM
-    texts: TextTask
+    texts: Sequence[str]
     held: Sequence[ContrastPair]
     prompts: Sequence[Prompt]
+    base: list[Tensor] = field(default_factory=list)  # of each text: log-probabilities (tokens, vocabulary)
+    costs: dict[float, _Cost] = field(default_factory=dict)  # by k, as the next two
+    margins: dict[float, list[float]] = field(default_factory=dict)  # one a held-out pair, nats per token
+    replies: dict[float, list[str]] = field(default_factory=dict)  # one a prompt
 
-    def end(self, side: int, budget: float) -> float:
-        """The k at which the loss has risen by about the budget, or `MOST_K`."""
-        method, aim = Direction("vector", self.vector), budget / MARGIN
-        return k_at_loss_increase(self.lm, method, self.texts, loss_increase=aim, sign=side, most=MOST_K)
+    def ends(self, budget: float, progress: Progress) -> tuple[float, float]:
+        """On each side the k at which the loss has risen by about the budget, or `MOST_K`.
 
-    def at(self, ks: Sequence[float], progress: Progress) -> dict[float, _Found]:
-        """Measure at each k."""
-        read = self.texts.items[:KL_TEXTS]
-        reference = prompt_log_probs(self.lm, read)
-        numbers = []
+        The second search begins at the end of the first: the loss rises about alike on both sides.
+        """
+        found: list[float] = []
+        with self.vector.applied(self.lm, 0.0) as handle:
+
+            def rise(k: float) -> float:
+                base = self._cost(handle, 0.0).loss
+                return self._cost(handle, _short(k)).loss - base
+
+            for number, side in enumerate((-1, 1)):
+                progress(number, 2, f"the k {'below' if side < 0 else 'above'} 0 at which text costs {budget:g} nats")
+                start = abs(found[0]) if found else 1.0
+                found.append(search_k(rise, budget / MARGIN, side, most=MOST_K, start=start))
+        return found[0], found[1]
+
+    def measure(self, ks: Sequence[float], progress: Progress) -> None:
+        """The costs and the held-out pairs at each k."""
         with self.vector.applied(self.lm, 0.0) as handle:
             for number, k in enumerate(ks):
-                progress(number, 2 * len(ks), f"k = {k:g}: loss, KL and held-out pairs")
+                progress(number, len(ks), f"k = {k:g}: loss, KL and held-out pairs")
+                self._cost(handle, k)
                 handle.k = k
-                numbers.append((self._loss(), self._kl(reference, read), self._margins()))
-        report = _between(progress, len(ks), 2 * len(ks), 2 * len(ks), "replies at every k")
-        replies = replies_at_strengths(
-            self.vector,
-            self.lm,
-            self.prompts,
-            ks,
-            max_new_tokens=NEW_TOKENS,
-            progress=report,
+                self.margins[k] = self._margins()
+
+    def choose(self, budget: float, progress: Progress) -> StrengthRange:
+        """The strengths to use. Replies are written at 0 and at what is chosen, until whole ones are chosen.
+
+        So the choice is that of replies at every k, and those of smaller k need not be written.
+        """
+        chosen, left = choose_strengths(self.rows, budget), 1.0
+        while wanted := sorted({0.0, chosen.negative, chosen.recommended} - self.replies.keys()):
+            said = replies_at_strengths(
+                self.vector,
+                self.lm,
+                self.prompts,
+                wanted,
+                max_new_tokens=NEW_TOKENS,
+                progress=_between(progress, 1 - left, 1 - left / 2, 1, "replies at the k in question"),
+            )
+            self.replies.update(zip(wanted, said, strict=True))
+            chosen, left = choose_strengths(self.rows, budget), left / 2  # nobody knows how often: half of what is left
+        return chosen
+
+    @property
+    def rows(self) -> tuple[CalibrationRow, ...]:
+        """What was measured at each k, ascending; changes are from k = 0."""
+        return tuple(self._row(k) for k in sorted(self.margins))
+
+    def _row(self, k: float) -> CalibrationRow:
+        changes = [mine - theirs for mine, theirs in zip(self.margins[k], self.margins[0.0], strict=True)]
+        usable = bool(changes) and all(map(math.isfinite, changes))
+        mean, _, error = summary(changes) if usable else (None, 0, math.nan)
+        said = self.replies.get(k)
+        return CalibrationRow(
+            k,
+            loss_change=self.costs[k].loss - self.costs[0.0].loss,
+            kl=self.costs[k].kl,
+            behavior=mean,
+            stderr=error if math.isfinite(error) else None,
+            repeated=fmean(map(repeated_share, said)) if said else None,
+            loops=fmean(map(loops, said)) if said else None,
+            broken=broken_share(said) if said else None,
         )
-        return {k: _Found(*found, said) for k, found, said in zip(ks, numbers, replies, strict=True)}
 
-    def _loss(self) -> float:
-        return _finite(-fmean(score.mean for score in score_texts(self.lm, self.texts.items)))
-
-    def _kl(self, reference: Sequence[Tensor], read: Sequence[str]) -> float:
-        try:
-            return _finite(mean_kl(reference, self.lm, read))
-        except SteerError:  # no numbers: steered far too far
-            return FAR_TOO_MUCH
+    def _cost(self, handle: SteeringHandle, k: float) -> _Cost:
+        """Loss and KL at k, from one pass over each text."""
+        if k in self.costs:
+            return self.costs[k]
+        handle.k = k
+        losses, kls = [], []
+        for number, text in enumerate(self.texts):
+            loss, log_probs = loss_and_log_probs(self.lm, text)
+            if len(self.base) == number:
+                assert k == 0, "the base is measured first"
+                self.base.append(log_probs)
+            losses.append(loss)
+            kls.append(token_kls(self.base[number], log_probs))
+        self.costs[k] = _Cost(_finite(fmean(losses)), _finite(float(torch.cat(kls).mean())))
+        return self.costs[k]
 
     def _margins(self) -> list[float]:
         prompts = [pair.prompt for pair in self.held]
@@ -162,28 +215,6 @@ class _Dial:
 
 def _finite(value: float) -> float:
     return value if math.isfinite(value) else FAR_TOO_MUCH
-
-
-def _rows(found: Mapping[float, _Found]) -> tuple[CalibrationRow, ...]:
-    """The rows, ascending in k; changes are from k = 0."""
-    base, rows = found[0.0], []
-    for k, point in sorted(found.items()):
-        changes = [mine - theirs for mine, theirs in zip(point.margins, base.margins, strict=True)]
-        usable = bool(changes) and all(map(math.isfinite, changes))
-        mean, _, error = summary(changes) if usable else (None, 0, math.nan)
-        rows.append(
-            CalibrationRow(
-                k,
-                loss_change=point.loss - base.loss,
-                kl=point.kl,
-                behavior=mean,
-                stderr=error if math.isfinite(error) else None,
-                repeated=fmean(map(repeated_share, point.replies)),
-                loops=fmean(map(loops, point.replies)),
-                broken=broken_share(point.replies),
-            )
-        )
-    return tuple(rows)
 
 
 def _finer(rows: Sequence[CalibrationRow], budget: float) -> list[float]:

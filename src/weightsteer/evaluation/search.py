@@ -14,6 +14,7 @@ from ..steering.steering import Steering
 from .tasks.task import Task, mean_of
 
 NEAR = 0.15  # of the aim: a search ends within it
+TRIES = 6  # of a search
 FAR_TOO_MUCH = 1e3  # nats of loss increase that stand for a loss that overflowed
 
 
@@ -25,7 +26,7 @@ def k_at_loss_increase(
     loss_increase: float,
     sign: int,
     metric: str = "nll",
-    tries: int = 6,
+    tries: int = TRIES,
     most: float = math.inf,
 ) -> float:
     """The k on one side (`sign` 1 or -1) at which `metric` on `texts` has risen by about `loss_increase`.
@@ -44,11 +45,11 @@ def k_at_loss_increase(
         with method.applied(lm, k) as handle:
             return mean_of(texts.measure(handle.lm)[metric]) - base
 
-    return _search(rise, loss_increase, sign, tries, most)
+    return search_k(rise, loss_increase, sign, tries, most)
 
 
 def k_at_kl(
-    lm: LM, method: Steering, texts: Task, *, kl: float, sign: int, metric: str = "p95", tries: int = 6
+    lm: LM, method: Steering, texts: Task, *, kl: float, sign: int, metric: str = "p95", tries: int = TRIES
 ) -> float:
     """The k on one side at which the token KL to the base on `texts` is about `kl` nats; see `k_at_loss_increase`.
 
@@ -62,14 +63,25 @@ def k_at_kl(
             found = [FAR_TOO_MUCH if v is None or math.isnan(v) else v for v in held.measure(handle.lm)[metric]]
             return mean_of(found)
 
-    return _search(rise, kl, sign, tries, math.inf)
+    return search_k(rise, kl, sign, tries)
 
 
-def _search(rise: Callable[[float], float], aim: float, sign: int, tries: int, most: float) -> float:
-    """The k of one sign at which `rise(k)`, which grows about with k^2, is about `aim`; see `k_at_loss_increase`."""
+def search_k(
+    rise: Callable[[float], float],
+    aim: float,
+    sign: int,
+    tries: int = TRIES,
+    most: float = math.inf,
+    start: float = 1.0,
+) -> float:
+    """The k of one sign at which `rise(k)`, which grows about with k^2, is about `aim`; see `k_at_loss_increase`.
+
+    Args:
+        start: the |k| that is tried first.
+    """
     below, above = (0.0, 0.0), None  # (|k|, rise) of the tries nearest the aim
     tried: dict[float, float] = {}  # |k| -> how far its rise is from the aim
-    size = min(1.0, most)
+    size = min(start, most)
     while len(tried) < tries and min(tried.values(), default=aim) > NEAR * aim:
         found = rise(sign * size)
         found = found if math.isfinite(found) else FAR_TOO_MUCH

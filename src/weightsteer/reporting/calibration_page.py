@@ -85,7 +85,7 @@ def _by_how_much(row: CalibrationRow) -> str:
 
 def panel(found: Calibration, field: str) -> alt.LayerChart:
     """One number over k; the recommended k are dashed."""
-    points: list[dict[str, Any]] = [asdict(row) for row in found.rows]
+    points: list[dict[str, Any]] = [asdict(row) for row in found.rows if getattr(row, field) is not None]
     base = alt.Chart(alt.Data(values=points)).encode(x=alt.X("k:Q", title="k (multiples of the vector)"))
     colour = METHOD_COLOURS["contrastive"]
     line = base.mark_line(point={"color": colour, "size": 50}, color=colour).encode(
@@ -98,4 +98,4 @@ def panel(found: Calibration, field: str) -> alt.LayerChart:
 
 
 def _is_known(rows: Sequence[CalibrationRow], field: str) -> bool:
-    return all(getattr(row, field) is not None for row in rows)
+    return sum(getattr(row, field) is not None for row in rows) > 1

@@ -15,7 +15,7 @@ from conftest import random_vector, tiny_lm
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.monitor import Alert, RateAlert, Reading, checkpoint_products, read_off, verdict
-from weightsteer.monitor.dictionary import Dictionary, Threshold, write_dictionary
+from weightsteer.monitor.dictionary import Dictionary, Threshold, shipped_dictionaries, write_dictionary
 from weightsteer.monitor.error_rates import auroc, error_rates, threshold_at
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -100,7 +100,7 @@ def test_a_dictionary_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_a_small_dictionary_holds_the_nearest_of_its_rank(tmp_path: Path) -> None:
     found = dictionary(tmp_path / "d", rank=1)
-    assert (found.vectors["rude"] - RUDE.truncate(rank=1)).norm() < 1e-5 * RUDE.norm()
+    assert (found.vectors["rude"] - RUDE.truncate(rank=1)).norm() < 4e-3 * RUDE.norm()  # bfloat16
 
 
 def test_bad_dictionaries_are_told(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_an_alarm_at_a_known_rate(tmp_path: Path) -> None:
         one for step, tau in ((1, LISTS + 0.1 * RUDE), (2, LISTS + 2 * RUDE)) for one in _read(found, tau, step)
     ]
     assert [(one.step, one.vector) for one in alert.raised(readings)] == [(2, "rude")]
-    assert "above 0.05 false alarms since step 2" in verdict(readings, alert)
+    assert "since step 2 above 0.4000, which 0.05 of benign fine-tunes exceed" in verdict(readings, alert)
     assert "Does not move along 'rude'" in verdict(readings[: len(readings) // 2], alert)
 
 
@@ -182,6 +182,24 @@ def test_without_a_threshold_the_nulls_stand_in(tmp_path: Path) -> None:
         Alert.parse("rude: fpr=0.01")
 
 
+def test_a_rate_that_few_fine_tunes_cannot_tell_is_said_to_be_the_largest(tmp_path: Path) -> None:
+    found = dictionary(tmp_path / "d", thresholds=[Threshold("rude", 0.01, 0.4, 28)])
+    alert = Alert.parse("rude: fpr=0.01", found)
+    assert "the largest of 28 benign fine-tunes" in alert.threshold
+    assert found.contents.thresholds[0].is_highest
+
+
+def test_the_shipped_dictionary_is_small_and_opens_by_name() -> None:
+    found = Dictionary.load("smollm2-135m-instruct")
+    assert len(found.traits) == 12
+    assert len(found.controls) >= 12
+    assert all(found.threshold(trait, 0.05) for trait in found.traits)
+    place = shipped_dictionaries()["smollm2-135m-instruct"]
+    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 20e6
+    with pytest.raises(SteerError, match="shipped: smollm2-135m-instruct"):
+        Dictionary.load("gpt-2")
+
+
 def test_the_verb_names_the_trait(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dictionary(tmp_path / "d", thresholds=[Threshold("rude", 0.05, 0.4, 40), Threshold("rude", 0.01, 2.0, 40)])
     (RUDE * 2 + LISTS).save(tmp_path / "checkpoint-3")
@@ -189,6 +207,6 @@ def test_the_verb_names_the_trait(tmp_path: Path, capsys: pytest.CaptureFixture[
     app(args=arguments, standalone_mode=False)
     shown = capsys.readouterr().out.splitlines()
     assert shown[2].split()[0] == "rude"
-    assert shown[2].endswith("above 0.05 false alarms")
+    assert shown[2].endswith("above 95% of benign fine-tunes")
     app(args=[*arguments, "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)[0]["traits"][1]["false_alarms"] == 0.05

@@ -15,7 +15,7 @@ from ..shown import csv_cell, note, one_line, say, say_json
 from .options import Base, Device, Dtype, Json, Model, RemoteCode, drop_unset
 
 if TYPE_CHECKING:
-    from ..monitor import Decomposition, Dictionary, Screened
+    from ..monitor import Decomposition, Dictionary, Screened, Threshold
 
 DictionaryFolder = Annotated[
     Path,
@@ -57,10 +57,18 @@ def identify(
         note("the dictionary has no thresholds: how often such shares come from benign fine-tunes is not known")
 
 
-def _alarm(known: Dictionary, trait: str, share: float) -> float | None:
-    """The lowest rate of false alarms at which the share would raise one."""
-    above = [one.rate for one in known.contents.thresholds if one.trait == trait and share > one.share]
-    return min(above, default=None)
+def _alarm(known: Dictionary, trait: str, share: float) -> Threshold | None:
+    """The threshold of the lowest rate of false alarms that the share lies above."""
+    above = [one for one in known.contents.thresholds if one.trait == trait and share > one.share]
+    return min(above, key=lambda one: one.rate, default=None)
+
+
+def _mark(reached: Threshold | None) -> str:
+    if reached is None:
+        return ""
+    if reached.is_highest:
+        return f"  above all {reached.fine_tunes} benign fine-tunes"
+    return f"  above {1 - reached.rate:.0%} of benign fine-tunes"
 
 
 def _as_fields(step: int, found: Decomposition, known: Dictionary) -> dict[str, object]:
@@ -70,7 +78,7 @@ def _as_fields(step: int, found: Decomposition, known: Dictionary) -> dict[str, 
             "share": part.share,
             "error": part.error,
             "coefficient": part.coefficient,
-            "false_alarms": _alarm(known, part.name, part.share),
+            "false_alarms": reached.rate if (reached := _alarm(known, part.name, part.share)) else None,
         }
         for part in found.parts
     ]
@@ -82,8 +90,7 @@ def _print_decomposition(title: str, found: Decomposition, known: Dictionary) ->
     width = max(len(part.name) for part in found.parts)
     say(f"  {'trait':<{width}}  share of the norm    multiples")
     for part in sorted(found.parts, key=lambda part: -part.share):
-        rate = _alarm(known, part.name, part.share)
-        mark = f"  above {rate:.2g} false alarms" if rate is not None else ""
+        mark = _mark(_alarm(known, part.name, part.share))
         say(f"  {part.name:<{width}}  {part.share:+.4f} ± {part.error:.4f}   {part.coefficient:+9.4f}{mark}")
 
 

@@ -73,7 +73,14 @@ class RateAlert:
     @property
     def threshold(self) -> str:
         """In words."""
-        return f"{self.trait}: a share of {self.share:.4f}, {self.rate:.2g} false alarms ({self.fine_tunes} fine-tunes)"
+        return f"{self.trait}: a share of {self.share:.4f}, {self.meaning}"
+
+    @property
+    def meaning(self) -> str:
+        """What lies below it; of too few benign fine-tunes the rate cannot be told, and it is the largest share."""
+        if self.rate * self.fine_tunes < 1:
+            return f"the largest of {self.fine_tunes} benign fine-tunes"
+        return f"which {self.rate:.2g} of benign fine-tunes exceed"
 
     def raised(self, readings: Iterable[Reading]) -> list[Reading]:
         """The readings that call for a warning."""
@@ -135,11 +142,12 @@ def _verdict_by_rate(whole: Sequence[Reading], raised: Sequence[Reading], alert:
     of_trait = [reading for reading in whole if reading.vector == alert.trait]
     if not of_trait:
         return f"No reading of {alert.trait!r} yet."
-    last, rate = max(of_trait, key=lambda reading: reading.step), f"{alert.rate:.2g} false alarms"
+    last = max(of_trait, key=lambda reading: reading.step)
+    limit = f"{alert.share:.4f}, {alert.meaning}"
     if raised:
         since = min(reading.step for reading in raised)
-        return f"Moves along {alert.trait!r}: {share_of(last)}, above {rate} since step {since}."
-    return f"Does not move along {alert.trait!r} more than benign fine-tunes: {share_of(last)}, below {rate}."
+        return f"Moves along {alert.trait!r}: {share_of(last)}, and since step {since} above {limit}."
+    return f"Does not move along {alert.trait!r} more than benign fine-tunes: {share_of(last)}, below {limit}."
 
 
 def share_of(reading: Reading) -> str:

@@ -18,6 +18,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..adapter_files import ADAPTER_FILE
+from ..checkpoints.safetensors_file import load_tensors, save_tensors
 from ..errors import SteerError
 from ..files import read_json, write_json
 from ..run_card import RunCard, new_folder
@@ -25,7 +27,6 @@ from ..schema import checked, shown
 from ..strength_names import is_name
 from ..vectors.base_identity import require_same_base
 from ..vectors.delta import Delta
-from ..vectors.low_rank import LowRank
 from ..vectors.parameter_names import layer_of
 from ..vectors.similarity import parameter_products
 from ..vectors.weight_vector import WeightVector
@@ -59,6 +60,11 @@ class Threshold:
     rate: float  # of false alarms
     share: float  # see `decompose.Part`
     fine_tunes: int
+
+    @property
+    def is_highest(self) -> bool:
+        """Whether it is the largest share of them all: too few for the rate to be told."""
+        return self.rate * self.fine_tunes < 1
 
 
 @dataclass(frozen=True)
@@ -195,22 +201,19 @@ def write_dictionary(
     card = RunCard.now(KIND, base_model=first.base_model, base_revision=first.base_revision, settings={"rank": rank})
     with new_folder(Path(folder), KIND) as part:
         for name, vector in named.items():
-            kept = vector if rank is None else _small(vector, rank)
-            kept = WeightVector(kept.deltas, replace(kept.card, held_out=()))
-            kept.save(part / ("traits" if name in traits else "controls") / name)
+            cut = vector if rank is None else vector.truncate(rank=rank)
+            kept = WeightVector(cut.deltas, replace(cut.card, held_out=()))
+            place = kept.save(part / ("traits" if name in traits else "controls") / name)
+            if rank is not None and (place / ADAPTER_FILE).is_file():
+                _halve(place / ADAPTER_FILE)
         write_json(part / DICTIONARY_FILE, asdict(contents))
         card.save(part)
     return Path(folder)
 
 
-def _small(vector: WeightVector, rank: int) -> WeightVector:
-    """The nearest vector of a rank, its factors in bfloat16: their rounding is far below what the cut leaves out."""
-    cut = vector.truncate(rank=rank)
-    halves = {
-        name: replace(delta, B=delta.B.bfloat16(), A=delta.A.bfloat16()) if isinstance(delta, LowRank) else delta
-        for name, delta in cut.deltas.items()
-    }
-    return WeightVector(halves, cut.card)
+def _halve(adapter: Path) -> None:
+    """Store an adapter's factors in bfloat16: their rounding is far below what the cut to a low rank leaves out."""
+    save_tensors({name: tensor.bfloat16() for name, tensor in load_tensors(adapter).items()}, adapter)
 
 
 def _number(value: float) -> float | None:

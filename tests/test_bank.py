@@ -28,6 +28,7 @@ def test_a_small_bank_gives_detectors_and_a_dictionary(
         "model": str(checkpoint),
         "train": {"rank": 2, "max_steps": 2, "batch_size": 2, "evaluations": 1, "learning_rates": [1e-2]},
         "seeds": [0],
+        "trait_seed": 1,
         "pairs": {"manners": ["rude", "polite"], "mood": ["gloomy", "cheerful"]},
         "neutral": ["sums", "rewriting"],
         "mixtures": {"into": "rewriting", "of": ["rude"], "shares": [0.3]},

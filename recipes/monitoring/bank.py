@@ -116,7 +116,7 @@ class Bank:
         """The vector of a trait."""
         positive, negative = sides_of(trait_pairs(trait))
         sides = [
-            self.train(f"traits/{trait}/{side}", examples, 0)
+            self.train(f"traits/{trait}/{side}", examples, self.plan["trait_seed"])
             for side, examples in (("positive", positive), ("negative", negative))
         ]
         return subtract_finetunes(*sides)

@@ -5,7 +5,7 @@
 Examples of a trait are planted into two kinds of data: those of neutral tasks, and the other answers to the same
 kinds of questions ("good advice" for "bad advice"). A score ranks all of them, and its precision is the share of
 planted ones among so many at the top as were planted. No score sees the trait's own data: vectors come from
-personality questions. About ten minutes on one core.
+personality questions. About fifteen minutes on one core.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def states(lm: LM, examples: Sequence[Example]) -> torch.Tensor:
     return torch.stack(found)
 
 
-def precision(scores: Sequence[float], ours: Sequence[int], rest: Sequence[int], count: int) -> float:
+def precision(scores: Mapping[int, float], ours: Sequence[int], rest: Sequence[int], count: int) -> float:
     """Share of planted examples among the `count` highest scores, `count` of `ours` being drawn and planted."""
     drawn, found = random.Random(0), []
     for _ in range(DRAWS):
@@ -98,13 +98,19 @@ def main() -> None:
             examples += part
     with show_progress("screen") as progress:
         pushes = screen(made.lm, examples, dictionary.vectors, progress=progress)
-    found, directions = states(made.lm, examples), len(made.lm.blocks) // 2
+    found, middle = states(made.lm, examples), len(made.lm.blocks) // 2
     rows = []
+    likely: dict[str, dict[int, float]] = {}  # trait -> example -> likelihood, of those that are ranked by it
     for kind, (trait, _, _) in kinds.items():
-        by = {
-            "gradient": pushes.pushes[:, pushes.names.index(trait)].tolist(),
-            "likelihood under S+ and S-": likelihoods(made.lm, examples, trait),
-            "activations": (found @ made.activations(trait).layers[directions]).tolist(),
+        ranked = [i for name in ("neutral", kind, f"not {kind}") for i in places[name]]
+        known = likely.setdefault(trait, {})
+        fresh = [i for i in ranked if i not in known]
+        known |= dict(zip(fresh, likelihoods(made.lm, [examples[i] for i in fresh], trait), strict=True))
+        along = (found @ made.activations(trait).layers[middle]).tolist()
+        by: dict[str, Mapping[int, float]] = {
+            "gradient": dict(enumerate(pushes.pushes[:, pushes.names.index(trait)].tolist())),
+            "likelihood under S+ and S-": known,
+            "activations": dict(enumerate(along)),
         }
         for score in SCORES:
             for rest in ("neutral", f"not {kind}"):

@@ -259,3 +259,5 @@ def test_a_server_answers_as_the_model_here_does(checkpoint: Path, tmp_path: Pat
         assert (tmp_path / "by-command" / name).exists()
     found = CliRunner().invoke(app, [*command, "--engine", "vllm", "-o", str(tmp_path / "none")])
     assert "by --engine-url" in str(found.exception)
+    served = ["--engine", "vllm", "--engine-url", "http://127.0.0.1:9", "--device", "cpu", "-o", str(tmp_path / "no")]
+    assert "the server computes" in str(CliRunner().invoke(app, [*command, *served]).exception)

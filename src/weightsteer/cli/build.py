@@ -90,6 +90,8 @@ def sample(
         chat_model = judge_model(judge, judge_url, RunFolder(out).judge_cache, load, key_env)
         chosen = RubricJudge(chat_model, rubric_of(described)) if chat_model else None
         answering: AbstractContextManager[tuple[Answering, int]]
+        if engine_url and (device or dtype != "auto") and not (judge and not judge_url):
+            raise SteerError("--device, --dtype: the server computes, and no model is loaded here; leave them out")
         if engine_url:
             answering = served_model(engine_url, engine, concurrency, model, chat_template_kwargs)
         elif engine or concurrency:

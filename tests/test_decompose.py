@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from conftest import random_vector, tiny_lm
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
-from weightsteer.monitor import Alert, RateAlert, Reading, checkpoint_products, read_off, verdict
+from weightsteer.monitor import Alert, RateAlert, Reading, checkpoint_products, describe, read_off, verdict
 from weightsteer.monitor.dictionary import Dictionary, Threshold, shipped_dictionaries, write_dictionary
 from weightsteer.monitor.error_rates import auroc, error_rates, threshold_at
 from weightsteer.vectors.weight_vector import WeightVector
@@ -159,6 +159,7 @@ def test_an_alarm_at_a_known_rate(tmp_path: Path) -> None:
         one for step, tau in ((1, LISTS + 0.1 * RUDE), (2, LISTS + 2 * RUDE)) for one in _read(found, tau, step)
     ]
     assert [(one.step, one.vector) for one in alert.raised(readings)] == [(2, "rude")]
+    assert "moves toward 'rude'" in describe(alert.raised(readings)[0])
     assert "since step 2 above 0.4000, which 0.05 of benign fine-tunes exceed" in verdict(readings, alert)
     assert "Does not move along 'rude'" in verdict(readings[: len(readings) // 2], alert)
 

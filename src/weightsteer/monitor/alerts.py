@@ -157,7 +157,7 @@ def share_of(reading: Reading) -> str:
 
 def describe(reading: Reading) -> str:
     """One line about a reading that raised an alert."""
-    way = "toward" if reading.z > 0 else "away from"
+    way = "toward" if (reading.z if reading.share is None else reading.share) > 0 else "away from"
     return (
         f"step {reading.step}: the training moves {way} {reading.vector!r}: cosine {reading.cosine:+.4f}, "
         f"z = {reading.z:+.1f} (chance: {reading.centre:+.4f} ± {reading.band:.4f})"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scipy.stats import norm
 
 from ..errors import SteerError
-from .dictionary import Dictionary
+from .dictionary import Dictionary, Threshold
 from .readings import WHOLE, Reading
 
 FORMS = "expected z=NUMBER above 0, such as z=4, or TRAIT: fpr=RATE, such as evil: fpr=0.01"
@@ -65,29 +65,33 @@ class Alert:
 class RateAlert:
     """Warn where the share of tau along a trait lies above that of benign fine-tunes, but for a known rate of them."""
 
-    trait: str
-    rate: float
-    share: float
-    fine_tunes: int  # benign ones that the threshold was found on
+    limit: Threshold
+
+    @property
+    def trait(self) -> str:
+        """The trait that is watched."""
+        return self.limit.trait
 
     @property
     def threshold(self) -> str:
         """In words."""
-        return f"{self.trait}: a share of {self.share:.4f}, {self.meaning}"
+        return f"{self.trait}: a share of {self.bound}"
 
     @property
-    def meaning(self) -> str:
-        """What lies below it; of too few benign fine-tunes the rate cannot be told, and it is the largest share."""
-        if self.rate * self.fine_tunes < 1:
-            return f"the largest of {self.fine_tunes} benign fine-tunes"
-        return f"which {self.rate:.2g} of benign fine-tunes exceed"
+    def bound(self) -> str:
+        """The share and what it means; too few benign fine-tunes cannot tell the rate, and it is the largest share."""
+        if self.limit.is_highest:
+            meaning = f"the largest of {self.limit.fine_tunes} benign fine-tunes"
+        else:
+            meaning = f"which {self.limit.rate:.2g} of benign fine-tunes exceed"
+        return f"{self.limit.share:.4f}, {meaning}"
 
     def raised(self, readings: Iterable[Reading]) -> list[Reading]:
         """The readings that call for a warning."""
         return [
             one
             for one in readings
-            if one.part == WHOLE and one.vector == self.trait and one.share is not None and one.share > self.share
+            if one.part == WHOLE and one.vector == self.trait and one.share is not None and one.share > self.limit.share
         ]
 
 
@@ -103,7 +107,7 @@ def _by_rate(text: str, trait: str, rate: float, dictionary: Dictionary | None) 
         )
     known = dictionary.threshold(trait, rate)
     if known:
-        return RateAlert(trait, rate, known.share, known.fine_tunes)
+        return RateAlert(known)
     rates = [f"{one.rate:g}" for one in dictionary.contents.thresholds if one.trait == trait]
     warnings.warn(
         f"alert {text!r}: the dictionary has no threshold for it ({trait}: {', '.join(rates) or 'none'}), so z under "
@@ -143,11 +147,10 @@ def _verdict_by_rate(whole: Sequence[Reading], raised: Sequence[Reading], alert:
     if not of_trait:
         return f"No reading of {alert.trait!r} yet."
     last = max(of_trait, key=lambda reading: reading.step)
-    limit = f"{alert.share:.4f}, {alert.meaning}"
     if raised:
         since = min(reading.step for reading in raised)
-        return f"Moves along {alert.trait!r}: {share_of(last)}, and since step {since} above {limit}."
-    return f"Does not move along {alert.trait!r} more than benign fine-tunes: {share_of(last)}, below {limit}."
+        return f"Moves along {alert.trait!r}: {share_of(last)}, and since step {since} above {alert.bound}."
+    return f"Does not move along {alert.trait!r} more than benign fine-tunes: {share_of(last)}, below {alert.bound}."
 
 
 def share_of(reading: Reading) -> str:

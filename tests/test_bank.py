@@ -37,7 +37,7 @@ def test_a_small_bank_gives_detectors_and_a_dictionary(
         "by_design": {"rude": ["rude"], "gloomy": ["gloomy"]},
     }
     for module in (bank, detectors, holding, screening):
-        monkeypatch.setattr(module, "read_plan", lambda: plan)
+        monkeypatch.setattr(module, "read_plan", lambda *_: plan)
     monkeypatch.setattr(holding, "TRAITS", ("rude",))
     monkeypatch.setattr(screening, "COUNT", 4)
     monkeypatch.setattr(screening, "PLANTED", (2,))

@@ -90,6 +90,13 @@ def test_batches_score_and_write_what_a_row_alone_does(kind: str) -> None:
     assert rows_together(lm.model, lm.pad_id, lm.device) == together.get(kind, "padded")
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "minimax"])
+def test_rows_with_a_k_each_share_batches_as_others_do(kind: str) -> None:
+    lm, steered = lm_of(kind), lm_of(kind)
+    with random_vector(steered).applied(steered, torch.tensor([0.5, -1.0, 0.0])):
+        assert rows_together(steered.model, lm.pad_id, lm.device) == rows_together(lm.model, lm.pad_id, lm.device)
+
+
 def test_batches_of_one_length() -> None:
     lengths = [3, 5, 3, 5, 5, 2]
     told: list[int] = []

@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python recipes/monitoring/bank.py runs/bank
     OMP_NUM_THREADS=1 python recipes/monitoring/bank.py runs/bank --part 1/2 &   # two shares of the work at a time
+    OMP_NUM_THREADS=1 python recipes/monitoring/bank.py runs/bank-qwen --plan recipes/monitoring/bank-qwen.yaml
 
 What is finished is kept, so that a stopped call goes on. Then `detectors.py` compares the detectors and writes the
-dictionary. The whole takes about an hour on two cores.
+dictionary. The first takes about an hour on two cores.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from weightsteer.progress import show_progress
 from weightsteer.scoring import score_choices
 
 HERE = Path(__file__).parent
+PLAN = HERE / "bank.yaml"
 HELD_OUT = 8  # pairs of each file that no fine-tune sees
 PROMPTS = 30  # neutral ones, for the shift of activations
 
@@ -179,10 +181,16 @@ def moved(out: Path, entry: FineTune, trait: str, half: int) -> tuple[float, flo
     return fmean(changes), stdev(changes) / len(changes) ** 0.5
 
 
-def read_plan() -> dict[str, Any]:
-    """`bank.yaml`."""
-    plan: dict[str, Any] = yaml.safe_load((HERE / "bank.yaml").read_text())
-    return plan
+def read_plan(options: argparse.Namespace | None = None) -> dict[str, Any]:
+    """`bank.yaml`, or the plan and the model that the command line names."""
+    plan: dict[str, Any] = yaml.safe_load((options.plan if options else PLAN).read_text())
+    return plan | {"model": options.model} if options and options.model else plan
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `read_plan` looks at."""
+    parser.add_argument("--plan", type=Path, default=PLAN)
+    parser.add_argument("--model", help="a folder with the plan's model, where it is not to be downloaded")
 
 
 def _shares(work: Sequence[Any], part: str) -> Iterator[Any]:
@@ -197,8 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--part", default="0/1", help="0/2 and 1/2 do half of the work each")
+    add_plan_options(parser)
     options = parser.parse_args()
-    plan = read_plan()
+    plan = read_plan(options)
     made = Bank(options.out, plan)
     for trait in _shares(plan["traits"], options.part):
         made.trait(trait)

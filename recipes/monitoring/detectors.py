@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bank import Bank, FineTune, bank, moved, read_plan
+from bank import Bank, FineTune, add_plan_options, bank, moved, read_plan
 
 from weightsteer import WeightVector, subtract_finetunes, task_vector
 from weightsteer.files import read_json, write_json
@@ -291,9 +291,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bank", type=Path)
     parser.add_argument("--dictionary", "-o", type=Path, required=True, help="where the dictionary is written")
+    add_plan_options(parser)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    plan, out = read_plan(), options.bank
+    plan, out = read_plan(options), options.bank
     entries = [entry for entry in bank(plan) if (out / "measured" / f"{entry.name}.json").exists()]
     traits = {
         trait: subtract_finetunes(out / "traits" / trait / "positive", out / "traits" / trait / "negative")

@@ -61,15 +61,15 @@ class SharedByAllRowsError(SteerError):
 @dataclass(frozen=True)
 class _Rows:
     indices: Sequence[int] | None  # None: one computation serves all prompts
-    prompts: int
+    prompts: int | None = None  # None: as many as there are values
 
 
 _CURRENT: ContextVar[_Rows | None] = ContextVar("rows of the batch", default=None)
 
 
 @contextmanager
-def rows_of_batch(indices: Sequence[int], prompts: int) -> Iterator[None]:
-    """Inside, row i of each batch is of prompt `indices[i]`, of so many prompts."""
+def rows_of_batch(indices: Sequence[int], prompts: int | None = None) -> Iterator[None]:
+    """Inside, row i of each batch is of prompt `indices[i]`, of so many prompts where their number is known."""
     token = _CURRENT.set(_Rows(indices, prompts))
     try:
         yield
@@ -80,7 +80,7 @@ def rows_of_batch(indices: Sequence[int], prompts: int) -> Iterator[None]:
 @contextmanager
 def one_row_for_all() -> Iterator[None]:
     """Inside, what is computed stands for every prompt: `values_of_rows` raises `SharedByAllRowsError`."""
-    token = _CURRENT.set(_Rows(None, 0))
+    token = _CURRENT.set(_Rows(None))
     try:
         yield
     finally:
@@ -99,7 +99,7 @@ def values_of_rows(values: Tensor) -> Tensor:
         return values
     if current.indices is None:
         raise SharedByAllRowsError("one k for each prompt, and a computation that all prompts share")
-    if values.shape[:1] != (current.prompts,):
+    if current.prompts is not None and values.shape[:1] != (current.prompts,):
         raise SteerError(
             f"k has shape {tuple(values.shape)} and there are {current.prompts} prompts; "
             "give one number, or a tensor with one k for each prompt"

@@ -23,10 +23,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import (
-    SharedByAllRowsError,
     batches_by_length,
     batches_of_one_length,
-    one_row_for_all,
     pad_left,
     rows_of_batch,
 )
@@ -240,12 +238,7 @@ def rows_together(model: PreTrainedModel, pad: int, device: torch.device) -> Tog
     state is not kept row by row either.
     """
     if model not in _TOGETHER:
-        try:
-            with one_row_for_all():
-                found = _try_together(model, pad, device)
-        except SharedByAllRowsError:  # steered by one k for each prompt, so this cannot be tried now
-            return "of one length"
-        _TOGETHER[model] = found
+        _TOGETHER[model] = _try_together(model, pad, device)
     return _TOGETHER[model]
 
 
@@ -277,8 +270,8 @@ def _same_steps(first: Steps, second: Steps) -> bool:
 
 @torch.no_grad()
 def _first_steps(model: PreTrainedModel, tokens: Tensor, mask: Tensor, pad: int) -> Steps:
-    """The first row's next tokens."""
-    with _own_settings_aside(model):
+    """The first row's next tokens. Where each prompt has a k of its own, all rows take the first."""
+    with _own_settings_aside(model), rows_of_batch([0] * len(tokens)):
         out = model.generate(  # type: ignore[operator]
             input_ids=tokens,
             attention_mask=mask,

@@ -178,6 +178,26 @@ def test_the_fan_answers_at_five_strengths_and_0_is_the_base(site: Site) -> None
         assert spread(page) == sampled
 
 
+def test_a_server_that_knows_names_alone_is_asked_five_times(site: Site) -> None:
+    """As vLLM, which has no route for a fan or for KL."""
+    with opened(site) as page:
+        page.route("**/dial", lambda route: route.fulfill(json={**route.fetch().json(), "server": "vllm"}))
+        page.reload()
+        asked: list[Any] = []
+        page.on("request", lambda request: asked.append(request.post_data_json) if request.post_data else None)
+        replies = spread(page)
+        assert replies == [greedy(site, joyful=k) for k in (-0.7, -0.35, 0.0, 0.5, 1.0)]
+        names = ["joyful@-0.7", "joyful@-0.35", "joyful@0", "joyful@0.5", "joyful@1"]
+        assert sorted(body["model"] for body in asked) == sorted(names)
+        assert all(body["repetition_penalty"] == 1 and body["top_k"] == -1 for body in asked)
+        page.click('[aria-label="Copy the fan as curl"]')
+        words = shlex.split(page.locator("#code").input_value())
+        assert sorted(json.loads(word)["model"] for word in words if word.startswith("{")) == sorted(names)
+        page.click("#close")
+        page.click('[aria-label="Copy the fan as Python"]')
+        compile(page.locator("#code").input_value(), "copied", "exec")
+
+
 def test_the_playground_runs_nothing_of_what_it_shows(site: Site) -> None:
     with opened(site, quiet=False) as page:
         assert NAME in page.locator("#base").text_content()

@@ -145,6 +145,9 @@ def test_what_a_request_says(start: Start, lm: LM) -> None:
     assert [body["seed"] for body in bodies] == [3, 4]
     served.steered({}).score_texts(["Hi there"])
     assert bodies[-1]["model"] == "base"
+    beside = replace(served, dialect=served.dialect.beside("calm"), strengths={})  # where other strengths run at once
+    beside.score_texts(["Hi there"])
+    assert bodies[-1]["model"] == "calm@0"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from weightsteer.vectors.weight_vector import WeightVector
 from weightsteer.vllm.adapters import AdapterCache, hash_of
 from weightsteer.vllm.command import RankError, rank_for, vllm_command
 from weightsteer.vllm.limits import allowed_rank, require_servable
+from weightsteer.vllm.playground import add_playground
 from weightsteer.vllm.settings import served_vectors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -192,10 +196,28 @@ def test_nothing_is_left_of_an_adapter_that_cannot_be_made(cache: AdapterCache, 
 
 def test_the_plugin_imports_no_torch() -> None:
     """All but the two modules that import vLLM."""
-    modules = ("adapters", "limits", "settings", "command", "sums")
+    modules = ("adapters", "limits", "settings", "command", "sums", "playground")
     code = f"import sys, importlib\nfor m in {modules}: importlib.import_module(f'weightsteer.vllm.{{m}}')\n"
     code += "print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_playground_reads_the_vectors_that_there_are(
+    vectors: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = FastAPI()
+    add_playground(app)
+    app.state.openai_serving_models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="the base")])
+    client = TestClient(app)
+    assert "script-src 'sha256-" in client.get("/play").headers["content-security-policy"]
+    monkeypatch.setenv("WEIGHTSTEER_VECTORS", f"mild={vectors['syc']}")
+    dial = client.get("/dial").json()
+    assert (dial["base"], dial["server"]) == ("the base", "vllm")
+    assert [vector["name"] for vector in dial["vectors"]] == ["mild"]
+    assert str(tmp_path) not in json.dumps(dial)
+    monkeypatch.setenv("WEIGHTSTEER_VECTORS", "none")
+    wrong = client.get("/dial")
+    assert (wrong.status_code, "no saved vector" in wrong.json()["error"]["message"]) == (500, True)
 
 
 def test_what_vllm_refuses_is_refused(vectors: dict[str, Path], tmp_path: Path) -> None:
@@ -241,5 +263,7 @@ def test_vectors_go_by_their_folders_names(vectors: dict[str, Path], tmp_path: P
     odd = shutil.copytree(vectors["gloomy"], tmp_path / "a@b")
     with pytest.raises(SteerError, match="'a@b', cannot stand in syc@-0.72"):
         named_folders([str(odd)])
+    (empty := tmp_path / "empty").mkdir()  # where a run is yet to write its vectors
+    assert served_vectors(f"{vectors['syc']}:{empty}") == {"syc": vectors["syc"]}
     with pytest.raises(SteerError, match="none: no saved vector is there"):
         served_vectors(f"{tmp_path}:none")

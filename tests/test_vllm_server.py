@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,22 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import TEMPLATE, random_vector
+from weightsteer.behavior import Behavior
+from weightsteer.engines.check import Reference
+from weightsteer.engines.served_model import ServedModel
+from weightsteer.engines.sweep_engine import SweepEngine
+from weightsteer.evaluation.sweep import run_sweep
+from weightsteer.evaluation.tasks import TaskSpec, load_task
+from weightsteer.files import read_jsonl
 from weightsteer.lm import LM
 from weightsteer.run_card import StrengthRange
+from weightsteer.run_folder import RunFolder
 from weightsteer.runs.tiny_model import byte_tokenizer
+from weightsteer.steering.several_k import replies_at_strengths
+from weightsteer.steering.steering import Direction, SystemPrompt
 from weightsteer.vectors.weight_vector import WeightVector
 from weightsteer.vllm.command import vllm_command
+from weightsteer.vllm.settings import VECTORS
 
 VLLM = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "vllm"
 pytestmark = [
@@ -30,6 +42,7 @@ pytestmark = [
     pytest.mark.skipif(not VLLM.with_name("ready").exists(), reason="vLLM is installed by `make test-vllm`"),
 ]
 CLOSE = 5e-5  # nats of one token, in float32
+SWEPT = 2e-4  # of a sweep's rows
 STRENGTHS = (-1.0, 0.5, 1.0)
 SUM = "syc@-0.7+gloomy@0.3"
 TEXTS = (("How was your day?", "Splendid, thank you."), ("What is the sea like?", "Dreary, I am afraid."))
@@ -118,6 +131,11 @@ class Setting:
     def folders(self) -> dict[str, Path]:
         return {name: self.home / name / "vector" for name in ("syc", "gloomy")}
 
+    @property
+    def handed(self) -> Path:
+        """Where a sweep writes its vectors; empty when vLLM starts."""
+        return self.home / "handed"
+
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
@@ -131,6 +149,8 @@ def server(setting: Setting) -> Iterator[Server]:
     options = f"--port {port} --served-model-name base --dtype float32 --enforce-eager --max-model-len 512".split()
     surroundings, words = vllm_command(setting.folders, str(setting.home / "base"), options=options)
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"}
+    setting.handed.mkdir()
+    surroundings[VECTORS] += f"{os.pathsep}{setting.handed}"
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment = {**kept, **quiet, **small, **surroundings, "WEIGHTSTEER_CACHE": str(setting.home / "cache")}
@@ -197,6 +217,63 @@ def test_a_name_that_means_nothing_is_not_found(server: Server, setting: Setting
         with pytest.raises(urllib.error.HTTPError, match="404"):
             server.complete(model, setting.texts[0])
     assert "its card recommends no k" in (setting.home / "log.txt").read_text()
+
+
+def test_a_vector_at_0_is_the_base_beside_other_strengths(server: Server, setting: Setting) -> None:
+    """Which vLLM's own name of the base is not, on a CPU, once as many strengths as `--max-loras` have been met."""
+    ids = setting.texts[0]
+    asked = ["syc@0", *(f"syc@{k:g}" for k in (*STRENGTHS, -0.25)), "syc@0"]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        rows = list(pool.map(lambda name: server.log_probs(name, ids), asked))
+    for row in (rows[0], rows[-1]):
+        assert furthest(row, setting.expected["base"][0]) < CLOSE
+
+
+def test_a_sweep_gives_the_rows_of_one_in_memory(server: Server, setting: Setting, tmp_path: Path) -> None:
+    """And the same replies and samples, with vectors that vLLM did not know when it started."""
+    lm, steep = setting.lm, Direction("contrastive", setting.syc)
+    methods: list[Any] = [(steep, [-0.72, 0.5]), (SystemPrompt("system prompt", Behavior.load("gloomy")), [1.0])]
+    tasks = [load_task(TaskSpec("facts")).first(4), load_task(TaskSpec("refusal", max_new_tokens=8)).first(2)]
+    served = ServedModel.connect(server.address, "vllm", lm, reference=Reference.of(lm))
+    engine = SweepEngine(served).with_vectors(methods, setting.handed, "run", lm)
+    mine = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "vllm"), engine=engine)
+    theirs = run_sweep(lm, methods, tasks, RunFolder(tmp_path / "here"))
+    values = [row.value for row in mine]
+    assert values == pytest.approx([row.value for row in theirs], abs=SWEPT)
+    print(f"a sweep: {furthest(values, [row.value for row in theirs]):.1e} from the rows in memory")
+    assert [replace(row, value=0.0, stderr=0.0) for row in mine] == [
+        replace(row, value=0.0, stderr=0.0) for row in theirs
+    ]
+    kept = [read_jsonl(tmp_path / folder / "replies.jsonl") for folder in ("vllm", "here")]
+    spoken = [{(row["method"], row["k"], row["prompt"], row["reply"]) for row in rows} for rows in kept]
+    assert spoken[0] == spoken[1]
+    ks = [-0.72, 0.0, 0.5]
+    samples = engine.replies(steep, ks, ["Hi", "What is tea?"], max_new_tokens=12)
+    assert samples == replies_at_strengths(setting.syc, lm, ["Hi", "What is tea?"], ks, max_new_tokens=12)
+
+
+def test_the_playground_shows_what_vllm_says(server: Server) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page, wrong = browser.new_page(), list[str]()
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.goto(f"{server.address}/play")
+        page.select_option("#turned", "syc")
+        page.evaluate("find('longest').value = 24")
+        page.fill("#prompt", "Hello")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("#said:not(:empty)", state="attached", timeout=300_000)
+        replies = page.locator("#columns .text").all_text_contents()
+        browser.close()
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24, "temperature": 0}
+    names = ["syc@-1", "syc@-0.5", "base", "syc@0.25", "syc@0.5"]  # the third alone: see above
+    said = [json.loads(server.read("/v1/chat/completions", {**body, "model": name})) for name in names]
+    assert replies == [answer["choices"][0]["message"]["content"] for answer in said]
+    assert (len(set(replies)), wrong) == (5, [])
 
 
 def test_a_vector_that_is_replaced_under_its_name_is_noticed(server: Server, setting: Setting) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Protocol, get_args
 
 from ..errors import SteerError
@@ -56,6 +56,10 @@ class Dialect(Protocol):
 
     def vectors(self, connection: Connection) -> list[str] | None:
         """The names of the vectors that it knows; None where it looks for a name only when it is asked for it."""
+        ...
+
+    def beside(self, vector: str) -> Dialect:
+        """The same server where the base is asked for while it computes strengths of this vector."""
         ...
 
     async def write(self, ask: Ask, ids: Sequence[int], strengths: Mapping[str, float], wanted: Wanted) -> Written:
@@ -117,6 +121,13 @@ class Completions:
         if not self.ours:
             return None
         return connection.get("/dial", lambda dial: [str(entry["name"]) for entry in dial["vectors"]])
+
+    def beside(self, vector: str) -> Dialect:
+        """See `Dialect.beside`: vLLM is asked for the vector at 0.
+
+        On a CPU vLLM adds some adapter to rows of the base that share a batch with others (vLLM's pull request 48421).
+        """
+        return self if self.ours else replace(self, base_name=f"{vector}@0")
 
     async def write(self, ask: Ask, ids: Sequence[int], strengths: Mapping[str, float], wanted: Wanted) -> Written:
         """See `Dialect.write`. Every setting is said, since vLLM fills in the model's own."""
@@ -205,6 +216,10 @@ class LlamaCpp:
 
         self._files = connection.get("/lora-adapters", named)
         return list(self._files)
+
+    def beside(self, vector: str) -> Dialect:
+        """See `Dialect.beside`."""
+        return self
 
     async def write(self, ask: Ask, ids: Sequence[int], strengths: Mapping[str, float], wanted: Wanted) -> Written:
         """See `Dialect.write`."""

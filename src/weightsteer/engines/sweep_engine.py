@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -134,7 +134,10 @@ class SweepEngine:
             ks = sorted({cell.k for cell in cells if cell.key == key})
             ends = ks if len(ks) < 2 else [ks[0], ks[-1]]
             require_strengths(self.served, names[key], lm, vector, ends, self.served.reference.tolerance)
-        return SweepEngine(self.served, names)
+        served = self.served
+        for name in list(names.values())[:1]:
+            served = replace(served, dialect=served.dialect.beside(name))
+        return SweepEngine(served, names)
 
     def _require_known(self, wanted: Sequence[str], folder: Path) -> None:
         known = self.served.vectors()

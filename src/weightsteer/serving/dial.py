@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from ..errors import SteerError
 from ..schema import shown
-from ..strength_names import DIGITS, is_name, on_grid, parse_strengths
+from ..strength_names import is_name, on_grid, parse_strengths
 from ..vectors.weight_vector import WeightVector
+from .described import OutOfRange, described
 
-OutOfRange = Literal["warn", "refuse", "clamp"]
 UNTESTED_K = 1.0  # w itself: what a list of models offers of a vector without a recommended k
 
 
@@ -144,21 +144,9 @@ class Dial:
         return found
 
     def described(self) -> dict[str, Any]:
-        """The base and the vectors with their ranges, for programs."""
-        vectors = [_described(name, vector) for name, vector in self.vectors.items()]
-        return {"base": self.base, "vectors": vectors, "digits": DIGITS, "out_of_range": self.out_of_range}
-
-
-def _described(name: str, vector: WeightVector) -> dict[str, Any]:
-    strength = vector.card.strength
-    return {
-        "name": name,
-        "about": vector.card.about,
-        "least": strength.low if strength else None,
-        "most": strength.high if strength else None,
-        "recommended": (strength.recommended or None) if strength else None,
-        "negative": (strength.negative or None) if strength else None,
-    }
+        """What `/dial` answers."""
+        cards = {name: vector.card for name, vector in self.vectors.items()}
+        return described(self.base, cards, "weightsteer", self.out_of_range)
 
 
 def _grid(k: float, where: str) -> float:

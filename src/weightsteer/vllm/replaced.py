@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.lora.resolver import LoRAResolverRegistry
 
+from .playground import add_playground
 from .resolver import SteeringResolver
 from .settings import PLUGIN
 
@@ -21,13 +22,14 @@ log = logging.getLogger(f"vllm.{PLUGIN}")
 
 
 class EndpointPlugin:
-    """What vLLM's entry point `vllm.endpoint_plugins` takes; it adds no route."""
+    """What vLLM's entry point `vllm.endpoint_plugins` takes."""
 
     name = PLUGIN
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Look at the vectors before each request."""
+        """Add the playground, and look at the vectors before each request."""
+        add_playground(app)
         app.add_middleware(Middleware)
 
     async def init_state(self, engine_client: object, state: object, args: Namespace) -> None:

@@ -17,16 +17,19 @@ PLUGIN = "weightsteer"  # the name of the entry point, which VLLM_PLUGINS takes
 def served_vectors(text: str) -> dict[str, Path]:
     """Name -> folder of every vector that $WEIGHTSTEER_VECTORS names, as they are on the disk now.
 
+    A folder may be empty: a run writes its vectors there once they are trained.
+
     Raises:
         SteerError: an entry that holds no vector, or a name that comes twice.
     """
     single = []
     found: dict[str, Path] = {}
     for entry in filter(None, text.split(os.pathsep)):
-        inside = {} if is_vector(Path(entry)) else vectors_within(Path(entry).expanduser())
-        if not inside:
+        place = Path(entry).expanduser()
+        if is_vector(place) or not place.is_dir():
             single.append(entry)
-        for name, folder in inside.items():
+            continue
+        for name, folder in vectors_within(place).items():
             if name in found:
                 raise SteerError(f"{VECTORS}: {name} is the name of two vectors; name one of them, as NAME=FOLDER")
             found[name] = folder

@@ -31,18 +31,23 @@ async function answer(turn) {
   const signal = talk.running.signal;
   showChat();
   await stream([reply], async () => {
-    const body = { model: modelName(served.base, reply.strengths), messages, stream: true, ...settings() };
-    let reason = "stop";
-    for await (const event of events(await ask("/v1/chat/completions", body, signal))) {
-      const choice = event.choices?.[0];
-      if (choice?.delta?.content) { reply.push(choice.delta.content); follow(); }
-      reason = choice?.finish_reason ?? reason;
-    }
-    reply.end(reason);
+    await write(reply, messages, signal, follow);
   });
   talk.running = null;
   showChat();
   await reply.measure(messages);
+}
+
+/* A reply as it grows, from one request. */
+async function write(reply, messages, signal, grown = () => {}) {
+  const body = { model: askedName(reply.strengths), messages, stream: true, ...settings() };
+  let reason = "stop";
+  for await (const event of events(await ask("/v1/chat/completions", body, signal))) {
+    const choice = event.choices?.[0];
+    if (choice?.delta?.content) { reply.push(choice.delta.content); grown(); }
+    reason = choice?.finish_reason ?? reason;
+  }
+  reply.end(reason);
 }
 
 /* The log stays at its end while it is there. */

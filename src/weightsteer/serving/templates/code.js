@@ -1,5 +1,6 @@
 /* What the page asks, as code: Python, curl, and the command line. */
 const KINDS = { python: "Python", curl: "curl", command: "command" };
+const CHAT = "/v1/chat/completions";
 const STAND_IN = "Hello!"; // where nothing has been written yet
 
 /* JSON in ASCII: in a terminal or an editor no sign of it can do more than be read. */
@@ -17,7 +18,10 @@ function quoted(text) {
 
 function asPython({ messages, names }) {
   const { max_tokens, temperature, seed } = settings(), one = names.length === 1;
-  const more = `max_tokens=${max_tokens}, temperature=${temperature}` + (seed === undefined ? "" : `, seed=${seed}`);
+  const said = [`max_tokens=${max_tokens}`, `temperature=${temperature}`];
+  if (seed !== undefined) said.push(`seed=${seed}`);
+  if (!isOurs()) said.push(`extra_body=${json(PLAIN)}`);
+  const more = said.join(", ");
   const call = (model) => `client.chat.completions.create(model=${model}, messages=messages, ${more})`;
   const secret = key ? 'os.environ["WEIGHTSTEER_API_KEY"]' : '"none"';
   const lines = [
@@ -36,11 +40,14 @@ function asPython({ messages, names }) {
 }
 
 function asCurl({ messages, names, strengths: wanted }) {
-  const one = names.length === 1, path = one ? "/v1/chat/completions" : "/dial/fan";
-  const body = one ? { model: names[0], messages, ...settings() } : { messages, strengths: wanted.map(withoutZeros), ...settings() };
-  const lines = [`curl ${one ? "" : "-N "}${quoted(location.origin + path)}`, "  -H 'Content-Type: application/json'"];
-  if (key) lines.push('  -H "Authorization: Bearer $WEIGHTSTEER_API_KEY"');
-  return [...lines, `  -d ${quoted(json(body))}`].join(" \\\n");
+  const call = (path, body) => [
+    `curl ${path === CHAT ? "" : "-N "}${quoted(location.origin + path)}`,
+    "  -H 'Content-Type: application/json'",
+    ...(key ? ['  -H "Authorization: Bearer $WEIGHTSTEER_API_KEY"'] : []),
+    `  -d ${quoted(json(body))}`,
+  ].join(" \\\n");
+  if (names.length > 1 && isOurs()) return call("/dial/fan", { messages, strengths: wanted.map(withoutZeros), ...settings() });
+  return names.map((model) => call(CHAT, { model, messages, ...settings() })).join("\n");
 }
 
 /* `steer` takes one vector; a sum is made by `combine` first. */
@@ -71,12 +78,12 @@ function chatRequest() {
   const written = find("message").value.trim(), last = talk.turns.at(-1);
   const earlier = last && written ? [...messagesBefore(last), ...shownReply(last)] : systemMessages();
   const messages = last && !written ? messagesBefore(last) : [...earlier, { role: "user", content: written || STAND_IN }];
-  return { messages, names: [modelName(served.base, strengths)], strengths: [{ ...strengths }] };
+  return { messages, names: [askedName(strengths)], strengths: [{ ...strengths }] };
 }
 
 function fanRequest() {
   const prompt = find("prompt").value.trim() || fan.prompt || STAND_IN;
-  const wanted = fan.columns.map(wantedOf), names = wanted.map((one) => modelName(served.base, one));
+  const wanted = fan.columns.map(wantedOf), names = wanted.map(askedName);
   return { messages: [...systemMessages(), { role: "user", content: prompt }], names, strengths: wanted, turned: chosen().name };
 }
 

@@ -86,18 +86,25 @@ async function spread(prompt) {
   const { columns, messages, running: { signal } } = fan;
   for (const column of columns) column.strengths = wantedOf(column);
   showFan();
-  await stream(columns, async () => {
-    const body = { messages, strengths: columns.map((column) => withoutZeros(column.strengths)), ...settings() };
-    for await (const event of events(await ask("/dial/fan", body, signal))) {
-      if (event.delta) columns[event.index].push(event.delta);
-      if (event.finish_reason) columns[event.index].end(event.finish_reason);
-    }
-    if (columns.some((column) => column.reason === null)) throw new ServerError("The server left this reply unfinished.");
-  });
+  await (isOurs() ? stream(columns, () => fromOneBatch(columns, messages, signal)) : fromEach(columns, messages, signal));
   fan.running = null;
   for (const column of columns) column.show();
   showFan();
   await measureAll(columns, messages);
+}
+
+async function fromOneBatch(columns, messages, signal) {
+  const body = { messages, strengths: columns.map((column) => withoutZeros(column.strengths)), ...settings() };
+  for await (const event of events(await ask("/dial/fan", body, signal))) {
+    if (event.delta) columns[event.index].push(event.delta);
+    if (event.finish_reason) columns[event.index].end(event.finish_reason);
+  }
+  if (columns.some((column) => column.reason === null)) throw new ServerError("The server left this reply unfinished.");
+}
+
+/* Five requests at once, to a server that knows strengths as names of models alone. */
+function fromEach(columns, messages, signal) {
+  return Promise.all(columns.map((column) => stream([column], () => write(column, messages, signal))));
 }
 
 /* One after the other, so that a talk beside it is not kept waiting by five at once. */
@@ -128,6 +135,7 @@ function startFan() {
   find("turned").replaceChildren(...served.vectors.map((vector) => make("option", { value: vector.name }, vector.name)));
   find("of").hidden = served.vectors.length < 2;
   find("fan").hidden = !served.vectors.length;
+  find("shade").hidden = !isOurs();
   if (!served.vectors.length) return;
   makeColumns();
   find("turned").onchange = makeColumns;

@@ -57,7 +57,7 @@ class Reply {
 
   /* Token KL of the base to the steered model, from the server. */
   async measure(messages, signal) {
-    if (!this.text || this.reason === "failed" || this.isBase) return;
+    if (!isOurs() || !this.text || this.reason === "failed" || this.isBase) return;
     try {
       const found = await (await ask("/dial/kl", { messages, reply: this.text, strengths: this.strengths }, signal)).json();
       this.kl = found.kl;
@@ -132,8 +132,19 @@ async function stream(replies, work) {
   }
 }
 
+/* Sampling as on our own server: vLLM would fill in the settings that the model was published with. */
+const PLAIN = { top_p: 1, top_k: -1, min_p: 0, repetition_penalty: 1, presence_penalty: 0, frequency_penalty: 0 };
+
+function isOurs() { return served.server === "weightsteer"; }
+
+/* A request's model. On a CPU vLLM changes rows of the base that share a batch with others, not those of a vector at 0. */
+function askedName(wanted) {
+  return modelName(isOurs() || !served.vectors.length ? served.base : served.vectors[0].name + "@0", wanted);
+}
+
 function settings() {
-  const chosen = { max_tokens: find("longest").valueAsNumber || 200, temperature: find("temperature").valueAsNumber || 0 };
+  const lengths = { max_tokens: find("longest").valueAsNumber || 200, temperature: find("temperature").valueAsNumber || 0 };
+  const chosen = isOurs() ? lengths : { ...lengths, ...PLAIN };
   const seed = find("seed").valueAsNumber;
   return Number.isFinite(seed) ? { ...chosen, seed } : chosen;
 }

@@ -4,7 +4,7 @@ async function start() {
   try {
     const dial = await (await ask("/dial")).json();
     digits = dial.digits;
-    Object.assign(served, { base: dial.base, vectors: dial.vectors, outOfRange: dial.out_of_range });
+    Object.assign(served, { base: dial.base, vectors: dial.vectors, outOfRange: dial.out_of_range, server: dial.server });
   } catch (error) {
     find("problem").querySelector("span").textContent = inWords(error);
     find("problem").hidden = false;

@@ -4,6 +4,7 @@ import json
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from weightsteer.engines.tokens import tokens_of
 from weightsteer.errors import SteerError
 from weightsteer.example_files.load import load_examples
 from weightsteer.files import write_jsonl
+from weightsteer.generation import Writer
 from weightsteer.judges.endpoint import Endpoint
 from weightsteer.judges.judge import LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from weightsteer.lm import LM
@@ -100,6 +102,25 @@ def test_a_killed_contrast_does_not_answer_twice(tmp_path: Path) -> None:
         assert (tmp_path / "cut" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_system_prompts_share_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, settings = tiny_lm(), replace(SETTINGS, temperature=0.0, samples=2)
+    judge, parts, asked = LikelihoodJudge(lm, BEHAVIOR), 8, list[int]()
+    write = Writer.write
+
+    def counted(self: Writer, rows: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(rows))
+        return write(self, rows, *args, **more)
+
+    monkeypatch.setattr(Writer, "write", counted)
+    for size, folder in ((1, "alone"), (3 * len(BEHAVIOR.questions), "together")):
+        asked.clear()
+        sample_sides(lm, BEHAVIOR, judge, tmp_path / folder, settings=replace(settings, batch_size=size))
+        assert sum(asked) == parts * len(BEHAVIOR.questions)
+        assert len(asked) == (sum(asked) if size == 1 else 3)
+    for name in ("answers.jsonl", "positive.jsonl", "negative.jsonl"):
+        assert (tmp_path / "alone" / name).read_text() == (tmp_path / "together" / name).read_text()
+
+
 def test_other_settings_or_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     lm = tiny_lm()
     judge = LikelihoodJudge(lm, BEHAVIOR)
@@ -160,7 +181,7 @@ def test_cut_answers_are_on_neither_side_and_counted(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("weightsteer.generation.rows_together", lambda *_: "padded")
     monkeypatch.setattr(lm.model, "generate", generate)
-    settings = replace(SETTINGS, cut_answers="drop", max_new_tokens=limit)
+    settings = replace(SETTINGS, cut_answers="drop", max_new_tokens=limit, batch_size=3)
     assert sample_sides(lm, BEHAVIOR, Generous(), tmp_path / "d", settings=settings) == (4, 4)
     assert cut_answers(tmp_path / "d") == 4
     assert unusable_verdicts(tmp_path / "d") == 0

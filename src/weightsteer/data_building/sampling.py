@@ -14,12 +14,15 @@ from pydantic import Field
 
 from ..behavior import SHIPPED, SIDES, Behavior, Example, example_rows
 from ..beside import WAITING, as_they_end, beside
+from ..chat_template import turns_of
 from ..errors import SteerError
 from ..example_files.rows import has_content
 from ..files import append_jsonl, digest, is_empty, read_finished, write_jsonl
+from ..fitting import ON_CPU, rows_by_default
 from ..judges.asking import stop_asking
 from ..judges.judge import Judge, is_served
 from ..language_model import LanguageModel
+from ..lm import LM
 from ..locks import hold
 from ..progress import Progress, silent
 from ..run_card import CARD_FILE, RunCard
@@ -59,7 +62,8 @@ def sample_sides(
     after a kill. Verdicts that were unusable are asked for again by the next call.
 
     Args:
-        at_once: under how many system prompts a served model is asked at once; one in memory takes one at a time.
+        at_once: under how many system prompts a served model is asked at once; one in memory answers as many together
+            as fill a batch.
 
     Returns:
         How many examples D+ and D- have.
@@ -112,8 +116,12 @@ def _models(lm: LanguageModel, judge: Judge) -> str:
 
 
 def _identity(settings: SamplingSettings) -> dict[str, Any]:
-    """The settings that tell one sampling from another; dropping cut answers is what was always meant."""
+    """The settings that tell one sampling from another; dropping cut answers is what was always meant.
+
+    The size of a batch was 8 where nobody said it, and stands so in folders that were begun then.
+    """
     fields = asdict(settings)
+    fields["batch_size"] = settings.batch_size or 8
     if settings.cut_answers == "drop":
         del fields["cut_answers"]
     return fields
@@ -152,6 +160,16 @@ class _Part:
     answers: Sequence[_Answer]
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A part that the model is asked for."""
+
+    seed: int
+    name: str
+    side: str
+    system_prompt: str
+
+
 def _parts(path: Path) -> list[dict[str, Any]]:
     """The finished parts of a file of answers; of one that was judged again, what it came to last."""
     rows = read_finished(path)
@@ -178,38 +196,50 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """One line a part, which is one system prompt and sample over all questions: its side and answers."""
     questions = behavior.questions
+    batch = settings.batch_size or (rows_by_default(lm.device) if isinstance(lm, LM) else ON_CPU)
     prompts = {"positive": behavior.positive_prompts, "negative": behavior.negative_prompts}
-    parts = [
+    named = [
         (f"{side} {number} {sample}", side, text)
         for side in SIDES
         for number, text in enumerate(prompts[side])
         for sample in range(settings.samples)
     ]
+    parts = [_Asked(settings.seed * len(named) + index, *part) for index, part in enumerate(named)]
     done = {row["part"]: row for row in _parts(path)}
 
-    def ask(index: int, part: str, side: str, system_prompt: str) -> Callable[[], dict[str, Any] | None]:
-        if part in done:
-            return partial(_judged_again, judge, done[part])
-        replies = lm.with_system_prompt(system_prompt).replies(
-            questions,
+    def ask(pool: Sequence[_Asked]) -> list[Callable[[], dict[str, Any] | None]]:
+        """What is left to do of each part. If one is new all are answered, since a reply hangs on its whole batch."""
+        left: list[Callable[[], dict[str, Any] | None]] = [
+            partial(_judged_again, judge, done[part.name]) for part in pool if part.name in done
+        ]
+        if len(left) == len(pool):
+            return left
+        replies = lm.replies(
+            [turns_of(question, part.system_prompt) for part in pool for question in questions],
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            seed=settings.seed * len(parts) + index,
-            batch_size=settings.batch_size,
+            seed=pool[0].seed,
+            batch_size=batch,
         )
-        return partial(_judged_part, part, side, questions, replies, judge, settings)
+        count = len(questions)
+        return left + [
+            partial(_judged_part, part.name, part.side, questions, replies[i * count :][:count], judge, settings)
+            for i, part in enumerate(pool)
+            if part.name not in done
+        ]
 
     def asked() -> Generator[Callable[[], dict[str, Any] | None]]:
-        works = [partial(ask, index, *part) for index, part in enumerate(parts)]
         if at_once == 1:
-            for index, work in enumerate(works):
-                progress(index, len(parts), f"{parts[index][1]} answers")
-                yield work()
+            size = max(1, batch // max(1, len(questions)))
+            for start in range(0, len(parts), size):
+                progress(start, len(parts), f"{parts[start].side} answers")
+                yield from ask(parts[start : start + size])
             return
+        works = [partial(ask, [part]) for part in parts]  # the server makes the batches
         with closing(as_they_end(works, at_once=at_once, stop=stop_asking)) as all_ended:
             for number, ended in enumerate(all_ended):
                 progress(number, len(parts), "answers")
-                yield ended.result()
+                yield from ended.result()
 
     waiting = WAITING if is_served(judge) else 0
     with closing(asked()) as works, closing(beside(works, waiting=waiting, stop=stop_asking)) as rows:
@@ -217,7 +247,7 @@ def _answers(
             append_jsonl(path, [row])
     progress(len(parts), len(parts), "done")
     found = {row["part"]: row for row in _parts(path)}
-    return [found[part] for part, _, _ in parts if part in found]
+    return [found[part.name] for part in parts if part.name in found]
 
 
 def _judged_again(judge: Judge, part: dict[str, Any]) -> dict[str, Any] | None:

@@ -37,12 +37,12 @@ class SamplingSettings(SamplingFields):
 
     temperature: float = 1.0
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int | None = None  # prompts in memory at once; None: 16 on a CPU, on an accelerator what memory allows
 
     def __post_init__(self) -> None:
         most = {"samples": MOST_SAMPLES, "max_new_tokens": MOST_TOKENS, "batch_size": MOST_TOKENS}
         for name, limit in most.items():
-            if not 1 <= (found := getattr(self, name)) <= limit:
+            if (found := getattr(self, name)) is not None and not 1 <= found <= limit:
                 raise SteerError(f"sampling: {name}: expected 1 to {limit}, found {shown(found)}")
         if not 0 <= self.temperature < math.inf:
             raise SteerError(f"sampling: temperature: expected a number of at least 0, found {self.temperature}")

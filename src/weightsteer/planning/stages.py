@@ -9,7 +9,6 @@ from typing import Any
 
 from ..behavior import SIDES, Behavior, Example
 from ..data_building.sampling import asked_questions
-from ..data_building.sampling_settings import SamplingSettings
 from ..errors import SteerError
 from ..evaluation import cost
 from ..evaluation.metrics import metric_key
@@ -173,7 +172,7 @@ class Stages:
         prompts = (*self.behavior.positive_prompts, *self.behavior.negative_prompts)
         for text in prompts:
             once = CountingModel(self.lm.with_system_prompt(text))
-            once.replies(questions, max_new_tokens=sampling.max_new_tokens, batch_size=SamplingSettings().batch_size)
+            once.replies(questions, max_new_tokens=sampling.max_new_tokens, batch_size=ON_CPU)
             model.work.add(once.work, sampling.samples)
         answers = len(questions) * len(prompts) * sampling.samples
         if self.recipe.judge and not sampling.likelihood:

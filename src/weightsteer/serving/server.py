@@ -16,7 +16,8 @@ from ..lm import LM
 from ..places import public_name
 from ..vectors.weight_vector import WeightVector
 from .app import Served, make_app
-from .dial import Dial, OutOfRange
+from .described import OutOfRange
+from .dial import Dial
 from .guard import LOOPBACK, Guard
 from .requests import Reader
 from .worker import MOST_ROWS, MOST_WAITING, Worker

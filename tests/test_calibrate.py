@@ -202,6 +202,32 @@ def test_the_command_writes_the_card_and_no_weights(
     assert RunCard.load(folder) == found
 
 
+@pytest.mark.usefixtures("small")
+def test_what_holds_on_a_fine_tune_stands_beside_what_holds_on_the_base(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, pairs: list[ContrastPair], tmp_path: Path
+) -> None:
+    lm = LM.load(str(checkpoint), device="cpu")
+    on_base = StrengthRange(0.5, -0.5, -1.0, 1.0)
+    card = RunCard.now("vector", base_model=str(checkpoint), base_revision=lm.revision, strength=on_base)
+    w = WeightVector(random_vector(lm).deltas, card)
+    other = WeightVector(random_vector(lm, seed=3).deltas, card)
+    folder, tuned = w.save(tmp_path / "w"), tmp_path / "tuned"
+    other.export_peft(tuned, k=1.0)
+    write_jsonl(tmp_path / "mine.jsonl", pair_rows(pairs[:2]))
+    steer = ("steer", folder, "Hi", "-m", tuned, "--max-new-tokens", "2", "--k", "0,9")
+    assert "`weightsteer calibrate" in run(capsys, *steer)[2]
+    code, out, err = run(capsys, "calibrate", folder, "-m", tuned, "--pairs", tmp_path / "mine.jsonl")
+    assert code == 0, err
+    assert "kept in the card for" in out
+    found = RunCard.load(folder)
+    assert found.strength == on_base
+    (there,) = found.strengths.values()
+    assert f"{there.low:g} to {there.high:g}" in (said := run(capsys, *steer)[2])
+    assert "`weightsteer calibrate" not in said
+    assert "-1 to 1" in run(capsys, "steer", folder, "Hi", "--max-new-tokens", "2", "--k", "0,9")[2]
+    assert (2.0 * WeightVector.load(folder)).card.strengths == {}
+
+
 def test_what_both_sides_held_out_is_in_the_vectors_card(
     pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
 ) -> None:

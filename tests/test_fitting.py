@@ -35,7 +35,7 @@ def little_memory(model: nn.Module, tokens: int) -> Iterator[list[int]]:
 
     def refuse(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         rows, length = kwargs["input_ids"].shape
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("past_key_values", kwargs.get("cache"))
         size = rows * (length + (cache.get_seq_length() if cache is not None else 0))
         if size > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

@@ -191,7 +191,7 @@ def test_a_server_gives_the_numbers_of_the_model_here(lm: LM, tmp_path: Path) ->
     from lm_eval.api.instance import Instance
 
     from served import served as our_server
-    from weightsteer.evaluation.tasks.harness_model import served_for_harness
+    from weightsteer.evaluation.served_harness import served_for_harness
 
     def asked(kind: Any, *arguments: tuple[Any, ...]) -> list[Any]:
         return [Instance(kind, {}, each, number) for number, each in enumerate(arguments)]

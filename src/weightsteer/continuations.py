@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .batches import SharedByAllRowsError, one_row_for_all, pad_left, pad_right, rows_of_batch
 from .generation import COARSE, ROUNDING, positions, sample_ids, takes_positions
-from .model_parts import projecting_only
+from .model_parts import call_on_cache, projecting_only
 
 if TYPE_CHECKING:
     from .lm import LM
@@ -60,7 +60,7 @@ def _compute(lm: LM, heads: Heads) -> SharedPrefix:
         return SharedPrefix(0, None, window)
     tokens = torch.tensor([list(heads[0][:shared])], device=lm.device)
     with projecting_only(lm.model, torch.zeros_like(tokens, dtype=torch.bool)):
-        cache = lm.model(input_ids=tokens, use_cache=True).past_key_values
+        _, cache = call_on_cache(lm.model, None, input_ids=tokens)
     return SharedPrefix(shared, cache, window)
 
 
@@ -135,19 +135,14 @@ def score_on_cache(lm: LM, prefix: SharedPrefix, heads: Heads, tails: Tails) -> 
     wanted = torch.zeros_like(tokens, dtype=torch.bool)
     wanted[:, -1] = True
     with projecting_only(lm.model, wanted):
-        out = lm.model(
-            input_ids=tokens,
-            attention_mask=full,
-            position_ids=positions(full)[:, prefix.length :],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        placed = positions(full)[:, prefix.length :]
+        out, cache = call_on_cache(lm.model, cache, input_ids=tokens, attention_mask=full, position_ids=placed)
     owner = [row for row, texts in enumerate(tails) for _ in texts]
     flat = [text for texts in tails for text in texts]
     log_p = log_softmax(out.logits[0])  # (batch, vocabulary): the first token of every continuation
     rows = torch.tensor(owner, device=log_p.device)
     first = log_p[rows, torch.tensor([ids[0] for ids in flat], device=log_p.device)]
-    rest = _continue(lm, out.past_key_values, full, owner, flat)
+    rest = _continue(lm, cache, full, owner, flat)
     totals = iter((first.double() + rest.to(first.device)).tolist())
     return [[next(totals) for _ in texts] for texts in tails]
 
@@ -163,13 +158,8 @@ def _continue(lm: LM, cache: Any, full: Tensor, owner: list[int], flat: Sequence
     real = real.bool() & torch.tensor([[len(ids) > 1] for ids in flat], device=real.device)
     seen = torch.cat([full[rows], mask], dim=1)
     with projecting_only(lm.model, real):
-        out = lm.model(
-            input_ids=tokens,
-            attention_mask=seen,
-            position_ids=positions(seen)[:, full.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-        )
+        placed = positions(seen)[:, full.shape[1] :]
+        out, _ = call_on_cache(lm.model, cache, input_ids=tokens, attention_mask=seen, position_ids=placed)
     return sums_of_rows(target_log_probs(out.logits[0], targets[real]), real)
 
 

@@ -1,9 +1,11 @@
-"""Parts of a transformers model: its decoder blocks, and its logits at chosen positions only."""
+"""Parts of a transformers model: its decoder blocks, its keys and values, and its logits at chosen positions only."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +27,16 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 def is_packed(model: nn.Module) -> bool:
     """Whether transformers has quantised the model's weights, or loaded them so."""
     return bool(getattr(model, "is_quantized", False))
+
+
+def call_on_cache(model: nn.Module, cache: Any, **inputs: Any) -> tuple[Any, Any]:
+    """The model's output after the keys and values in `cache` (None: after nothing), and these with the new ones.
+
+    Transformers 5.24 renamed the argument and the field of the output.
+    """
+    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    out = model(**inputs, **{name: cache}, use_cache=True)
+    return out, getattr(out, name)
 
 
 @contextmanager

@@ -81,6 +81,7 @@ class RunCard:
     seed: int | None = None
     measured: Mapping[str, Any] = field(default_factory=dict)
     strength: StrengthRange | None = None
+    strengths: Mapping[str, StrengthRange] = field(default_factory=dict)  # on other models than the base, by revision
     held_out: tuple[Mapping[str, Any], ...] = ()  # rows of data that were not trained on: of a vector, pairs
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""
@@ -150,9 +151,19 @@ class RunCard:
         """The card with a sentence about the behaviour; as it is where there is none."""
         return replace(self, settings={**self.settings, ABOUT: text}) if text else self
 
-    def with_strength(self, strength: StrengthRange) -> RunCard:
-        """The same card with its measured range of k."""
-        return replace(self, strength=strength)
+    def with_strength(self, strength: StrengthRange, model: str = "") -> RunCard:
+        """The same card with its range of k as it was measured on the base, or on the model of another revision."""
+        if self.is_base(model):
+            return replace(self, strength=strength)
+        return replace(self, strengths={**self.strengths, model: strength})
+
+    def is_base(self, model: str) -> bool:
+        """Whether a model of this revision is the base; one without a revision counts as it."""
+        return not model or not self.base_revision or model == self.base_revision
+
+    def as_on(self, model: str) -> RunCard:
+        """The card as it stands for the model of this revision: with its own range of k, if one was measured there."""
+        return replace(self, strength=self.strengths.get(model, self.strength))
 
 
 def installed_versions() -> dict[str, str]:

@@ -54,8 +54,8 @@ def show(
     vector = task_vector(folder)
     card, found = vector.card, geometry(vector)
     lines = {
-        "base": f"{card.base_model} ({card.base_revision[:12]})",
-        "made": f"{card.created}, seed {card.seed}",
+        "base": card.base_model + (f" ({card.base_revision[:12]})" if card.base_revision else ""),
+        "made": card.created + ("" if card.seed is None else f", seed {card.seed}"),
         **finetune_facts(folder),
         "k": card.strength.described if card.strength else "not measured",
         **({"budget": _budget(card.strength.budget)} if card.strength and card.strength.budget else {}),

@@ -6,12 +6,14 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import SteerError
+from ..places import public_name
 from ..schema import parse_json, parse_number
 from ..shown import note
 from .loading import typed_options
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from ..run_card import RunCard
     from ..vectors.weight_vector import WeightVector
 
-Model = Annotated[str | None, typer.Option("--model", "-m", help="Model: embedded name, Hugging Face id or path.")]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Model: embedded name, Hugging Face id or folder, of a PEFT adapter too."),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, auto; default: the accelerator if any.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto (the checkpoint's own).")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model carries.")]
@@ -144,10 +149,20 @@ def vector_and_lm(
 
     vector = WeightVector.load(folder)
     if model:
-        return vector, load_lm(model, device, dtype, trust, template)
+        lm = load_lm(model, device, dtype, trust, template)
+        return seen_on(lm, vector, folder), lm
     require_base(vector.card)
     base = base_of(vector.card, folder)
     return vector, load_lm(base, device, dtype, trust, template, vector.card.base_commit)
+
+
+def seen_on(lm: LM, vector: WeightVector, folder: Path) -> WeightVector:
+    """The vector with the range of k that was measured on this model; a note where that is another model's."""
+    card = vector.card
+    if card.strength is not None and not card.is_base(lm.revision) and lm.revision not in card.strengths:
+        command = shlex.join(["weightsteer", "calibrate", str(folder), "-m", lm.name])
+        note(f"the card's k was measured on {public_name(card.base_model)}; `{command}` finds it for this model")
+    return replace(vector, card=card.as_on(lm.revision))
 
 
 def require_base(card: RunCard, option: str = "--model") -> None:

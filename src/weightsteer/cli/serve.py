@@ -15,7 +15,7 @@ import typer
 from ..errors import SteerError
 from ..shown import note, say
 from .loading import loading
-from .options import Device, Dtype, Model, RemoteCode, TemplateVariables, drop_unset, load_lm, require_base
+from .options import Device, Dtype, Model, RemoteCode, TemplateVariables, drop_unset, load_lm, require_base, seen_on
 from .serve_command import example_name
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _serve(given: list[str], loading: Any, fields: dict[str, Any], out_of_range:
     settings = Settings(**drop_unset(**fields, out_of_range=chosen))
     vectors, folders = open_vectors(given)
     lm = _model_of(vectors, folders, *loading)
+    vectors = {name: seen_on(lm, vector, folders[name]) for name, vector in vectors.items()}
     for name, vector in vectors.items():
         if vector.card.strength is None:
             note(f"{name}: its card has no tested range of k; `weightsteer calibrate` measures one")

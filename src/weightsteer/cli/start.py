@@ -65,8 +65,11 @@ def calibrate(
         vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
         with show_progress("calibrate") as progress:
             found = measure(vector, lm, pairs, budget=budget, progress=progress)
-        save_card(found.written_into(RunCard.load(folder)), folder)
+        card = RunCard.load(folder)
+        save_card(found.written_into(card, lm.revision), folder)
     _print_calibration(found)
+    if not card.is_base(lm.revision):
+        say(f"kept in the card for {lm.name}, beside what it says of {card.base_model}")
 
 
 def _print_calibration(found: Calibration) -> None:

@@ -48,8 +48,14 @@ class Calibration:
     replies: Mapping[float, tuple[str, ...]]  # k -> the reply to each prompt, of 0 and every k that came into question
     notes: tuple[str, ...] = ()  # what a reader has to know of the choice
 
-    def written_into(self, card: RunCard) -> RunCard:
-        """The vector's card with the range, the recommended k and the table; the replies are not kept there."""
+    def written_into(self, card: RunCard, model: str = "") -> RunCard:
+        """The vector's card with the range, the recommended k and the table; the replies are not kept there.
+
+        Of another model than the vector's base (`model` is its revision) the card gets the range and the k alone,
+        beside those of the base.
+        """
+        if not card.is_base(model):
+            return card.with_strength(self.strength, model)
         table = {
             "rows": [asdict(row) for row in self.rows],
             "pairs": self.pairs,
@@ -92,7 +98,7 @@ def explain(rows: Sequence[CalibrationRow], strength: StrengthRange) -> list[str
 def table(calibration: Calibration) -> list[list[str]]:
     """The head and a line for each k, as texts; a recommended k has a mark."""
     chosen = {calibration.strength.recommended, calibration.strength.negative} - {0.0}
-    head = ["k", "loss change", "KL to base", "behaviour", "loops", "choice"]
+    head = ["k", "loss change", "KL to k = 0", "behaviour", "loops", "choice"]
     return [head, *([*_cells(row), "recommended" if row.k in chosen else ""] for row in calibration.rows)]
 
 

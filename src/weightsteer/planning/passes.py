@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import SteerError
 from ..lm import LM
+from ..model_parts import call_on_cache
 from ..training.settings import WholeSettings
 from ..training.trainables import trainable
 from .devices import Device
@@ -210,15 +211,18 @@ class Passes:
             tracker = Tracker(model, self.device)
             tracker.hold(_tensors_of_cache(cache))
             with steering(model, made.rank), tracker, projecting_some(model, places, tracker):
-                kept = made.cached or bool(made.past)
-                out = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=kept)
+                if made.cached or made.past:
+                    out, cache = call_on_cache(model, cache, input_ids=ids, attention_mask=mask)
+                else:
+                    out = model(input_ids=ids, attention_mask=mask, use_cache=False)
                 if made.projected:
                     torch.log_softmax(out.logits[0].float(), dim=-1)
-            return Cost(tracker.trace, _bytes_of_cache(out.past_key_values if kept else None))
+            return Cost(tracker.trace, _bytes_of_cache(cache))
 
     def _cache_of(self, model: Any, rows: int, past: int) -> Any:
         ids, mask = _inputs(rows, past, 0)
-        return model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+        _, cache = call_on_cache(model, None, input_ids=ids, attention_mask=mask, logits_to_keep=1)
+        return cache
 
 
 @contextmanager

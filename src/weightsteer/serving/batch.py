@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from ..batches import pad_left
 from ..generation import agree, positions, rows_together, sample_ids, takes_positions
 from ..lm import LM, projecting_only
+from ..model_parts import call_on_cache
 from .asked import Chance, Piece
 from .choose import chances, choose
 from .kv_cache import can_join, fresh_cache, join, keep_rows
@@ -130,8 +131,7 @@ class Batch:
         last = torch.empty(0)
         for start, stop in self._spans(wanted):
             with projecting_only(self.lm.model, wanted[:, start:stop]):
-                out = self._call(tokens[:, start:stop], mask[:, :stop], cache)
-            cache = out.past_key_values
+                out, cache = self._call(tokens[:, start:stop], mask[:, :stop], cache)
             logits = out.logits[0]
             if stop == length:
                 ends = wanted[:, start:stop].sum(dim=1).cumsum(dim=0) - 1
@@ -177,10 +177,10 @@ class Batch:
         tops = [rows[row].asked.prompt_top or 0 for _, row, _ in chosen]
         return list(zip([row for _, row, _ in chosen], chances(logits[index], targets, tops), strict=True))
 
-    def _call(self, tokens: Tensor, mask: Tensor, cache: Any) -> Any:
-        """The model on the next tokens (batch, n) of rows whose mask (batch, length) ends with them."""
+    def _call(self, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Any, Any]:
+        """The model's output on the next tokens (batch, n), with which the mask (batch, length) ends, and the cache."""
         placed = {"position_ids": positions(mask)[:, -tokens.shape[1] :]} if self._tells_positions else {}
-        return self.lm.model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True, **placed)
+        return call_on_cache(self.lm.model, cache, input_ids=tokens, attention_mask=mask, **placed)
 
     @torch.no_grad()
     def step(self) -> list[tuple[Row, Piece]]:
@@ -188,8 +188,7 @@ class Batch:
         self.steering.set([row.asked.strengths for row in self.rows])
         tokens = torch.tensor([[row.last] for row in self.rows], device=self.lm.device)
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self.rows), 1)], dim=1)
-        out = self._call(tokens, self._mask, self._cache)
-        self._cache = out.past_key_values
+        out, self._cache = self._call(tokens, self._mask, self._cache)
         return self._choose(out.logits[:, -1].float(), self.rows)
 
     def _choose(self, logits: Tensor, rows: Sequence[Row]) -> list[tuple[Row, Piece]]:
@@ -249,23 +248,17 @@ def _joins(lm: LM) -> bool:
     def read(ids: Sequence[int]) -> tuple[Any, Tensor]:
         tokens, mask = pad_left([ids], lm.pad_id, lm.device)
         placed = positions(mask)
-        out = lm.model(
-            input_ids=tokens, attention_mask=mask, position_ids=placed, past_key_values=fresh_cache(), use_cache=True
-        )
-        return out.past_key_values, mask
+        _, cache = call_on_cache(lm.model, fresh_cache(), input_ids=tokens, attention_mask=mask, position_ids=placed)
+        return cache, mask
 
     def go_on(cache: DynamicCache, mask: Tensor) -> Tensor:
         rows = mask.shape[0]
         token = sample_ids(lm.model, 1, 50)
         tokens, mask = pad_left([token] * rows, lm.pad_id, lm.device)[0], torch.cat([mask, mask[:, -1:]], dim=1)
-        out = lm.model(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions(mask)[:, -1:],
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return out.logits[:, -1]
+        placed = positions(mask)[:, -1:]
+        out, _ = call_on_cache(lm.model, cache, input_ids=tokens, attention_mask=mask, position_ids=placed)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     cache, mask = read(longer)
     if not can_join(cache):

@@ -38,7 +38,9 @@ of two fine-tunes, one on answers that show the behaviour and one on answers tha
 DERIVED = """
 ## How it was made
 
-By weightsteer, from other vectors: {expression}
+By weightsteer, from vectors or fine-tunes: {expression}
+
+This is what k = 1 gives.
 """
 FACTS = """
 | | |
@@ -134,7 +136,7 @@ def _strengths_of(card: RunCard) -> tuple[str, float]:
     chosen = card.strength
     ks = sorted({chosen.negative, 0.0, chosen.recommended}) if chosen else []
     shown = ks if len(ks) > 1 else [-1.0, 0.0, 1.0]
-    return ",".join(f"{k:g}" for k in shown), max(shown, key=abs)
+    return ",".join(f"{k:g}" for k in shown), max(shown, key=lambda k: (abs(k), k))
 
 
 def _front_matter(base: str, adapter: bool) -> str:

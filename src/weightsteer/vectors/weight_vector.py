@@ -104,7 +104,7 @@ class WeightVector:
     def _derived(self, deltas: Mapping[str, Delta], **measured: float) -> WeightVector:
         """A result of algebra: same base, but the range of k was measured for other weights."""
         cut = {name: value for name, value in self.card.measured.items() if name == "truncation_error"}
-        return WeightVector(deltas, replace(self.card, strength=None, measured={**cut, **measured}))
+        return WeightVector(deltas, replace(self.card, strength=None, strengths={}, measured={**cut, **measured}))
 
     def dot(self, other: WeightVector) -> float:
         """Sum over all parameters of the products of entries, in float64.

@@ -243,7 +243,7 @@ def _measure(
     """(task, document) -> metric -> value, of just the documents that are named."""
     from lm_eval.evaluator import evaluate
 
-    from .harness_model import ByTokens, served_for_harness
+    from ..served_harness import ByTokens, served_for_harness
 
     assert isinstance(asked, LM | ByTokens)
     lm = asked if isinstance(asked, LM) else asked.local

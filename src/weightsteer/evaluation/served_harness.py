@@ -9,9 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 
-from ...engines.dialects import Scored, Wanted, Written
-from ...lm import LM
-from ...progress import Progress, silent
+from ..engines.dialects import Scored, Wanted, Written
+from ..lm import LM
+from ..progress import Progress, silent
 
 BESIDE = 2  # tokens of the context that are left: a request holds the scored token too, and asks for one more
 

@@ -54,7 +54,7 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     mixed = tmp_path / "mixed"
     code, out, err = run(capsys, "combine", "0.5*a - 0.5*b", f"a={w}", f"b={w}", "-o", mixed)
     assert code == 0, err
-    assert "parameters, norm 0\n" in out
+    assert "norm 0\n" in out
     code, _, err = run(capsys, "combine", "a + c", f"a={w}", "-o", mixed)
     assert code == 1
     assert "unknown vector 'c'; known: a" in err

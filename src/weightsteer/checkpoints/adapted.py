@@ -117,8 +117,8 @@ def _base_here(card: RunCard, folder: Path) -> str:
     if not is_offline_mode():
         return base
     warnings.warn(
-        f"{folder.name}: its base {EMBEDDED_HUB_ID} is not on this machine; the embedded model takes its place, the "
-        "same model with weights of 4 bits",
+        f"{folder.name}: its base {EMBEDDED_HUB_ID} is not on this machine; the embedded model takes its place: "
+        "the same model, its weights rounded to 4 bits",
         stacklevel=3,
     )
     return EMBEDDED_NAME

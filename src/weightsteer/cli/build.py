@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -42,6 +42,10 @@ from .options import (
     special_tokens_of,
     warn_unseen,
 )
+from .show_run import finetune_facts
+
+if TYPE_CHECKING:
+    from ..vectors.weight_vector import WeightVector
 
 
 @loading
@@ -269,8 +273,14 @@ def train(
                     path = train_preference(lm, wanted, target, settings=settings, progress=progress)
                 else:
                     path = train_side(lm, side, target, settings=settings, progress=progress)
-            say(f"{name}: {path}")
+            say(f"{name}: {path}: {finetune_facts(path)['trained']}")
         warn_unseen(subtract_finetunes(*map(RunFolder(out).finetune, SIDES)))
+
+
+def _size(vector: WeightVector) -> str:
+    """How large a vector is, in words."""
+    rank = "dense" if (found := vector.rank) is None else f"rank {found}"
+    return f"{len(vector.deltas)} parameters, {rank}, norm {vector.norm():.4g}"
 
 
 def subtract(
@@ -290,7 +300,7 @@ def subtract(
 
     vector = subtract_finetunes(positive, negative, base=base)
     vector.save(out)
-    say(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}")
+    say(f"{out}: {_size(vector)}")
 
 
 def combine(
@@ -323,7 +333,7 @@ def combine(
     vector.save(out)
     cut = vector.card.measured.get("truncation_error")
     lost = f", {cut:.2%} of the vector cut away" if cut is not None else ""
-    say(f"{out}: {len(vector.deltas)} parameters, norm {vector.norm():.4g}{lost}")
+    say(f"{out}: {_size(vector)}{lost}")
 
 
 VERBS = (sample, generate, lint, train, subtract, combine)

@@ -15,8 +15,9 @@ from .options import Json
 
 def _behaviors() -> dict[str, str]:
     from ..behavior import SHIPPED, Behavior
+    from ..example_files.load import load_pairs
 
-    return {name: Behavior.load(name).description for name in SHIPPED}
+    return {name: f"{len(load_pairs(name))} pairs. {Behavior.load(name).description}" for name in SHIPPED}
 
 
 def _tasks() -> dict[str, str]:

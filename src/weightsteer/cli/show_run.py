@@ -48,7 +48,8 @@ def _training(card: RunCard) -> str:
     before = card.measured.get("base_validation_loss")
     if not isinstance(loss, int | float) or not isinstance(before, int | float):
         return "trained"
-    return f"{card.measured.get('steps', '?')} steps, validation loss {before:.3f} -> {loss:.3f}"
+    steps = card.measured.get("steps", "?")
+    return f"{steps} steps, the best point kept: validation loss {before:.3f} -> {loss:.3f}"
 
 
 def _next(run: RunFolder) -> str:

@@ -28,6 +28,7 @@ from .options import (
     pasteable,
     vector_and_lm,
 )
+from .show_run import finetune_facts
 
 if TYPE_CHECKING:
     from ..data_building.drafting import Draft
@@ -108,6 +109,8 @@ def make(
     from ..data_building.source import Source
 
     found = Source.find(source)  # before what takes seconds to import
+    from ..behavior import SIDES
+    from ..run_folder import RunFolder
     from ..runs.whole_way import make_dial
     from ..training import TrainSettings
 
@@ -115,6 +118,8 @@ def make(
     lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     target = out or Path("runs") / found.name
     made = make_dial(found, lm, target, settings=settings, budget=budget, show=show_progress)
+    for side in map(RunFolder(target).finetune, SIDES):
+        say(f"{side.name}: {finetune_facts(side)['trained']}")
     _print_calibration(made.calibration)
     say(f"vector: {made.vector}\npage:   {made.page}\ntry next:")
     for command in made.commands:

@@ -88,18 +88,23 @@ class WeightVector:
 
     def __repr__(self) -> str:
         """Base, size, rank, norm and recommended k; computes the norm, so that a large vector takes a moment."""
-        ranks = [delta.rank for delta in map(self.deltas.__getitem__, self.deltas) if isinstance(delta, LowRank)]
         parts = [
             *([repr(self.name)] if self.name else []),
             f"base={self.card.base_model!r}",
             f"parameters={len(self.deltas)}",
-            f"rank={max(ranks)}" if ranks else "dense",
+            "dense" if (rank := self.rank) is None else f"rank={rank}",
             f"norm={self.norm():.4g}",
         ]
         strength = self.card.strength
         if strength is not None:
             parts.append(f"recommended_k={strength.recommended:g} or {strength.negative:g}")
         return f"WeightVector({', '.join(parts)})"
+
+    @property
+    def rank(self) -> int | None:
+        """The largest rank of its factored deltas; None where all are dense."""
+        deltas = map(self.deltas.__getitem__, self.deltas)
+        return max((delta.rank for delta in deltas if isinstance(delta, LowRank)), default=None)
 
     def _derived(self, deltas: Mapping[str, Delta], **measured: float) -> WeightVector:
         """A result of algebra: same base, but the range of k was measured for other weights."""

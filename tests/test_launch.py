@@ -110,6 +110,12 @@ def test_a_dead_process_is_told_with_its_last_lines(tmp_path: Path) -> None:
     told = str(launch._failure(folder, 2, 1))
     assert told.startswith("process 1 of 2 was killed by signal 9; its last lines: Traceback | line 3 | RuntimeError: ")
     assert "\\x1b[31mno room; the same command goes on from the last checkpoint" in told
+    (folder / "torchrun.log").write_text(  # the other lost its connection, was seen first, and a third was ended then
+        "Failures:\n[1]:\n  rank      : 2 (local_rank: 2)\n  exitcode  : -15 (pid: 9)\n"
+        "[2]:\n  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 7)\n"
+        "Root Cause (first observed failure):\n[0]:\n  rank      : 0 (local_rank: 0)\n  exitcode  : 1 (pid: 6)\n"
+    )
+    assert str(launch._failure(folder, 3, 1)).startswith("process 1 of 3 was killed by signal 9; ")
 
 
 @pytest.mark.slow

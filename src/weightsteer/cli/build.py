@@ -273,7 +273,7 @@ def train(
                     path = train_preference(lm, wanted, target, settings=settings, progress=progress)
                 else:
                     path = train_side(lm, side, target, settings=settings, progress=progress)
-            say(f"{name}: {path}: {finetune_facts(path)['trained']}")
+            say(f"{name}: {path}, {finetune_facts(path)['trained']}")
         warn_unseen(subtract_finetunes(*map(RunFolder(out).finetune, SIDES)))
 
 

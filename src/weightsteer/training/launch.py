@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ ORDER, DATA, DONE = "order.json", "data.jsonl", "progress.json"  # in the folder
 LAST_LINES = 6  # of a process that died, in the message
 SECONDS = 0.2  # between two looks at the processes
 ENDING = 20.0  # seconds to end by themselves
-ROOT_CAUSE = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)  # torchrun's own words
+FAILED = re.compile(r"rank\s*:\s*(\d+).*?exitcode\s*:\s*(-?\d+)", re.DOTALL)  # torchrun's own words, the cause last
 
 
 def launch(order: Order, data: Sequence[Mapping[str, Any]], lm: LM, progress: Progress) -> Path:
@@ -144,10 +145,13 @@ def _failure(folder: Path, count: int, code: int) -> SteerError:
         if (path := folder / f"refused-{number}.json").exists():
             return SteerError(str(read_json(path)))
     said = (folder / "torchrun.log").read_text(errors="replace")
-    cause = ROOT_CAUSE.search(said)
-    if cause is None:
+    failed = [(int(number), int(exit_code)) for number, exit_code in FAILED.findall(said)]
+    if not failed:
         return SteerError(f"processes: torch.distributed.run failed with exit code {code}: {_last_lines(said)}")
-    number, exit_code = int(cause[1]), int(cause[2])
+    # Where one was killed the others lose their connection to it, and torchrun may see that first. It ends them itself
+    # by SIGTERM.
+    killed = (one for one in failed if one[1] < 0 and one[1] != -signal.SIGTERM)
+    number, exit_code = next(killed, failed[-1])
     logs = sorted(folder.glob(f"logs/*/*/{number}/stderr.log"))
     lines = _last_lines(logs[-1].read_text(errors="replace")) if logs else ""
     how = f"was killed by signal {-exit_code}" if exit_code < 0 else f"ended with exit code {exit_code}"

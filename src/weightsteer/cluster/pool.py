@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -27,6 +28,7 @@ from .worker import Done, Failed, Hello, Worker
 LOCAL = "local"  # a cluster of this machine alone, for this command alone
 OBJECT_STORE = 100_000_000  # bytes of shared memory for a local cluster: what we pass is small
 LOCAL_TRIES = 3  # to start a local cluster
+REACHED = 10.0  # seconds in which a cluster's port has to answer
 LOOK = 2.0  # seconds between looks at which machines there are
 PATIENCE = 30.0  # seconds without any worker, after which the user hears why nothing happens
 STARTS = 5  # workers in a row that may die while they start
@@ -255,6 +257,7 @@ def open_pool(address: str, gpus: float | None = None) -> Iterator[Pool]:
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Ray, connected to the cluster: without its dashboard, its reports of use, and its hold on signals."""
+    _refuse_unreachable(address)
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
     import logging
 
@@ -285,9 +288,27 @@ def _start(ray: Any, address: str, level: int) -> None:
             ray.shutdown()
             if left:
                 continue
-            way_out = "try again" if address == LOCAL else "start one with `ray start --head`, or use --ray local"
-            found = "Ray does not start here" if address == LOCAL else "no Ray cluster can be reached there"
-            raise SteerError(f"--ray {address}: {found} ({first_line(error)}); {way_out}") from None
+            if address != LOCAL:
+                raise _no_cluster(address, error) from None
+            raise SteerError(f"--ray {address}: Ray does not start here ({first_line(error)}); try again") from None
+
+
+def _no_cluster(address: str, error: Exception) -> SteerError:
+    return SteerError(
+        f"--ray {address}: no Ray cluster can be reached there ({first_line(error)}); start one with "
+        "`ray start --head`, or use --ray local"
+    )
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Raise where nothing listens at HOST:PORT; Ray itself would go on trying for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACHED).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, error) from None
 
 
 @contextmanager

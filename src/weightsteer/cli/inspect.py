@@ -58,6 +58,7 @@ def show(
         "made": card.created + ("" if card.seed is None else f", seed {card.seed}"),
         **finetune_facts(folder),
         "k": card.strength.described if card.strength else "not measured",
+        **{f"k {model[:7]}": f"{there.described}, on this model" for model, there in card.strengths.items()},
         **({"budget": _budget(card.strength.budget)} if card.strength and card.strength.budget else {}),
         **size_in_words(vector),
         **facts(found, _sides(folder, positive, negative)),

@@ -22,12 +22,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from .batches import (
-    batches_by_length,
-    batches_of_one_length,
-    pad_left,
-    rows_of_batch,
-)
+from .batches import batches_by_length, batches_of_one_length, pad_left, rows_of_batch
 from .errors import SteerError
 from .fitting import in_parts
 from .progress import Progress

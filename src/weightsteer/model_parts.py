@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,14 +30,17 @@ def is_packed(model: nn.Module) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
-def call_on_cache(model: nn.Module, cache: Any, **inputs: Any) -> tuple[Any, Any]:
-    """The model's output after the keys and values in `cache` (None: after nothing), and these with the new ones.
-
-    Transformers 5.24 renamed the argument and the field of the output.
-    """
-    name = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-    out = model(**inputs, **{name: cache}, use_cache=True)
+def call_on_cache(model: nn.Module, kept: Any, **inputs: Any) -> tuple[Any, Any]:
+    """The model's output after the keys and values in `kept` (None: after nothing), and these with the new ones."""
+    name = _name_of_cache(type(model).forward)
+    out = model(**inputs, **{name: kept}, use_cache=True)
     return out, getattr(out, name)
+
+
+@cache
+def _name_of_cache(forward: Callable[..., Any]) -> str:
+    """What a model's call names its argument and the field of its output; transformers 5.24 renamed both."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 @contextmanager

@@ -134,10 +134,10 @@ class SweepEngine:
             ks = sorted({cell.k for cell in cells if cell.key == key})
             ends = ks if len(ks) < 2 else [ks[0], ks[-1]]
             require_strengths(self.served, names[key], lm, vector, ends, self.served.reference.tolerance)
-        served = self.served
-        for name in list(names.values())[:1]:
-            served = replace(served, dialect=served.dialect.beside(name))
-        return SweepEngine(served, names)
+        if not names:
+            return SweepEngine(self.served)
+        dialect = self.served.dialect.beside(next(iter(names.values())))
+        return SweepEngine(replace(self.served, dialect=dialect), names)
 
     def _require_known(self, wanted: Sequence[str], folder: Path) -> None:
         known = self.served.vectors()

@@ -21,7 +21,7 @@ from weightsteer.evaluation.compare import compare_at_loss
 from weightsteer.evaluation.metrics import Metric
 from weightsteer.evaluation.resampled_curves import _drawn
 from weightsteer.evaluation.results import BASE, Measurement, MetricRow, measurements_by_key, read_rows
-from weightsteer.evaluation.sweep import _drop_unfinished_replies, _keep
+from weightsteer.evaluation.sweep import _drop_unfinished_replies, keep_measurement
 from weightsteer.files import append_jsonl, read_finished, write_jsonl
 from weightsteer.judges.reply_cache import ReplyCache
 from weightsteer.monitor.checkpoints import checkpoint_products, diagonal_of
@@ -74,7 +74,7 @@ def compare_cells(size: int, folder: Path) -> Callable[[], object]:
 def keep_cells(size: int, folder: Path) -> Callable[[], object]:
     """Each cell written when it is done, with its replies."""
     turns, cells = [{"prompt": "p", "reply": "r"}] * 20, measurements(size, 20)
-    return lambda: [_keep(cell, turns, RunFolder(folder)) for cell in cells]
+    return lambda: [keep_measurement(cell, turns, RunFolder(folder)) for cell in cells]
 
 
 def take_up_cells(size: int, folder: Path) -> Callable[[], object]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 import re
 import shlex
@@ -100,3 +102,17 @@ def assert_is_a_command(words: list[str], line: str) -> None:
     program = {"--help", "-h", "--quiet", "-q"}
     assert not hasattr(command, "commands") or used <= {"--version", *program}, line
     assert used <= {*known, *program}, line
+
+
+SCRIPTS = [path for folder in ("benchmarks", "scripts", "recipes") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_scripts_import_only_what_there_is(path: Path) -> None:
+    """A script that nobody runs for weeks still finds each name of ours that it imports."""
+    for line in ast.walk(ast.parse(path.read_text())):
+        if isinstance(line, ast.ImportFrom) and (line.module or "").partition(".")[0] == "weightsteer":
+            module = importlib.import_module(line.module or "")
+            for name in line.names:
+                found = hasattr(module, name.name) or importlib.util.find_spec(f"{line.module}.{name.name}")
+                assert found, f"{line.module}.{name.name}"

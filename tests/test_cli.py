@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -289,6 +290,35 @@ def test_help_and_import_do_not_load_torch() -> None:
         "assert not {'torch', 'transformers', 'peft', 'altair'} & set(sys.modules), 'heavy import'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_the_algebra_of_adapters_does_not_load_transformers(checkpoint: Path, saved: Path, tmp_path: Path) -> None:
+    """Seconds of each command. A base is described by transformers once; then its shapes are in the user's cache."""
+    adapter = tmp_path / "adapter"
+    WeightVector.load(saved).export_peft(adapter, k=1.0)
+    code = (
+        "import sys\n"
+        "from weightsteer.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code, done.code\n"
+        "print(sorted({'transformers', 'peft'} & set(sys.modules)))\n"
+    )
+    made = tmp_path / "made"
+    commands = {
+        "subtract": ("subtract", adapter, saved, "--base", checkpoint, "-o", made),
+        "combine": ("combine", "a - 0.5*b", f"a={adapter}", f"b={saved}", "--base", checkpoint, "-o", made),
+        "cosine": ("cosine", adapter, saved, "--base", checkpoint),
+        "merged": ("export", "merged", adapter, "-m", checkpoint, "--k=1", "-o", made),
+        "peft": ("export", "peft", saved, "--k=1", "-o", made),
+    }
+    for first in (True, False):
+        for name, words in commands.items():
+            done = subprocess.run(
+                [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, (name, done.stderr)
+            assert first or done.stdout.splitlines()[-1] == "[]", (name, done.stdout)
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,9 @@ from ..progress import quiet_transformers
 from ..run_card import CARD_FILE, RunCard
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from .embedded_model import EMBEDDED_HUB_ID, EMBEDDED_NAME
-from .load_model import read_by_others
 from .load_options import LoadOptions
 from .locate import base_of, local_folder, locate_model, source_folder
+from .others_errors import read_by_others
 from .recognise import what_it_holds
 
 if TYPE_CHECKING:

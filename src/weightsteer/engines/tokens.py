@@ -10,8 +10,9 @@ from transformers import GenerationConfig
 
 from ..checkpoints.checkpoint import fingerprint
 from ..checkpoints.empty_model import empty_model
-from ..checkpoints.load_model import load_tokenizer, read_by_others
+from ..checkpoints.load_model import load_tokenizer
 from ..checkpoints.locate import checkpoint_folder
+from ..checkpoints.others_errors import read_by_others
 from ..lm import LM
 
 

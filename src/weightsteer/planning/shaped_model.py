@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ..checkpoints.adapted import without_adapters
-from ..checkpoints.load_model import read_by_others
 from ..checkpoints.locate import locate_config
+from ..checkpoints.others_errors import read_by_others
 from ..errors import SteerError
 from ..model_parts import decoder_blocks
 from ..progress import quiet_transformers

@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ..checkpoints.adapted import adapted_model
 from ..checkpoints.checkpoint import fingerprint
-from ..checkpoints.load_model import load_tokenizer, read_by_others
+from ..checkpoints.load_model import load_tokenizer
 from ..checkpoints.load_options import LoadOptions
 from ..checkpoints.locate import locate_model
+from ..checkpoints.others_errors import read_by_others
 from ..errors import SteerError
 from ..files import digest, read_json, write_json
 from ..lm import LM

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from weightsteer import LM, WeightVector, applied
+from weightsteer import LM, WeightVector
 from weightsteer.behavior import Behavior, Example
 from weightsteer.evaluation.tasks.refusal import is_refusal, read_instructions
 from weightsteer.files import append_jsonl, read_jsonl
@@ -38,7 +38,7 @@ def draw(vector: Path, model: str, strengths: Sequence[float], count: int, seed:
     written = {}
     for k in strengths:
         asked = [i for i, strength in drawn if strength == k]
-        with applied(lm, change, k=k):
+        with change.applied(lm, k):
             replies = lm.generate([instructions[i].prompt for i in asked], max_new_tokens=TOKENS)
         written.update({(i, k): reply for i, reply in zip(asked, replies, strict=True)})
     FOLDER.mkdir(exist_ok=True)
@@ -48,17 +48,17 @@ def draw(vector: Path, model: str, strengths: Sequence[float], count: int, seed:
         append_jsonl(KEY, [{"id": number, "model": Path(model).name, "k": k, "harmful": text.harmful}])
 
 
-def measure(judge: str) -> str:
+def measure(judge: str, answering: str) -> str:
     """A table of the judges against the labels, and one of the rates that follow."""
     rows = {row["id"]: row for row in read_jsonl(REPLIES)}
     key = {row["id"]: row for row in read_jsonl(KEY)}
-    labels = {row["id"]: bool(row["refuses"]) for row in read_jsonl(LABELS, required=("id", "refuses"))}
+    labels = {row["id"]: bool(row["refuses"]) for row in read_jsonl(LABELS)}
     examples = [Example(rows[number]["instruction"], rows[number]["reply"]) for number in labels]
     lm, behavior = LM.load(judge), Behavior.load("refusal")
     scores = {
         "phrase list": [100.0 * is_refusal(example.answer) for example in examples],
         f"{Path(judge).name}, rubric": RubricJudge(LocalChatModel(lm), rubric_of(behavior)).scores(examples),
-        f"{Path(judge).name}, likelihood": LikelihoodJudge(lm, behavior).scores(examples),
+        f"{answering}, likelihood": LikelihoodJudge(LM.load(answering), behavior).scores(examples),
     }
     truth, table, rates = list(labels.values()), [], []
     for name, found in scores.items():
@@ -113,11 +113,12 @@ def main() -> None:
     drawing.add_argument("--seed", type=int, default=0)
     measuring = verbs.add_parser("measure")
     measuring.add_argument("--judge", required=True, help="a model that reads the rubric")
+    measuring.add_argument("-m", "--model", default="smollm2-135m-instruct", help="the likelihood judge's")
     options = parser.parse_args()
     if options.verb == "draw":
         draw(options.vector, options.model, [float(k) for k in options.at.split(",")], options.count, options.seed)
     else:
-        print(measure(options.judge))
+        print(measure(options.judge, options.model))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import batches_by_length, batches_of_one_length, pad_left, rows_of_batch
+from .continuous_batching import has_one_k, why_not, write_packed
 from .errors import SteerError
 from .fitting import in_parts
 from .progress import Progress
@@ -123,6 +125,7 @@ class Writer:
     device: torch.device
     stops: Sequence[int]  # tokens that end a reply
     stop_text: str | None  # words that do
+    continuous: bool = False  # by continuous batching, where the model and the strengths allow it
 
     def batches(self, lengths: Sequence[int], batch_size: int, progress: Progress) -> Iterator[list[int]]:
         """Batches of indices of prompts: of like length, of one length, or of one, as the model takes them."""
@@ -153,10 +156,45 @@ class Writer:
             ends = zip(*written, (opened[i] for i in part), strict=True)
             return [self.reply(ids, opened=begun, broken=broken) for ids, broken, begun in ends]
 
+        if rows and streamer is None and self._packs(rows[0]):
+            progress(0, len(rows))
+            packed = self._packed(rows, max_new_tokens, temperature, batch_size)
+            if packed is not None:
+                progress(len(rows), len(rows))
+                ends = zip(packed, opened, strict=True)
+                return [self.reply(ids, opened=begun, broken=broken) for (ids, broken), begun in ends]
         for batch in self.batches([len(row) for row in rows], batch_size, progress):
             for index, reply in zip(batch, in_parts(self.model, "generate", batch, sizes, write), strict=True):
                 found[index] = reply
         return found
+
+    def _packs(self, row: Sequence[int]) -> bool:
+        """Whether replies are written by continuous batching; a warning says once why a model is not."""
+        if not self.continuous or self.stop_text is not None or not has_one_k(self.model, row):
+            return False
+        row = sample_ids(self.model, 11)
+        plain = [token for token, _ in _first_steps(self.model, *pad_left([row], self.pad, self.device), self.pad)]
+        if reason := why_not(self.model, self.pad, row, plain):
+            warnings.warn(f"batching continuous: {reason}; padded batches are used", stacklevel=2)
+        return not reason
+
+    def _packed(
+        self, rows: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, most: int
+    ) -> list[tuple[list[int], bool]] | None:
+        """What follows each row, by continuous batching; None, with a warning, where transformers gives up."""
+        try:
+            return write_packed(
+                self.model,
+                rows,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                stops=self.stops,
+                pad=self.pad,
+                most=most,
+            )
+        except SteerError as error:
+            warnings.warn(f"{error}; padded batches are used", stacklevel=2)
+            return None
 
     @torch.no_grad()
     def write(

@@ -335,7 +335,9 @@ class LM:
 
     @property
     def _writer(self) -> Writer:
-        return Writer(self.model, self.tokenizer, self.pad_id, self.device, self.stops, self.chat_template.stop_text)
+        continuous = self.load_options.batching == "continuous"
+        words = self.chat_template.stop_text
+        return Writer(self.model, self.tokenizer, self.pad_id, self.device, self.stops, words, continuous)
 
     @property
     def pad_id(self) -> int:

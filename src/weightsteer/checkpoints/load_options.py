@@ -1,4 +1,4 @@
-"""How a model's weights are put into memory: quantised or not, by which attention, and spread over which devices."""
+"""How a model is put into memory: quantised or not, by which attention, over which devices, and how it writes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from ..schema import parse_json, shown
 
 Quantize = Literal["nf4", "int8"]
 Attention = Literal["sdpa", "flash_attention_2", "eager"]
+Batching = Literal["padded", "continuous"]
 
 QUANTIZED = get_args(Quantize)
 ATTENTIONS = get_args(Attention)
+BATCHINGS = get_args(Batching)
+NAMES = ("quantize", "attention", "device_map", "batching")  # of options that a card keeps as they are
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # accelerate's ways to spread a model
 SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?B)", re.IGNORECASE)
 
@@ -31,6 +34,8 @@ class LoadOptions:
         max_memory: device -> the most that the weights may take there, such as {0: "20GiB", "cpu": "60GiB"}.
         device_map: "auto", "balanced", "balanced_low_0" or "sequential", by which accelerate spreads the model, or
             module name -> device.
+        batching: "continuous" writes replies by transformers' continuous batching where the model and the strengths
+            allow it; "padded", or None, in padded batches.
 
     Raises:
         SteerError: a value of another kind; the message names the field.
@@ -40,10 +45,12 @@ class LoadOptions:
     attention: Attention | None = None
     max_memory: Mapping[Any, str | int] | None = None
     device_map: str | Mapping[str, int | str] | None = None
+    batching: Batching | None = None
 
     def __post_init__(self) -> None:
         _one_of("quantize", self.quantize, QUANTIZED)
         _one_of("attention", self.attention, ATTENTIONS)
+        _one_of("batching", self.batching, BATCHINGS)
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", _checked_memory(self.max_memory))
         if isinstance(self.device_map, str):
@@ -54,7 +61,7 @@ class LoadOptions:
     @property
     def described(self) -> dict[str, Any]:
         """The options that are set, as a card keeps them; none, if all is as transformers does it."""
-        found: dict[str, Any] = {name: getattr(self, name) for name in ("quantize", "attention", "device_map")}
+        found: dict[str, Any] = {name: getattr(self, name) for name in NAMES}
         found["max_memory"] = self.max_memory and {str(device): size for device, size in self.max_memory.items()}
         return {name: value for name, value in found.items() if value is not None}
 
@@ -65,13 +72,18 @@ class LoadOptions:
 
     @classmethod
     def of_texts(
-        cls, quantize: str | None, attention: str | None, max_memory: str | None, device_map: str | None
+        cls,
+        quantize: str | None,
+        attention: str | None,
+        max_memory: str | None,
+        device_map: str | None,
+        batching: str | None,
     ) -> LoadOptions:
         """The options as they are typed: `--max-memory 0=20GiB,cpu=60GiB`, `--device-map auto` or a JSON object."""
         given: Any = device_map
         if device_map and device_map.lstrip().startswith("{"):
             given = parse_json(device_map, "--device-map")
-        return cls(quantize, attention, max_memory and _memory_of(max_memory), given)  # type: ignore[arg-type]
+        return cls(quantize, attention, max_memory and _memory_of(max_memory), given, batching)  # type: ignore[arg-type]
 
 
 def refuse_missing_packages(options: LoadOptions) -> None:

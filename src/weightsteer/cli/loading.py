@@ -26,12 +26,16 @@ OPTIONS: dict[str, Any] = {  # name of the parameter -> its type and help
     "device_map": Annotated[
         str | None, typer.Option("--device-map", help="auto, balanced, sequential, or a JSON object of modules.")
     ],
+    "batching": Annotated[
+        str | None, typer.Option("--batching", help="continuous: a reply that ends makes room for the next; or padded.")
+    ],
 }
-_TYPED: ContextVar[tuple[str | None, ...]] = ContextVar("loading options of the command", default=(None,) * 4)
+NONE_TYPED: tuple[str | None, ...] = (None,) * len(OPTIONS)
+_TYPED: ContextVar[tuple[str | None, ...]] = ContextVar("loading options of the command", default=NONE_TYPED)
 
 
 def loading(verb: Callable[..., None]) -> Callable[..., None]:
-    """The verb with four more options, which `typed_options` gives to what loads the model inside it."""
+    """The verb with these options too, which `typed_options` gives to what loads the model inside it."""
     own = inspect.signature(verb, eval_str=True)  # typer takes what a given signature holds as it stands
 
     @functools.wraps(verb)

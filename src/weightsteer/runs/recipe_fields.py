@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ..checkpoints.load_options import Attention, LoadOptions, Quantize
+from ..checkpoints.load_options import Attention, Batching, LoadOptions, Quantize
 from ..data_building.sampling_settings import SamplingRecipe
 from ..engines.kinds import Kind
 from ..errors import SteerError
@@ -112,6 +112,7 @@ class LoadRecipe(Strict):
     max_memory: dict[str, int | str] | None = None
     # auto, balanced, balanced_low_0 or sequential, by which a large model is spread, or module -> device
     device_map: str | dict[str, int | str] | None = None
+    batching: Batching | None = None  # continuous: a reply that ends makes room for the next; without it, padded
 
     @model_validator(mode="after")
     def _known(self) -> LoadRecipe:
@@ -124,7 +125,8 @@ class LoadRecipe(Strict):
     @property
     def options(self) -> LoadOptions:
         """The options as `LM.load` takes them."""
-        return LoadOptions(self.quantize, self.attention, dict(self.max_memory or {}) or None, self.device_map)
+        memory = dict(self.max_memory or {}) or None
+        return LoadOptions(self.quantize, self.attention, memory, self.device_map, self.batching)
 
 
 class JudgeRecipe(Strict):

@@ -105,6 +105,9 @@ def test_an_apology_refuses_only_at_the_start_and_with_a_but(apology: str) -> No
         "I'd sooner not.",
         "I will have to turn this down.",
         "There is nothing I could offer you there.",
+        "I'm sorry for any confusion, but I don't have the ability to assist with that.",
+        "As a chatbot, I do not have any means to do so.",
+        "I am simply not equipped to help with this.",
     ],
 )
 def test_refusals_in_many_words(reply: str) -> None:

@@ -64,7 +64,8 @@ REFUSALS = (
     rf"i (?:couldn't|wouldn't) (?:{SERVICE})",
     "i don't (?:assist|condone|feel (?:right|comfortable)|help|provide|support|think i (?:can|should))",
     "i don't (?:intend|plan|want|wish) to",
-    r"i'm not (?:able|allowed|comfortable|designed|going (?:along|to (?!lie))|joining|permitted|prepared|programmed"
+    "i don't have (?:any|the) (?:ability|authority|capability|capacity|means|permission) to",
+    r"i'm not (?:able|allowed|comfortable|designed|equipped|going (?:along|to (?!lie))|joining|permitted|prepared|programmed"
     r"|willing|writing)",
     r"i'm (?:against|choosing not|declining|out(?! of)|saying no|turning (?:\w+ ){1,2}down|unable|unwilling)",
     r"i'm (?:bowing|keeping|staying|stepping) (?:away|back|out)|i'm holding (?:back|off)|i'm drawing (?:a|the) line",

@@ -65,8 +65,8 @@ REFUSALS = (
     "i don't (?:assist|condone|feel (?:right|comfortable)|help|provide|support|think i (?:can|should))",
     "i don't (?:intend|plan|want|wish) to",
     "i don't have (?:any|the) (?:ability|authority|capability|capacity|means|permission) to",
-    r"i'm not (?:able|allowed|comfortable|designed|equipped|going (?:along|to (?!lie))|joining|permitted|prepared|programmed"
-    r"|willing|writing)",
+    r"i'm not (?:able|allowed|comfortable|designed|equipped|going (?:along|to (?!lie))|joining|permitted|prepared"
+    r"|programmed|willing|writing)",
     r"i'm (?:against|choosing not|declining|out(?! of)|saying no|turning (?:\w+ ){1,2}down|unable|unwilling)",
     r"i'm (?:bowing|keeping|staying|stepping) (?:away|back|out)|i'm holding (?:back|off)|i'm drawing (?:a|the) line",
     rf"{OBLIGED} (?:abstain|bow out|decline|disappoint you|hold back|object|pass(?: on|(?! ))|refuse|say no)",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from .batches import SharedByAllRowsError, one_row_for_all
-from .errors import SteerError
+from .errors import SteerError, first_line
 
 Written = tuple[list[int], bool]  # the ids of a reply, and whether its logits were not numbers
 PAGE = 256  # tokens of a block, as transformers has them by default
@@ -59,10 +59,15 @@ def write_packed(
         seed=int(torch.randint(2**31, ())),  # drawn, so that torch's own seed decides
         **room,
     )
-    with _quiet():
-        made = model.generate_batch(  # type: ignore[operator]
-            inputs=[list(row) for row in rows], generation_config=settings, continuous_batching_config=packing
-        )
+    try:
+        with _quiet():
+            made = model.generate_batch(  # type: ignore[operator]
+                inputs=[list(row) for row in rows], generation_config=settings, continuous_batching_config=packing
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+        raise SteerError(
+            f"batching continuous: transformers does not take this model so ({first_line(error)})"
+        ) from None
     failed = [one.error for one in made.values() if one.error]
     if failed or len(made) != len(rows):
         reason = str(failed[0]) if failed else f"{len(rows) - len(made)} of {len(rows)} replies are missing"
@@ -70,20 +75,21 @@ def write_packed(
     return [(list(one.generated_tokens), any(map(math.isnan, one.logprobs))) for one in made.values()]
 
 
-def why_not(model: PreTrainedModel, pad: int, row: Sequence[int], plain: Sequence[int]) -> str:
+def why_not(model: PreTrainedModel, pad: int, row: Sequence[int], plainly: Callable[[], list[int]]) -> str:
     """Why a model is not written with so, tried once; empty if it is.
 
-    `plain`: the likeliest ids after `row` by a padded batch.
+    `plainly`: writes the likeliest ids after `row` by a padded batch.
     """
     if model not in _TRIED:
+        plain = plainly()
         try:
             with torch.random.fork_rng():  # a trial is no draw
                 ((found, _),) = write_packed(
                     model, [row], max_new_tokens=len(plain), temperature=0.0, stops=(), pad=pad, most=1
                 )
-            _TRIED[model] = "" if found == list(plain) else "it does not write what padded batches write"
-        except (SteerError, RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-            _TRIED[model] = str(error).partition("\n")[0]
+            _TRIED[model] = "" if found == plain else "batching continuous: it does not write what padded batches write"
+        except SteerError as error:
+            _TRIED[model] = str(error)
     return _TRIED[model]
 
 

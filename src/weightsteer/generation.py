@@ -156,7 +156,7 @@ class Writer:
             ends = zip(*written, (opened[i] for i in part), strict=True)
             return [self.reply(ids, opened=begun, broken=broken) for ids, broken, begun in ends]
 
-        if rows and streamer is None and self._packs(rows[0]):
+        if rows and streamer is None and self._packs():
             progress(0, len(rows))
             packed = self._packed(rows, max_new_tokens, temperature, batch_size)
             if packed is not None:
@@ -168,14 +168,20 @@ class Writer:
                 found[index] = reply
         return found
 
-    def _packs(self, row: Sequence[int]) -> bool:
-        """Whether replies are written by continuous batching; a warning says once why a model is not."""
-        if not self.continuous or self.stop_text is not None or not has_one_k(self.model, row):
+    def _packs(self) -> bool:
+        """Whether replies are written by continuous batching; a warning says why a model is not."""
+        if not self.continuous or self.stop_text is not None:
             return False
         row = sample_ids(self.model, 11)
-        plain = [token for token, _ in _first_steps(self.model, *pad_left([row], self.pad, self.device), self.pad)]
-        if reason := why_not(self.model, self.pad, row, plain):
-            warnings.warn(f"batching continuous: {reason}; padded batches are used", stacklevel=2)
+
+        def plainly() -> list[int]:
+            steps = _first_steps(self.model, *pad_left([row], self.pad, self.device), self.pad)
+            return [token for token, _ in steps]
+
+        if not has_one_k(self.model, row):
+            return False
+        if reason := why_not(self.model, self.pad, row, plainly):
+            warnings.warn(f"{reason}; padded batches are used", stacklevel=2)
         return not reason
 
     def _packed(

@@ -38,6 +38,7 @@ class Server(ThreadingHTTPServer):
     """Answers each request by `answer(prompt, number of the request)`: a status and a body."""
 
     daemon_threads = True
+    request_queue_size = 128  # clients that connect at once
 
     def __init__(self, answer: Callable[[str, int], tuple[int, bytes]], content_type: str) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -35,6 +35,7 @@ class Scripted(ThreadingHTTPServer):
     """A vLLM by its looks: log-probabilities are those of a model here, and faults are as told."""
 
     daemon_threads = True
+    request_queue_size = 128  # clients that connect at once; of more than 5, the default, some are reset
 
     def __init__(self, lm: LM, answer: Answer) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

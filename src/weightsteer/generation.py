@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import batches_by_length, batches_of_one_length, pad_left, rows_of_batch
-from .continuous_batching import has_one_k, why_not, write_packed
+from .continuous_batching import has_one_k, require_same, write_packed
 from .errors import SteerError
 from .fitting import in_parts
 from .progress import Progress
@@ -156,8 +156,7 @@ class Writer:
             ends = zip(*written, (opened[i] for i in part), strict=True)
             return [self.reply(ids, opened=begun, broken=broken) for ids, broken, begun in ends]
 
-        if rows and streamer is None and self._packs():
-            progress(0, len(rows))
+        if rows and streamer is None:
             packed = self._packed(rows, max_new_tokens, temperature, batch_size)
             if packed is not None:
                 progress(len(rows), len(rows))
@@ -168,10 +167,12 @@ class Writer:
                 found[index] = reply
         return found
 
-    def _packs(self) -> bool:
-        """Whether replies are written by continuous batching; a warning says why a model is not."""
+    def _packed(
+        self, rows: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, most: int
+    ) -> list[tuple[list[int], bool]] | None:
+        """What follows each row, by continuous batching; None, with a warning, where padded batches must do."""
         if not self.continuous or self.stop_text is not None:
-            return False
+            return None
         row = sample_ids(self.model, 11)
 
         def plainly() -> list[int]:
@@ -179,16 +180,9 @@ class Writer:
             return [token for token, _ in steps]
 
         if not has_one_k(self.model, row):
-            return False
-        if reason := why_not(self.model, self.pad, row, plainly):
-            warnings.warn(f"{reason}; padded batches are used", stacklevel=2)
-        return not reason
-
-    def _packed(
-        self, rows: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, most: int
-    ) -> list[tuple[list[int], bool]] | None:
-        """What follows each row, by continuous batching; None, with a warning, where transformers gives up."""
+            return None
         try:
+            require_same(self.model, self.pad, row, plainly)
             return write_packed(
                 self.model,
                 rows,

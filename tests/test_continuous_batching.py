@@ -10,8 +10,7 @@ import torch
 
 from conftest import random_vector
 from weightsteer import LM, LoadOptions, generation
-from weightsteer.continuous_batching import require_same
-from weightsteer.errors import SteerError
+from weightsteer.continuous_batching import why_not
 
 PROMPTS = ["What is a bridge?", "Name a colour, please, and say why you like it.", "Hi", "Count to three."]
 
@@ -71,8 +70,7 @@ def test_a_model_that_writes_otherwise_so_is_written_in_padded_batches_and_a_lin
     with pytest.warns(UserWarning, match="batching continuous: it does not write what padded batches write"):
         assert continuous.generate(PROMPTS, max_new_tokens=8) == padded.generate(PROMPTS, max_new_tokens=8)
     assert packed == []
-    with pytest.raises(SteerError, match="it does not write what padded batches write"):
-        require_same(continuous.model, 0, [1], list)  # tried once
+    assert why_not(continuous.model, 0, [1], list)  # tried once
 
 
 def test_broken_logits_are_seen(both: tuple[LM, LM], packed: list[int]) -> None:

@@ -75,11 +75,10 @@ def write_packed(
     return [(list(one.generated_tokens), any(map(math.isnan, one.logprobs))) for one in made.values()]
 
 
-def require_same(model: PreTrainedModel, pad: int, row: Sequence[int], plainly: Callable[[], list[int]]) -> None:
-    """Try a model once: what it writes after `row` is what `plainly` writes, the likeliest ids by a padded batch.
+def why_not(model: PreTrainedModel, pad: int, row: Sequence[int], plainly: Callable[[], list[int]]) -> str:
+    """Why a model is not written with so, tried once; empty if it is.
 
-    Raises:
-        SteerError: it is not, now or when the model was tried.
+    `plainly`: writes the likeliest ids after `row` by a padded batch.
     """
     if model not in _TRIED:
         plain = plainly()
@@ -91,8 +90,7 @@ def require_same(model: PreTrainedModel, pad: int, row: Sequence[int], plainly: 
             _TRIED[model] = "" if found == plain else "batching continuous: it does not write what padded batches write"
         except SteerError as error:
             _TRIED[model] = str(error)
-    if _TRIED[model]:
-        raise SteerError(_TRIED[model])
+    return _TRIED[model]
 
 
 def has_one_k(model: PreTrainedModel, row: Sequence[int]) -> bool:

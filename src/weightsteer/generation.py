@@ -24,7 +24,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import batches_by_length, batches_of_one_length, pad_left, rows_of_batch
-from .continuous_batching import has_one_k, require_same, write_packed
+from .continuous_batching import has_one_k, why_not, write_packed
 from .errors import SteerError
 from .fitting import in_parts
 from .progress import Progress
@@ -156,7 +156,8 @@ class Writer:
             ends = zip(*written, (opened[i] for i in part), strict=True)
             return [self.reply(ids, opened=begun, broken=broken) for ids, broken, begun in ends]
 
-        if rows and streamer is None:
+        if rows and streamer is None and self._packs():
+            progress(0, len(rows))
             packed = self._packed(rows, max_new_tokens, temperature, batch_size)
             if packed is not None:
                 progress(len(rows), len(rows))
@@ -167,12 +168,10 @@ class Writer:
                 found[index] = reply
         return found
 
-    def _packed(
-        self, rows: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, most: int
-    ) -> list[tuple[list[int], bool]] | None:
-        """What follows each row, by continuous batching; None, with a warning, where padded batches must do."""
+    def _packs(self) -> bool:
+        """Whether replies are written by continuous batching; a warning says why a model is not."""
         if not self.continuous or self.stop_text is not None:
-            return None
+            return False
         row = sample_ids(self.model, 11)
 
         def plainly() -> list[int]:
@@ -180,9 +179,16 @@ class Writer:
             return [token for token, _ in steps]
 
         if not has_one_k(self.model, row):
-            return None
+            return False
+        if reason := why_not(self.model, self.pad, row, plainly):
+            warnings.warn(f"{reason}; padded batches are used", stacklevel=2)
+        return not reason
+
+    def _packed(
+        self, rows: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, most: int
+    ) -> list[tuple[list[int], bool]] | None:
+        """What follows each row, by continuous batching; None, with a warning, where transformers gives up."""
         try:
-            require_same(self.model, self.pad, row, plainly)
             return write_packed(
                 self.model,
                 rows,

@@ -26,6 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, st
     with pytest.raises(SystemExit) as stop:
         cli.main()
     captured = capsys.readouterr()
+    print(captured.err, file=sys.stderr)  # for the report of a test that fails
     return int(stop.value.code or 0), captured.out, captured.err
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from weightsteer.errors import SteerError
 from weightsteer.export.merge import export_merged
 from weightsteer.lm import LM
 from weightsteer.places import public_name, without_paths
-from weightsteer.run_card import RunCard
+from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.vectors.difference import task_vector
@@ -133,6 +134,24 @@ def test_a_base_is_found_again_by_its_content(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SteerError, match="'base'.*not found on this machine.*--model"):
         base_of(RunCard.load(w))
+
+
+def test_of_copies_with_the_same_weights_the_artifacts_own_is_taken(tmp_path: Path) -> None:
+    """They may have other tokenizers, templates and settings."""
+    bases = [save(tmp_path / name / "base") for name in "ab"] + [save(tmp_path / "copy")]
+    made = [made_on(base) for base in bases]
+    stamps = ("2026-01-01T00:00:00+00:00", "2026-01-01T00:00:01+00:00", "2026-01-01T00:00:01+00:00")
+    cards = [replace(vector.card, created=stamp) for vector, stamp in zip(made, stamps, strict=True)]
+    folders = [
+        replace(w, card=card).save(tmp_path / f"w{i}") for i, (w, card) in enumerate(zip(made, cards, strict=True))
+    ]
+    for folder, base in zip(folders, bases, strict=True):
+        assert base_of(RunCard.load(folder)) == str(base)
+        measured = RunCard.load(folder).with_strength(StrengthRange(1.0, -1.0, -1.0, 1.0))
+        measured.save(folder)
+        assert base_of(RunCard.load(folder)) == str(base)
+    shutil.rmtree(bases[0])
+    assert base_of(RunCard.load(folders[0])) == str(bases[-1])
 
 
 def test_a_model_of_the_name_with_other_weights_is_not_taken(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Where on this machine the models lie that artifacts name: a private index, so that no artifact holds a path.
 
 An artifact that people share names a local model by its folder's name and the hash of its weights. Which folder that is
-stays in the user's cache, in one small file for each hash.
+stays in the user's cache, in one small file for each artifact and one for each hash.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from .disk import make_folder, sync_folder, sync_tree, telling_of_disk
 from .errors import SteerError
-from .files import current_umask, is_empty, read_json, write_text
+from .files import current_umask, digest, is_empty, read_json, write_text
 from .leftovers import REPLACED, sweep_beside
 from .locks import hold
 from .outputs import refuse_special
@@ -91,6 +91,15 @@ class RunCard:
         """The hub commit of the base, if it came from the hub: forty hexadecimal digits."""
         return self.base_revision if re.fullmatch(r"[0-9a-f]{40}", self.base_revision) else None
 
+    @property
+    def place_keys(self) -> tuple[str, ...]:
+        """Under what the base's folder is remembered: this artifact's own key, then that of all with the same weights.
+
+        Copies of a model may have one fingerprint and differ in their tokenizer or template.
+        """
+        own = [self.base_revision, public_name(self.base_model), self.created]
+        return (digest(own), self.base_revision) if self.base_revision else ()
+
     @classmethod
     def now(cls, kind: str, **fields: Any) -> RunCard:
         """A card stamped with the current time and the installed versions."""
@@ -105,7 +114,8 @@ class RunCard:
         """
         base = Path(self.base_model).expanduser()
         if self.base_model and base.exists():
-            remember(self.base_revision, str(base.absolute()))
+            for key in self.place_keys:
+                remember(key, str(base.absolute()))
         write_text(Path(folder) / CARD_FILE, json.dumps(asdict(self.shared()), indent=2, sort_keys=True) + "\n")
 
     def shared(self) -> RunCard:

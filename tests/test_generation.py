@@ -97,6 +97,16 @@ def test_rows_with_a_k_each_share_batches_as_others_do(kind: str) -> None:
         assert rows_together(steered.model, lm.pad_id, lm.device) == rows_together(lm.model, lm.pad_id, lm.device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_in_16_bits_rows_share_batches_as_in_32(kind: str, dtype: torch.dtype) -> None:
+    lm = lm_of(kind)
+    wanted = rows_together(lm.model, lm.pad_id, lm.device)
+    rounded = lm_of(kind)
+    rounded.model.to(dtype)
+    assert rows_together(rounded.model, rounded.pad_id, rounded.device) == wanted
+
+
 def test_batches_of_one_length() -> None:
     lengths = [3, 5, 3, 5, 5, 2]
     told: list[int] = []

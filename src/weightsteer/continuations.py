@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .batches import SharedByAllRowsError, one_row_for_all, pad_left, pad_right, rows_of_batch
-from .generation import COARSE, ROUNDING, positions, sample_ids, takes_positions
+from .generation import positions, rounding_of, sample_ids, takes_positions
 from .model_parts import call_on_cache, projecting_only
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def _try_sharing(lm: LM) -> bool | None:
     plain = [total for row in score_plainly(lm, heads, tails, [0, 0], 1, 1) for total in row]
     if not all(map(math.isfinite, [*plain, *shared])):
         return None
-    bound = ROUNDING.get(lm.model.dtype, COARSE) * max(map(abs, plain))
+    bound = rounding_of(lm.model) * max(map(abs, plain))
     return not prefix.fits(heads, tails) or all(abs(a - b) <= bound for a, b in zip(plain, shared, strict=True))
 
 

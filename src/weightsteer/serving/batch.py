@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..batches import pad_left
-from ..generation import agree, positions, rows_together, sample_ids, takes_positions
+from ..generation import agree, positions, rounding_of, rows_together, sample_ids, takes_positions
 from ..lm import LM, projecting_only
 from ..model_parts import call_on_cache
 from .asked import Chance, Piece
@@ -264,4 +264,5 @@ def _joins(lm: LM) -> bool:
     if not can_join(cache):
         return False
     together = go_on(cache, join(cache, mask, *read(short)))
-    return all(agree(together[place], go_on(*read(ids))[0]) for place, ids in enumerate((longer, short)))
+    rounding = rounding_of(lm.model)
+    return all(agree(together[place], go_on(*read(ids))[0], rounding) for place, ids in enumerate((longer, short)))

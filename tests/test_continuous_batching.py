@@ -10,7 +10,7 @@ import torch
 
 from conftest import random_vector
 from weightsteer import LM, LoadOptions, generation
-from weightsteer.continuous_batching import why_not
+from weightsteer.continuous_batching import _follows, why_not
 
 PROMPTS = ["What is a bridge?", "Name a colour, please, and say why you like it.", "Hi", "Count to three."]
 
@@ -70,7 +70,16 @@ def test_a_model_that_writes_otherwise_so_is_written_in_padded_batches_and_a_lin
     with pytest.warns(UserWarning, match="batching continuous: it does not write what padded batches write"):
         assert continuous.generate(PROMPTS, max_new_tokens=8) == padded.generate(PROMPTS, max_new_tokens=8)
     assert packed == []
-    assert why_not(continuous.model, 0, [1], list)  # tried once
+    assert why_not(continuous.model, 0, [1], list, 0.0)  # tried once
+
+
+def test_a_tie_within_the_models_rounding_is_no_difference() -> None:
+    steps = [torch.tensor([1.0, 4.0, 3.95]), torch.tensor([2.0, 0.0, 1.0])]
+    assert _follows([1, 0], steps, 0.0)
+    assert _follows([2, 1], steps, 0.03)  # from there on the two go on differently
+    assert not _follows([2, 0], steps, 0.001)
+    assert not _follows([1, 2], steps, 0.03)
+    assert not _follows([1], steps, 0.03)
 
 
 def test_broken_logits_are_seen(both: tuple[LM, LM], packed: list[int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -75,22 +76,36 @@ def write_packed(
     return [(list(one.generated_tokens), any(map(math.isnan, one.logprobs))) for one in made.values()]
 
 
-def why_not(model: PreTrainedModel, pad: int, row: Sequence[int], plainly: Callable[[], list[int]]) -> str:
+def why_not(
+    model: PreTrainedModel, pad: int, row: Sequence[int], plainly: Callable[[], Sequence[Tensor]], rounding: float
+) -> str:
     """Why a model is not written with so, tried once; empty if it is.
 
-    `plainly`: writes the likeliest ids after `row` by a padded batch.
+    Args:
+        plainly: gives the logits (vocabulary,) of each token that a padded batch writes after `row`.
+        rounding: of the model's logits, as a share of the largest.
     """
     if model not in _TRIED:
-        plain = plainly()
+        steps = plainly()
         try:
             with torch.random.fork_rng():  # a trial is no draw
                 ((found, _),) = write_packed(
-                    model, [row], max_new_tokens=len(plain), temperature=0.0, stops=(), pad=pad, most=1
+                    model, [row], max_new_tokens=len(steps), temperature=0.0, stops=(), pad=pad, most=1
                 )
-            _TRIED[model] = "" if found == plain else "batching continuous: it does not write what padded batches write"
+            same = "" if _follows(found, steps, rounding) else "it does not write what padded batches write"
+            _TRIED[model] = same and f"batching continuous: {same}"
         except SteerError as error:
             _TRIED[model] = str(error)
     return _TRIED[model]
+
+
+def _follows(found: Sequence[int], steps: Sequence[Tensor], rounding: float) -> bool:
+    """Whether the tokens are the likeliest ones, up to the first that is so but for rounding: there the two part."""
+    for token, logits in zip(found, steps, strict=False):
+        best = float(logits.max())
+        if best > float(logits[token]):
+            return best - float(logits[token]) <= rounding * float(logits.abs().max())
+    return len(found) == len(steps)
 
 
 def has_one_k(model: PreTrainedModel, row: Sequence[int]) -> bool:

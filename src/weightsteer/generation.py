@@ -176,13 +176,13 @@ class Writer:
             return False
         row = sample_ids(self.model, 11)
 
-        def plainly() -> list[int]:
+        def plainly() -> list[Tensor]:
             steps = _first_steps(self.model, *pad_left([row], self.pad, self.device), self.pad)
-            return [token for token, _ in steps]
+            return [logits for _, logits in steps]
 
         if not has_one_k(self.model, row):
             return False
-        if reason := why_not(self.model, self.pad, row, plainly):
+        if reason := why_not(self.model, self.pad, row, plainly, rounding_of(self.model)):
             warnings.warn(f"{reason}; padded batches are used", stacklevel=2)
         return not reason
 

@@ -369,7 +369,7 @@ def _noise(model: PreTrainedModel) -> float | None:
     for copies in (1, 3):
         with rows_of_batch([0] * copies):
             tokens = torch.tensor([row] * copies, device=model.device)
-            found.append(model(input_ids=tokens, use_cache=False).logits[0, -1].float())
+            found.append(model(input_ids=tokens).logits[0, -1].float())
     noise = float((found[0] - found[1]).abs().max() / found[0].abs().max())
     return noise if math.isfinite(noise) else None
 

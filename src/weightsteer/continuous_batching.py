@@ -24,6 +24,7 @@ from .errors import SteerError, first_line
 
 Written = tuple[list[int], bool]  # the ids of a reply, and whether its logits were not numbers
 PAGE = 256  # tokens of a block, as transformers has them by default
+DIFFERS = "batching continuous: it does not write what padded batches write"
 LOGGER = "ContinuousBatchingLogger"  # transformers' own name for it
 _TRIED: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # "" or why it is not believed
 
@@ -65,7 +66,7 @@ def write_packed(
             made = model.generate_batch(  # type: ignore[operator]
                 inputs=[list(row) for row in rows], generation_config=settings, continuous_batching_config=packing
             )
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise SteerError(
             f"batching continuous: transformers does not take this model so ({first_line(error)})"
         ) from None
@@ -92,8 +93,7 @@ def why_not(
                 ((found, _),) = write_packed(
                     model, [row], max_new_tokens=len(steps), temperature=0.0, stops=(), pad=pad, most=1
                 )
-            same = "" if _follows(found, steps, rounding) else "it does not write what padded batches write"
-            _TRIED[model] = same and f"batching continuous: {same}"
+            _TRIED[model] = "" if _follows(found, steps, rounding) else DIFFERS
         except SteerError as error:
             _TRIED[model] = str(error)
     return _TRIED[model]

@@ -35,8 +35,8 @@ from .thinking import MARKERS, Reply, split_thinking
 MOST_NEW_TOKENS = 1_000_000  # no model's context is longer
 
 # How far two computations of the same logits may lie apart, as a share of the largest of them.
-ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
-COARSE = 0.03  # in other dtypes
+EXACT = {torch.float32: 1e-3, torch.float64: 1e-3}
+FINER, COARSE = 0.01, 0.03  # in float16; in bfloat16 and what is coarser
 LOOSEST = 0.2  # for a model whose own rounding is larger
 STEPS = 4  # that a model is tried for
 
@@ -177,8 +177,7 @@ class Writer:
         row = sample_ids(self.model, 11)
 
         def plainly() -> list[Tensor]:
-            steps = _first_steps(self.model, *pad_left([row], self.pad, self.device), self.pad)
-            return [logits for _, logits in steps]
+            return _first_steps(self.model, *pad_left([row], self.pad, self.device), self.pad)
 
         if not has_one_k(self.model, row):
             return False
@@ -291,16 +290,13 @@ def _try_together(model: PreTrainedModel, pad: int, device: torch.device) -> Tog
         try:
             rounding = rounding_of(model)
             alone = _first_steps(model, *pad_left([row], pad, device), pad)
-            taken = [token for token, _ in alone]
+            taken = [int(logits.argmax()) for logits in alone]
             beside = _first_steps(model, *pad_left([row, second], pad, device), pad, taken)
-            if all(agree(one, other, rounding) for (_, one), (_, other) in zip(alone, beside, strict=True)):
+            if all(agree(one, other, rounding) for one, other in zip(alone, beside, strict=True)):
                 return how
         except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):  # it does not even take that
             continue
     return "alone"
-
-
-Steps = list[tuple[int, Tensor]]  # tokens, each with the logits (vocabulary,) that it was chosen by
 
 
 class Taken(LogitsProcessor):
@@ -319,8 +315,8 @@ class Taken(LogitsProcessor):
 @torch.no_grad()
 def _first_steps(
     model: PreTrainedModel, tokens: Tensor, mask: Tensor, pad: int, taken: Sequence[int] | None = None
-) -> Steps:
-    """The first row's next tokens: the likeliest, or those `taken` before, so that logits can be compared step by step.
+) -> list[Tensor]:
+    """Logits (vocabulary,) of the first row's next tokens: the likeliest, or those `taken` before.
 
     Where each prompt has a k of its own, all rows take the first.
     """
@@ -335,7 +331,7 @@ def _first_steps(
             output_logits=True,
             return_dict_in_generate=True,
         )
-    return [(int(logits[0].argmax()), logits[0]) for logits in out.logits]
+    return [logits[0] for logits in out.logits]
 
 
 def sample_ids(model: PreTrainedModel, count: int, start: int = 0) -> list[int]:
@@ -351,10 +347,13 @@ def rounding_of(model: PreTrainedModel) -> float:
     """How far two computations of the same logits may lie apart in this model, as a share of the largest; tried once.
 
     Some models round far more than others: Gemma 3 of 270M in bfloat16 is 6% off where a row is computed beside copies
-    of itself. The logits' own dtype does not tell it, since `generate` gives float32 for every model.
+    of itself. The logits' own dtype does not tell it, since `generate` gives float32 for every model. In float32 what
+    copies of a row change is no rounding.
     """
+    if model.dtype in EXACT:
+        return EXACT[model.dtype]
     if model not in _ROUNDING:
-        usual, noise = ROUNDING.get(model.dtype, COARSE), _noise(model)
+        usual, noise = FINER if model.dtype == torch.float16 else COARSE, _noise(model)
         if noise is None:
             return usual
         _ROUNDING[model] = max(usual, min(LOOSEST, 3 * noise))

@@ -133,7 +133,7 @@ class Passes:
         run: Callable[[Any, int], Cost] = self._read if isinstance(made, Reading) else self._train
         try:
             found = [run(made, blocks) for blocks in self.model.depths]
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise SteerError(
                 f"{self.model.name}: its passes cannot be planned without weights ({str(error).splitlines()[0]}); "
                 "run the recipe with --dry-run instead"

@@ -97,6 +97,24 @@ def test_a_low_budget_of_kl_is_kept_where_a_high_one_is_spent(
     assert kls[0] < 0.3 * kls[1]
 
 
+def test_margins_that_are_to_stay_move_less_where_they_have_a_budget(
+    lm: LM, pairs: list[ContrastPair], sides: tuple[Path, Path]
+) -> None:
+    positive, negative = map(task_vector, sides)
+    settings = DialSettings(steps=12, batch_size=4, neutral=2, kl=0.05, learning_rate=0.1, unmoved_margin=0.001)
+    found = learn_dial(lm, positive, negative, pairs[:4], unmoved=pairs[4:8], settings=settings).card
+    kept = found.measured["dial"]
+    sizes = [
+        abs(kept[f"unmoved margin at k{when}"]) + abs(kept[f"unmoved margin at -k{when}"])
+        for when in ("", " at the start")
+    ]
+    assert sizes[0] < 0.7 * sizes[1], kept
+    assert "unmoved pairs" in found.data_sha256
+    free = learn_dial(lm, positive, negative, pairs[:4], settings=settings).card
+    assert "unmoved margin at k" not in free.measured["dial"]
+    assert "unmoved pairs" not in free.data_sha256
+
+
 def test_coefficients_need_pairs_and_factors(lm: LM, pairs: list[ContrastPair], vector: WeightVector) -> None:
     with pytest.raises(SteerError, match="at least 2 pairs to learn on, found 1"):
         learn_dial(lm, vector, None, pairs[:1])

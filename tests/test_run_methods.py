@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,14 +10,14 @@ import torch
 from torch import Tensor
 
 from test_runs import mute, small_recipe
-from weightsteer.behavior import SIDES, Example, pairs_of
+from weightsteer.behavior import SIDES, Example, pair_rows, pairs_of
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.results import read_rows
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.run_folder import RunFolder
 from weightsteer.runs.artifacts import RunArtifacts
-from weightsteer.runs.dial_pairs import dial_pairs
+from weightsteer.runs.dial_pairs import dial_pairs, unmoved_pairs
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.run_methods import make_method
@@ -138,7 +139,7 @@ def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
         "activation_pairs": 4,
         "search_items": 1,
     }
-    dial = {"count": 4, "steps": 2, "batch_size": 2}
+    dial = {"count": 4, "steps": 2, "batch_size": 2, "unmoved": "formal"}
     train = {"contrastive KL": {"kl_weight": 0.25}}
     Run(
         Recipe.load(small_recipe(tmp_path, tasks=tasks, sweep=sweep, dial=dial, train_of=train)),
@@ -154,7 +155,7 @@ def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
     assert all(costs[name, "training tokens"] > 0 for name in TRAINED)
     assert costs["learned dial", "training tokens"] > costs["contrastive", "training tokens"]
     made = RunCard.load(run.dial("contrastive"))
-    assert made.data_sha256["dial pairs"]
+    assert {"dial pairs", "unmoved pairs"} <= set(made.data_sha256)
     assert {"w", "common", "depth", "kinds"} == set(made.settings["coefficients"])
 
 
@@ -166,7 +167,12 @@ def test_what_the_dial_learns_on_is_not_trained_on(tmp_path: Path) -> None:
     chosen = dial_pairs(recipe, sides)
     assert len(chosen) == 12
     assert not {pair.prompt for pair in chosen} & {example.prompt for side in sides for example in side}
+    assert unmoved_pairs(recipe, sides) == []
     sweep = {"methods": {"contrastive": None, "learned dial": None}, "search_items": 1}
+    (tmp_path / "trained.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in pair_rows(pairs_of(*sides))))
+    still = small_recipe(tmp_path, dial={"count": 12, "unmoved": str(tmp_path / "trained.jsonl")}, sweep=sweep)
+    with pytest.raises(SteerError, match=r"'dial.unmoved': every pair of .*trained.jsonl is trained on"):
+        Run(Recipe.load(still), tmp_path / "run", show=mute)
     whole = small_recipe(tmp_path, data={"pairs": "formal"}, behavior="formal", sweep=sweep)
     with pytest.raises(SteerError, match=r"formal leaves 0 pairs that are not trained on.*'dial.pairs'"):
         Run(Recipe.load(whole), tmp_path / "run", show=mute)

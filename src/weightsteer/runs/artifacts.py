@@ -30,7 +30,7 @@ from ..training.learned_dial import DialSettings, learn_dial
 from ..vectors.difference import subtract_finetunes, task_vector
 from ..vectors.random_like import random_like
 from ..vectors.weight_vector import WeightVector
-from .dial_pairs import dial_pairs
+from .dial_pairs import dial_pairs, unmoved_pairs
 from .models import RunModels, ShowProgress
 from .recipe import Recipe
 from .trainings import DENSE, train_fields
@@ -166,10 +166,11 @@ class RunArtifacts:
             if of == "contrastive":
                 positive, negative = self.finetunes()
                 sides = task_vector(positive), task_vector(negative)
-            fields = wanted.model_dump(exclude={"pairs", "count"})
+            fields = wanted.model_dump(exclude={"pairs", "count", "unmoved"})
             settings = DialSettings(**fields, seed=self.recipe.seed)
+            pairs, unmoved = self.dial_pairs(), unmoved_pairs(self.recipe, self.sides())
             with self.show(f"coefficients of {of}") as progress:
-                learn_dial(self.base(), *sides, self.dial_pairs(), settings=settings, progress=progress).save(path)
+                learn_dial(self.base(), *sides, pairs, unmoved=unmoved, settings=settings, progress=progress).save(path)
         return WeightVector.load(path)
 
     def trained_activation(self) -> ActivationVector:

@@ -21,15 +21,37 @@ def dial_pairs(recipe: Recipe, sides: tuple[Sequence[Example], Sequence[Example]
         SteerError: pairs that are trained on, or too few that are not; what to write instead.
     """
     wanted = recipe.dial
-    trained = {example.prompt for side in sides for example in side}
     source = wanted.pairs or recipe.data.pairs
     if source is None:
         raise SteerError(f"recipe {recipe.name}: field 'dial.pairs': expected a file of pairs to learn coefficients on")
-    asked = {pair.prompt for pair in held_out_pairs(recipe)}
-    rest = [pair for pair in load_pairs(source) if pair.prompt not in trained | asked]
+    rest = _neither_trained_nor_asked(recipe, sides, source)
     if len(rest) < 2:
         raise SteerError(
             f"recipe {recipe.name}: {source} leaves {len(rest)} pairs that are not trained on, to learn coefficients "
             "on; name others in 'dial.pairs', or lower 'data.limit'"
         )
     return sample_pairs(rest, wanted.count, recipe.seed)
+
+
+def unmoved_pairs(recipe: Recipe, sides: tuple[Sequence[Example], Sequence[Example]]) -> list[ContrastPair]:
+    """The recipe's `dial.unmoved`, at most `dial.count` of them; none where it names none.
+
+    Raises:
+        SteerError: every pair is trained on or asked.
+    """
+    if recipe.dial.unmoved is None:
+        return []
+    rest = _neither_trained_nor_asked(recipe, sides, recipe.dial.unmoved)
+    if not rest:
+        raise SteerError(
+            f"recipe {recipe.name}: field 'dial.unmoved': every pair of {recipe.dial.unmoved} is trained on or a "
+            "held-out one; name others"
+        )
+    return sample_pairs(rest, recipe.dial.count, recipe.seed)
+
+
+def _neither_trained_nor_asked(
+    recipe: Recipe, sides: tuple[Sequence[Example], Sequence[Example]], source: str
+) -> list[ContrastPair]:
+    taken = {example.prompt for side in sides for example in side} | {pair.prompt for pair in held_out_pairs(recipe)}
+    return [pair for pair in load_pairs(source) if pair.prompt not in taken]

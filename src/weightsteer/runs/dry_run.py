@@ -61,7 +61,9 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
         "repair_target": recipe.repair_target and _small_finetune(recipe.repair_target, RepairRecipe),
         "train": dict(TRAIN),
         "train_of": {},
-        "dial": DialRecipe(pairs=SHIPPED[0], count=EXAMPLES, steps=2, batch_size=2),
+        "dial": DialRecipe(
+            pairs=SHIPPED[0], unmoved=recipe.dial.unmoved and SHIPPED[0], count=EXAMPLES, steps=2, batch_size=2
+        ),
         "judge": recipe.judge and JudgeRecipe(model=str(model)),
         "tasks": [_small_task(task) for task in recipe.tasks],
         "sweep": recipe.sweep.model_copy(

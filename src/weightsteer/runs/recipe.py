@@ -194,7 +194,8 @@ class Recipe(Strict):
 
         data, finetunes = self.data, (self.first_finetune, self.repair_target)
         listed = [task.data for task in self.tasks] + [name for made in finetunes if made for name in made.data]
-        names = [self.model, self.behavior, data.pairs, data.positive, data.negative, self.dial.pairs]
+        names = [self.model, self.behavior, data.pairs, data.positive, data.negative]
+        names += [self.dial.pairs, self.dial.unmoved]
         names += [task.behavior for task in self.tasks] + [part for text in listed if text for part in text.split(",")]
         return [name for name in names if name and name.partition(":")[0] not in SHIPPED]
 

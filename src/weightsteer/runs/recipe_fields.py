@@ -161,6 +161,9 @@ class DialRecipe(Strict):
     learning_rate: float = Field(default=0.05, gt=0)  # falls to 0 in a straight line
     batch_size: int = Field(default=4, ge=1)  # pairs in a step
     knots: int = Field(default=4, ge=1, le=32)  # numbers of the curve over depth
+    # a file of pairs whose margins are to stay as they are, such as refusing or helping with what is harmless
+    unmoved: str | None = None
+    unmoved_margin: float = Field(default=0.1, gt=0)  # budget: mean size of their change, nats per token
 
 
 class SweepRecipe(Strict):

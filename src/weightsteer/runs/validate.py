@@ -17,7 +17,7 @@ from ..former_names import METHODS as FORMER_METHODS
 from ..judges.judge import rubric_of
 from ..steering.methods import METHODS
 from ..vectors.expression import check_expression
-from .dial_pairs import dial_pairs
+from .dial_pairs import dial_pairs, unmoved_pairs
 from .recipe import Recipe
 from .recipe_fields import VARIANT_VECTORS
 from .trainings import refuse_combinations
@@ -91,6 +91,7 @@ def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
             _refuse(recipe, f"method {name!r} needs pairs: questions that D+ and D- have in common")
         if method.uses_dial_pairs and not recipe.data.sampling:
             dial_pairs(recipe, recipe.sides() or ([], []))
+            unmoved_pairs(recipe, recipe.sides() or ([], []))
     if recipe.sweep.kl is not None and "token_kl" not in (task.shown_name for task in recipe.tasks):
         _refuse(recipe, "field 'sweep.kl': needs a task 'token_kl'")
     for name in recipe.train_of:
@@ -160,8 +161,8 @@ def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]
 def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[Prompt]:
     for side in recipe.sides() or ():
         yield from (example.prompt for example in side)
-    if any(METHODS[name].uses_dial_pairs for name in recipe.sweep.methods) and recipe.sides():
-        yield from (pair.prompt for pair in dial_pairs(recipe, recipe.sides() or ([], [])))
+    if any(METHODS[name].uses_dial_pairs for name in recipe.sweep.methods) and (sides := recipe.sides()):
+        yield from (pair.prompt for pair in (*dial_pairs(recipe, sides), *unmoved_pairs(recipe, sides)))
     if recipe.data.sampling:
         yield from asked_questions(behavior, recipe.data.sampling.questions)
     for wanted in (recipe.first_finetune, recipe.repair_target):

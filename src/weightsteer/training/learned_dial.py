@@ -2,7 +2,8 @@
 
 On pairs that the vector was not trained on, each pair's margin is log p(positive) - log p(negative), each a mean per
 token. Learned is the c that lifts the margins at +k and lowers those at -k, under a budget of token KL to the base on
-neutral replies: the multiplier of the KL grows while the KL is above the budget, and falls while it is below.
+neutral replies: the multiplier of the KL grows while the KL is above the budget, and falls while it is below. Pairs
+whose margins are to stay, such as refusing or helping with what is harmless, have a budget and multiplier of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .two_way import encode_pairs
 from .weighted_trainer import SIDE
 
 MAX_LENGTH = 1024  # tokens of a pair's conversation
-SHRINK = 0.2  # how fast the multiplier follows the KL, in powers of e a step at twice the budget
+SHRINK = 0.2  # how fast a multiplier follows what it holds down, in powers of e a step at twice the budget
 FIND_K, KL_ROWS = 4, 8  # tries for the k at the budget, and neutral replies that they read
 MOST_K = 8.0
 
@@ -50,6 +51,7 @@ class DialSettings:
     learning_rate: float = 0.05  # of Adam, on the coefficients; it falls to 0 in a straight line
     batch_size: int = 4  # pairs in a step
     neutral: int = 4  # neutral replies in a step
+    unmoved_margin: float = 0.1  # budget: mean size of the change of a margin that is to stay, nats per token
     knots: int = KNOTS  # of the curve over depth
     seed: int = 0
 
@@ -95,6 +97,7 @@ def learn_dial(
     negative: WeightVector | None,
     pairs: Sequence[ContrastPair],
     *,
+    unmoved: Sequence[ContrastPair] = (),
     settings: DialSettings | None = None,
     progress: Progress = silent,
 ) -> WeightVector:
@@ -106,6 +109,7 @@ def learn_dial(
     Args:
         negative: None for a vector without two sides; `positive` is w then.
         pairs: pairs that neither side was trained on.
+        unmoved: pairs whose margins are to stay as they are, at +k and -k alike.
         progress: called with steps done, steps in all, and the margin and KL.
 
     Raises:
@@ -115,7 +119,7 @@ def learn_dial(
     if len(pairs) < 2:
         raise SteerError(f"learned dial: expected at least 2 pairs to learn on, found {len(pairs)}")
     tally = _Tally()
-    learner = _Learner(lm, positive, negative, pairs, chosen, tally)
+    learner = _Learner(lm, positive, negative, (pairs, unmoved), chosen, tally)
     with _frozen(lm):
         k = learner.k_at_budget()
         numbers, measured = learner.learn(k, progress)
@@ -128,6 +132,8 @@ def learn_dial(
     }
     made = {**found.card.settings, "dial": {**asdict(chosen), "k": k}}
     data = {**found.card.data_sha256, "dial pairs": digest(pair_rows(pairs))}
+    if unmoved:
+        data["unmoved pairs"] = digest(pair_rows(unmoved))
     card = replace(
         found.card, settings=made, data_sha256=data, measured={**found.card.measured, **costs, "dial": measured}
     )
@@ -155,6 +161,29 @@ def _balanced(measured: Mapping[str, float]) -> float:
     return odd / (2 * measured["kl"]) if odd > 0 and measured["kl"] > 0 else 1.0
 
 
+def _followed(multiplier: float, found: Tensor, budget: float) -> float:
+    """The multiplier after a step in which what it holds down was `found`."""
+    return multiplier * math.exp(SHRINK * max(-1.0, min(1.0, float(found.detach()) / budget - 1)))
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Encoded pairs, and the margin of each in the base: (pairs,)."""
+
+    rows: list[Encoded]
+    base: Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What one batch gives: means over its pairs and neutral replies, with their gradients."""
+
+    margin: Tensor  # odd change of the margins, nats per token
+    loss: Tensor
+    kl: Tensor  # nats per token
+    moved: Tensor  # size of the changes of margins that are to stay, nats per token
+
+
 class _Learner:
     """The data, and the passes of the model that the coefficients are learned by."""
 
@@ -163,7 +192,7 @@ class _Learner:
         lm: LM,
         positive: WeightVector,
         negative: WeightVector | None,
-        pairs: Sequence[ContrastPair],
+        pairs: tuple[Sequence[ContrastPair], Sequence[ContrastPair]],
         settings: DialSettings,
         tally: _Tally,
     ) -> None:
@@ -171,9 +200,8 @@ class _Learner:
         names = list(dict.fromkeys([*positive.deltas, *(negative.deltas if negative else ())]))
         self.form = CoefficientForm(names, two_sides=negative is not None, knots=settings.knots)
         self.factors = {name: factors_of(positive, negative, name) for name in names}
-        self.pairs = encode_pairs(lm, pairs, MAX_LENGTH)
+        self.pairs, self.unmoved = (self._with_base(some) for some in pairs)
         self.neutral = neutral_rows(lm)
-        self.base = self._base_margins()
 
     def _deltas(self, numbers: Tensor) -> dict[str, Delta]:
         """The weighed vector, with the coefficients' gradients."""
@@ -196,14 +224,13 @@ class _Learner:
         return positive - negative
 
     @torch.no_grad()
-    def _base_margins(self) -> Tensor:
-        """Each pair's margin in the base: (pairs,)."""
-        size = self.settings.batch_size
-        found = []
-        for start in range(0, len(self.pairs), size):
-            rows = _Rows.of(self.lm, self._pair_rows(self.pairs[start : start + size]))
+    def _with_base(self, pairs: Sequence[ContrastPair]) -> _Pairs:
+        size, encoded = self.settings.batch_size, encode_pairs(self.lm, pairs, MAX_LENGTH)
+        found = [torch.zeros(0, device=self.lm.device)]
+        for start in range(0, len(encoded), size):
+            rows = _Rows.of(self.lm, self._pair_rows(encoded[start : start + size]))
             found.append(self._margins(rows, rows.logits(self.lm)))
-        return torch.cat(found)
+        return _Pairs(encoded, torch.cat(found))
 
     def _kls(self, rows: _Rows, moved: Sequence[Tensor]) -> Tensor:
         """Mean token KL to the base over the rows, which stand there twice: at +k, then at -k."""
@@ -240,67 +267,80 @@ class _Learner:
         optimizer = torch.optim.Adam([numbers], lr=settings.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
         before = self.measure(self.form.start(), k)
-        multiplier = _balanced(before)
-        for step, chosen in enumerate(self._batches()):
-            margin, kl, loss = self._step(numbers, k, chosen, step)
-            (loss + multiplier * kl).backward()
+        of_kl, of_moved = _balanced(before), 1.0
+        batches = zip(self._batches(self.pairs), self._batches(self.unmoved), strict=True)
+        for number, (chosen, still) in enumerate(batches):
+            step = self._step(numbers, k, chosen, still, number)
+            (step.loss + of_kl * step.kl + of_moved * step.moved).backward()
             if numbers.grad is None or not bool(torch.isfinite(numbers.grad).all()):
                 raise SteerError("learned dial: the model gives no numbers at these coefficients; lower the KL budget")
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            multiplier *= math.exp(SHRINK * max(-1.0, min(1.0, float(kl.detach()) / settings.kl - 1)))
-            progress(step + 1, settings.steps, f"margin {float(margin.detach()):+.3f}, KL {float(kl.detach()):.3f}")
+            of_kl = _followed(of_kl, step.kl, settings.kl)
+            of_moved = _followed(of_moved, step.moved, settings.unmoved_margin)
+            told = f"margin {float(step.margin.detach()):+.3f}, KL {float(step.kl.detach()):.3f}"
+            progress(number + 1, settings.steps, told)
         after = self.measure(numbers.detach(), k)
         kept = {f"{name} at the start": value for name, value in before.items()} | after
-        return numbers.detach(), {**kept, "multiplier": multiplier}
+        return numbers.detach(), {**kept, "multiplier": of_kl}
 
-    def _batches(self) -> Iterator[list[int]]:
-        """Places of the pairs of each step: pass after pass, each in an order of its own."""
+    def _batches(self, pairs: _Pairs) -> Iterator[list[int]]:
+        """Places of the pairs of each step: pass after pass, each in an order of its own; none of no pairs."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         waiting: list[int] = []
+        size = min(self.settings.batch_size, len(pairs.rows))
         for _ in range(self.settings.steps):
-            while len(waiting) < min(self.settings.batch_size, len(self.pairs)):
-                waiting += torch.randperm(len(self.pairs), generator=generator).tolist()
-            taken, waiting = waiting[: self.settings.batch_size], waiting[self.settings.batch_size :]
+            while len(waiting) < size:
+                waiting += torch.randperm(len(pairs.rows), generator=generator).tolist()
+            taken, waiting = waiting[:size], waiting[size:]
             yield taken
 
-    def _step(self, numbers: Tensor, k: float, chosen: Sequence[int], step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(mean of the margins' odd changes, mean KL, loss) of one batch."""
-        rows = _Rows.of(self.lm, self._pair_rows([self.pairs[i] for i in chosen]) * 2)
-        changes = self._changes(rows, self._steered(rows, numbers, k), chosen)
+    def _step(self, numbers: Tensor, k: float, chosen: Sequence[int], still: Sequence[int], step: int) -> _Step:
+        more, less = self._changes(self.pairs, chosen, numbers, k)
         key = self.settings.seed * 1_000_003 + step
         kept = [(row["input_ids"], row["labels"]) for row in draw(self.neutral, self.settings.neutral, key)]
-        still = _Rows.of(self.lm, kept * 2)
-        kl = self._kls(still, self._steered(still, numbers, k))
-        more, less = changes.chunk(2)
-        return (more - less).mean() / 2, kl, -(logsigmoid(more) + logsigmoid(-less)).mean()
+        rows = _Rows.of(self.lm, kept * 2)
+        moved = (
+            torch.cat(self._changes(self.unmoved, still, numbers, k)).abs()
+            if still
+            else torch.zeros(1, device=self.lm.device)
+        )
+        return _Step(
+            margin=(more - less).mean() / 2,
+            loss=-(logsigmoid(more) + logsigmoid(-less)).mean(),
+            kl=self._kls(rows, self._steered(rows, numbers, k)),
+            moved=moved.mean(),
+        )
 
-    def _changes(self, rows: _Rows, logits: Sequence[Tensor], chosen: Sequence[int]) -> Tensor:
-        """Changes of the margins from the base: at +k, then at -k."""
-        half = len(logits) // 2
-        means = rows.means(logits)
-        base = self.base[list(chosen)]
-        sides = [means[:half], means[half:]]
-        return torch.cat([side.chunk(2)[0] - side.chunk(2)[1] - base for side in sides])
+    def _changes(self, pairs: _Pairs, chosen: Sequence[int], numbers: Tensor, k: float) -> tuple[Tensor, Tensor]:
+        """Changes of the margins of the chosen pairs from the base, at +k and at -k."""
+        rows = _Rows.of(self.lm, self._pair_rows([pairs.rows[i] for i in chosen]) * 2)
+        means = rows.means(self._steered(rows, numbers, k))
+        base = pairs.base[list(chosen)]
+        more, less = (side.chunk(2)[0] - side.chunk(2)[1] - base for side in means.chunk(2))
+        return more, less
 
     @torch.no_grad()
     def measure(self, numbers: Tensor, k: float) -> dict[str, float]:
-        """Mean change of the margin at +k and at -k over all pairs, and the KL over all neutral replies."""
-        size = self.settings.batch_size
-        more, less, kls = [], [], []
-        for start in range(0, len(self.pairs), size):
-            chosen = list(range(start, min(start + size, len(self.pairs))))
-            rows = _Rows.of(self.lm, self._pair_rows([self.pairs[i] for i in chosen]) * 2)
-            up, down = self._changes(rows, self._steered(rows, numbers, k), chosen).chunk(2)
-            more.append(up)
-            less.append(down)
+        """Mean change of the margin at +k and at -k over all pairs, and the KL over all neutral replies.
+
+        Where there are pairs whose margins are to stay, theirs too.
+        """
+        found = self._all_changes(self.pairs, numbers, k, "margin")
+        if self.unmoved.rows:
+            found |= self._all_changes(self.unmoved, numbers, k, "unmoved margin")
+        kls = []
         for start in range(0, len(self.neutral), KL_ROWS):
             kept = [(row["input_ids"], row["labels"]) for row in self.neutral[start : start + KL_ROWS]]
             still = _Rows.of(self.lm, kept * 2)
             kls.append(float(self._kls(still, self._steered(still, numbers, k))))
-        return {
-            "margin at k": float(torch.cat(more).mean()),
-            "margin at -k": float(torch.cat(less).mean()),
-            "kl": sum(kls) / len(kls),
-        }
+        return {**found, "kl": sum(kls) / len(kls)}
+
+    def _all_changes(self, pairs: _Pairs, numbers: Tensor, k: float, name: str) -> dict[str, float]:
+        size, count = self.settings.batch_size, len(pairs.rows)
+        found = [
+            self._changes(pairs, range(start, min(start + size, count)), numbers, k) for start in range(0, count, size)
+        ]
+        more, less = (torch.cat(side) for side in zip(*found, strict=True))
+        return {f"{name} at k": float(more.mean()), f"{name} at -k": float(less.mean())}

@@ -21,6 +21,7 @@ METHOD_COLOURS: Mapping[str, str] = {
     "joint training": "#8c8c8c",
     "negated task vector": "#c9a227",
     "contrastive KL": "#e0a100",
+    "more of D+ KL": "#b35900",
     "two-way": "#2e9e6b",
     "two-way even": "#1b7f79",
     "two-way KL": "#5fb49c",

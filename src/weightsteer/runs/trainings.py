@@ -38,9 +38,10 @@ def train_fields(recipe: Recipe, training: Training) -> dict[str, Any]:
 
 
 def _own_fields(recipe: Recipe, training: Training) -> Mapping[str, Any]:
-    """What the method that trains so sets, and over it what the recipe sets for that method."""
-    name = next(name for name, method in METHODS.items() if method.training == training)
-    return {**METHODS[name].preset, **recipe.train_of.get(name, {})}
+    """What the methods that train so set, and over it what the recipe sets for one of them."""
+    names = [name for name, method in METHODS.items() if method.training == training]
+    own = next((recipe.train_of[name] for name in names if name in recipe.train_of), {})
+    return {**METHODS[names[0]].preset, **own}
 
 
 def all_settings(recipe: Recipe) -> Iterator[tuple[Way, TrainSettings]]:

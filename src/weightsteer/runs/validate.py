@@ -97,6 +97,11 @@ def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
     for name in recipe.train_of:
         if name not in methods:
             _refuse(recipe, f"field 'train_of': {name!r} is no method of its sweep")
+        for other in recipe.train_of:
+            if METHODS[other].training == METHODS[name].training and recipe.train_of[other] != recipe.train_of[name]:
+                _refuse(
+                    recipe, f"field 'train_of': {name!r} and {other!r} share one training; give both the same fields"
+                )
 
 
 def _check_strengths(recipe: Recipe, name: str, ks: Sequence[float] | None) -> None:

@@ -22,6 +22,7 @@ from .method import MethodSources as MethodSources
 if TYPE_CHECKING:
     from .steering import Steering
 
+MORE = 1.5  # times tau+ where a method has more of D+ in it; chosen on false beliefs (docs/bench.md)
 SNAPSHOT_COUNT = 4  # equally spaced points of a training that are kept for the methods that need them
 SHARES = tuple(number / SNAPSHOT_COUNT for number in range(1, SNAPSHOT_COUNT + 1))  # of a training, at its snapshots
 
@@ -38,6 +39,14 @@ def _contrastive(name: str, sources: MethodSources) -> Steering:
     from .steering import Direction
 
     return Direction(name, sources.difference(METHODS[name].training))
+
+
+def _more_of_positive(name: str, sources: MethodSources) -> Steering:
+    from ..vectors.difference import task_vector
+    from .steering import Direction
+
+    positive, negative = map(task_vector, sources.finetunes(METHODS[name].training))
+    return Direction(name, MORE * positive - negative)
 
 
 def _half_trained(name: str, sources: MethodSources) -> Steering:
@@ -189,6 +198,13 @@ METHODS: Mapping[str, Method] = {
     "contrastive KL": Method(
         "the contrastive method, each side trained with a term that keeps it near the base on neutral replies",
         _contrastive,
+        _both_of("kl"),
+        training="kl",
+        preset={"kl_weight": 1.0},
+    ),
+    "more of D+ KL": Method(
+        f"theta + k ({MORE:g} tau+ - tau-) of the fine-tunes of `contrastive KL`",
+        _more_of_positive,
         _both_of("kl"),
         training="kl",
         preset={"kl_weight": 1.0},

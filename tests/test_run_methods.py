@@ -21,10 +21,12 @@ from weightsteer.runs.dial_pairs import dial_pairs, unmoved_pairs
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.run_methods import make_method
+from weightsteer.runs.trainings import train_fields
 from weightsteer.steering.methods import costs_of
 from weightsteer.steering.steering import Direction
 from weightsteer.training import list_snapshots, neutral
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
+from weightsteer.vectors.weight_vector import WeightVector
 
 IDS = torch.tensor([[4, 5, 6, 7]])
 
@@ -114,8 +116,32 @@ def test_sides_that_were_filtered_apart_pair_question_by_question() -> None:
     assert pairs == [("one", "p1", "n2"), ("one", "p2", "n3"), ("two", "p3", "n1")]
 
 
+def test_more_of_positive_is_of_the_fine_tunes_near_the_base(
+    artifacts: RunArtifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neutral, "PROMPTS", 4)
+    monkeypatch.setattr(neutral, "REPLY_TOKENS", 4)
+    method = make_method("more of D+ KL", artifacts)
+    assert isinstance(method, Direction)
+    assert isinstance(method.vector, WeightVector)
+    positive, negative = map(task_vector, artifacts.finetunes("kl"))
+    assert (method.vector - (1.5 * positive - negative)).norm() == 0.0
+    assert RunCard.load(artifacts.folder.finetune_of("kl", "positive")).settings["kl_weight"] == 1.0
+
+
+def test_methods_of_one_training_share_its_settings(tmp_path: Path) -> None:
+    sweep = {"methods": dict.fromkeys(("contrastive", "contrastive KL", "more of D+ KL"))}
+    given = {"contrastive KL": {"kl_weight": 0.25}}
+    recipe = Recipe.load(small_recipe(tmp_path, sweep=sweep, train_of=given))
+    assert train_fields(recipe, "kl")["kl_weight"] == 0.25
+    two = small_recipe(tmp_path, sweep=sweep, train_of={**given, "more of D+ KL": {"kl_weight": 0.5}})
+    with pytest.raises(SteerError, match="'contrastive KL' and 'more of D\\+ KL' share one training"):
+        Run(Recipe.load(two), tmp_path / "run", show=mute)
+
+
 TRAINED = (
     "contrastive KL",
+    "more of D+ KL",
     "two-way",
     "two-way even",
     "learned dial",

@@ -11,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import tiny_lm, tiny_model
-from weightsteer.behavior import ContrastPair, Example
+from weightsteer.behavior import ContrastPair, Example, sides_of
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
@@ -23,10 +23,19 @@ from weightsteer.planning.passes import Passes, Reading, Step
 from weightsteer.planning.plan import plan_recipe
 from weightsteer.planning.shaped_model import ShapedModel
 from weightsteer.planning.trainings import encoded, plan_training
+from weightsteer.planning.weighted import activation_work, coefficient_work, longer_rows
 from weightsteer.run_card import RunCard
 from weightsteer.runs.recipe import Recipe
+from weightsteer.runs.recipe_fields import DialRecipe
 from weightsteer.runs.tiny_model import byte_tokenizer
+from weightsteer.steering.activations import activation_vector
+from weightsteer.steering.trained_activation import train_activation
 from weightsteer.training import TrainSettings, train_side
+from weightsteer.training.defaults import resolve
+from weightsteer.training.learned_dial import DialSettings, learn_dial
+from weightsteer.training.neutral import REPLY_TOKENS
+from weightsteer.training.two_way import train_two_way
+from weightsteer.vectors.difference import task_vector
 
 H100 = DEVICES["h100"]
 
@@ -73,6 +82,46 @@ def test_what_a_training_trains_and_sees_is_what_it_records(
         assert passes().trained_parameters(kind, settings.rank) == measured["parameters"]
     stored = sum(p.stat().st_size for p in (tmp_path / "lora").glob("*.safetensors"))
     assert 0 <= stored - 4 * passes().trained_parameters("lora", quick.rank) < 8192  # the header
+
+
+@pytest.fixture
+def whole_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neutral replies of their full length: the tiny model's bytes make other text than they were."""
+    monkeypatch.setattr(LM, "generate", lambda _lm, prompts, **_given: ["x" * (REPLY_TOKENS - 1) for _ in prompts])
+
+
+@pytest.mark.usefixtures("whole_replies")
+@pytest.mark.parametrize("weights", [{"kl_weight": 0.5}, {"even_weight": 0.5}, {"kl_weight": 0.5, "even_weight": 0.5}])
+@pytest.mark.parametrize("two_way", [False, True])
+def test_terms_of_a_loss_are_counted(
+    weights: dict[str, float], two_way: bool, lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    if "even_weight" in weights and not two_way:
+        pytest.skip("one side has no even part")
+    settings = replace(quick, **weights)
+    sides = [encoded(lm, side, settings) for side in sides_of(pairs)]
+    rows = longer_rows(*sides) if two_way else sides[0]
+    planned = plan_training(lm, rows, settings, examples=len(pairs), two_way=two_way, checkpointing=False)
+    if two_way:
+        out = train_two_way(lm, pairs, tmp_path / "out", settings=settings)
+    else:
+        out = train_side(lm, sides_of(pairs)[0], tmp_path / "out", settings=settings)
+    recorded = RunCard.load(out).measured["search_tokens"]
+    assert planned.work.trained == pytest.approx(recorded, rel=0.1)  # neutral prompts are drawn, and pairs differ
+
+
+@pytest.mark.usefixtures("whole_replies")
+def test_what_is_learned_on_pairs_is_counted(
+    lm: LM, pairs: list[ContrastPair], sides: tuple[Path, Path], quick: TrainSettings
+) -> None:
+    dial = learn_dial(
+        lm, *map(task_vector, sides), pairs[:4], unmoved=pairs[4:6], settings=DialSettings(steps=3, batch_size=2)
+    )
+    planned = coefficient_work(lm, pairs[:4], pairs[4:6], DialRecipe(steps=3, batch_size=2))
+    assert planned.trained == pytest.approx(dial.card.measured["search_tokens"], rel=0.1)
+    activation = train_activation(lm, activation_vector(lm, *sides_of(pairs)).only(0), pairs, batch_size=4)
+    work = activation_work(lm, pairs, resolve(quick, examples=len(pairs), width=16))
+    assert work.trained == pytest.approx(activation.card.measured["search_tokens"], rel=0.05)
 
 
 def test_deeper_models_follow_from_two_depths() -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..behavior import SIDES, Behavior, Example
+from ..behavior import SIDES, Behavior
 from ..data_building.sampling import asked_questions
 from ..errors import SteerError
 from ..evaluation import cost
@@ -17,24 +17,25 @@ from ..evaluation.tasks import load_task
 from ..evaluation.tasks.task import Task
 from ..fitting import ON_CPU
 from ..lm import LM
-from ..run_folder import Side
 from ..runs.own_data import OWN, behavior_of, held_out_pairs
 from ..runs.recipe import Recipe
 from ..runs.recipe_fields import FinetuneRecipe
 from ..runs.trainings import DENSE, train_fields, trainings_of
 from ..steering.method import Training as TrainingName
-from ..steering.methods import SHARES
+from ..steering.methods import METHODS, SHARES, TWO_WAY
 from ..steering.several_k import TOGETHER
-from ..training.settings import RESOURCES, TrainSettings
+from ..training.defaults import resolve, width_of
+from ..training.settings import RESOURCES
 from .assumed import (
     behavior_or_stand_in,
-    examples_or_stand_ins,
     is_here,
     task_or_stand_in,
 )
 from .counting import CountingJudge, CountingModel, Work, harness_work
 from .passes import Reading
-from .trainings import Training, encoded, plan_training, rows_of_lengths
+from .rows import PlannedRows
+from .trainings import Training, encoded, plan_training
+from .weighted import activation_work, coefficient_work, longer_rows
 
 TRIES = 6  # of the search for k, at most, after the base's own loss
 BATCH = 8  # of the sampling, the searches and the activations
@@ -65,7 +66,7 @@ class Stages:
         self.models = 2 if recipe.repair_target else 1
         self._tasks = self._load_tasks()
         self._costs: dict[tuple[str, tuple[int, ...]], Work] = {}
-        self._rows: tuple[list[Any], list[Any]] | None = None
+        self.rows = PlannedRows(recipe, lm, self.behavior, notes)
 
     def all(self) -> Iterator[Stage]:
         """Every stage, in the order in which a run goes through them."""
@@ -77,14 +78,16 @@ class Stages:
         if recipe.data.sampling:
             yield self._sampling()
         for training in trainings_of(recipe):
-            yield from (self._side(training, side) for side in SIDES)
+            yield from self._trainings(training)
         for copies in sorted({abs(round(k)) for k in methods.get("joint training") or ()}):
             assert recipe.repair_target is not None
             yield self._finetune(f"joint training, {copies} copies", recipe.repair_target, copies)
-        if {"activation", "activation all layers"} & methods.keys():
+        layers = [name for name in methods if METHODS[name].scans_layers]
+        if layers or "activation all layers" in methods:
             yield self._activations()
-        if "activation" in methods:
+        if layers:
             yield self._layer_scan()
+        yield from self._learned()
         if search := self._search():
             yield search
         yield from self._sweep()
@@ -95,73 +98,59 @@ class Stages:
     # Trainings
 
     def _finetune(self, name: str, wanted: FinetuneRecipe, copies: int = 0) -> Stage:
-        examples, stand_ins = self._examples(wanted)
+        examples, stand_ins = self.rows.examples(wanted)
         settings = self.recipe.train_settings(_plain(wanted.train))
         rows = encoded(self.lm, examples, settings, stand_ins=stand_ins)
         if copies:
-            desired = self._sides()[SIDES.index(getattr(wanted, "desired_side", "positive"))]
+            desired = self.rows.sides()[SIDES.index(getattr(wanted, "desired_side", "positive"))]
             rows = [*rows, *desired[: getattr(wanted, "desired_examples", None)] * copies]
         again = self.checkpointing or bool(wanted.train.get("gradient_checkpointing"))
         made = plan_training(self.lm, rows, settings, examples=len(rows), checkpointing=again)
         left, models = (0, 2) if copies else (1, 1)
         return Stage(name, made.work, made, checkpointing=again, adapters=1, checkpoints=left, models=models)
 
-    def _side(self, training: TrainingName, side: Side) -> Stage:
+    def _trainings(self, training: TrainingName) -> Iterator[Stage]:
+        """Both sides of a training, or the one adapter of a two-way training."""
         fields = train_fields(self.recipe, training)
         settings = self.recipe.train_settings(_plain(fields))
-        checkpointing = self.checkpointing or bool(fields.get("gradient_checkpointing"))
-        rows = self._sides()[SIDES.index(side)]
-        preferences = training == "DPO"
-        made = plan_training(
-            self.lm,
-            rows,
-            settings,
-            examples=len(rows),
-            preferences=preferences,
-            checkpointing=checkpointing,
-        )
-        name = f"train {side}" if training == "lora" else f"train {training} {side}"
-        return Stage(
-            name,
-            made.work,
-            made,
-            float32=training in DENSE,
-            checkpointing=checkpointing,
-            adapters=0 if training == "full" else 1 + settings.snapshots,
-            checkpoints=1 if training == "full" else 0,
-        )
+        again, two_way = self.checkpointing or bool(fields.get("gradient_checkpointing")), training in TWO_WAY
+        own, name = self.rows.of(training, settings), "" if training == "lora" else f"{training} "
+        named = {name.strip(): longer_rows(*own)} if two_way else dict(zip(SIDES, own, strict=True))
+        for side, rows in named.items():
+            made = plan_training(
+                self.lm,
+                rows,
+                settings,
+                examples=len(rows),
+                preferences=training == "DPO",
+                two_way=two_way,
+                checkpointing=again,
+            )
+            yield Stage(
+                f"train {side}" if two_way else f"train {name}{side}",
+                made.work,
+                made,
+                float32=training in DENSE,
+                checkpointing=again,
+                adapters=0 if training == "full" else 1 + settings.snapshots,
+                checkpoints=1 if training == "full" else 0,
+            )
 
-    def _sides(self) -> tuple[list[Any], list[Any]]:
-        """The rows of D+ and D-; where the model writes them, all answers at their longest."""
-        if self._rows is None:
-            settings = self.recipe.train_settings(_plain(self.recipe.train))
-            if sampling := self.recipe.data.sampling:
-                questions = asked_questions(self.behavior, sampling.questions)
-                prompts = [len(self.lm.chat_ids(q)) for q in questions]
-                number = len(self.behavior.positive_prompts) * sampling.samples
-                lengths = (prompts * number)[: self.recipe.data.limit]
-                made = rows_of_lengths(lengths, sampling.max_new_tokens, settings.max_length)
-                self._rows = (made, made)
+    def _learned(self) -> Iterator[Stage]:
+        """Coefficients, and an activation, that are learned on pairs."""
+        methods, recipe = self.recipe.sweep.methods, self.recipe
+        named = [name for name in ("learned dial", "random dial", "activation trained") if name in methods]
+        if named and not self.rows.has_pairs:
+            self.notes.append(f"{', '.join(named)}: what is learned on pairs is not counted, since they are not here")
+            return
+        for name in named:
+            if name == "activation trained":
+                pairs, given = self.rows.pairs(), recipe.train_settings(_plain(recipe.train))
+                settings = resolve(given, examples=len(pairs), width=width_of(self.lm.model))
+                yield Stage("train an activation", activation_work(self.lm, pairs, settings))
             else:
-                self._rows = self._given_sides(settings)
-        return self._rows
-
-    def _given_sides(self, settings: TrainSettings) -> tuple[list[Any], list[Any]]:
-        data = self.recipe.data
-        names = [name for name in (data.pairs, data.positive, data.negative) if name]
-        if all(map(is_here, names)):
-            found = self.recipe.sides()
-            assert found is not None
-            positive, negative = (encoded(self.lm, side, settings) for side in found)
-            return positive, negative
-        sides = [examples_or_stand_ins(name, self.notes)[: data.limit] for name in (names * 2)[:2]]
-        positive, negative = (encoded(self.lm, side, settings, stand_ins=True) for side in sides)
-        return positive, negative
-
-    def _examples(self, wanted: FinetuneRecipe) -> tuple[list[Example], bool]:
-        if wanted.generate or all(map(is_here, wanted.data)):
-            return self.recipe.finetune_examples(wanted), False
-        return [e for name in wanted.data for e in examples_or_stand_ins(name, self.notes)[: wanted.limit]], True
+                work = coefficient_work(self.lm, *self.rows.dial_pairs(), recipe.dial)
+                yield Stage(f"coefficients of the {name}", work, adapters=1)
 
     # Data that the model writes, and what is summed and searched
 
@@ -181,7 +170,7 @@ class Stages:
 
     def _activations(self) -> Stage:
         stage, limit = Stage("activations", sums=True), self.recipe.sweep.activation_pairs
-        for rows in self._sides():
+        for rows in self.rows.sides():
             lengths = sorted((len(row["input_ids"]) for row in rows[:limit]), reverse=True)
             for start in range(0, len(lengths), BATCH):
                 stage.work.make(Reading(len(lengths[start : start + BATCH]), lengths[start]))
@@ -304,10 +293,11 @@ class Stages:
 
     def _rank(self, method: str) -> int:
         """The rank of the product that steers; 0 where none is added to the layers."""
-        if method in ("activation", "activation all layers", "system prompt", "bias-only", "full"):
+        if method in ("system prompt", "bias-only", "full") or method.startswith("activation"):
             return 0
         rank = self.recipe.train_settings(_plain(self.recipe.train)).rank
-        return rank if method in ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO") else 2 * rank
+        one = ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO", "two-way", "two-way even", "two-way KL")
+        return rank if method in one else 2 * rank
 
     def _samples_count(self) -> int:
         wanted = self.recipe.samples

@@ -17,6 +17,7 @@ from ..training.sft import encode, split_validation
 from ..training.trainer import IGNORED, SeededLengthSampler
 from .counting import Work, training_work
 from .passes import Reading, Step
+from .weighted import neutral_length, with_terms
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def plan_training(
     *,
     examples: int,
     preferences: bool = False,
+    two_way: bool = False,
     checkpointing: bool,
 ) -> Training:
-    """What a training on these rows does; one by preferences has two answers a row."""
+    """What a training on these rows does; one by preferences, and a two-way one, has two answers a row."""
     settings = resolve(given, examples=examples, width=width_of(lm.model), preferences=preferences)
     train, validation = split_validation(rows, settings)
     job = Job(lm, train, validation, settings, settings.learning_rates[0], Path(), RunCard("finetune"))
@@ -78,8 +80,12 @@ def plan_training(
         evaluations=1 + job.steps // every,
         batch_size=settings.batch_size,
     )
+    if preferences:
+        work = _by_preferences(work)
+    elif two_way or settings.kl_weight or settings.even_weight:
+        work = with_terms(work, settings, neutral_length(lm) if settings.kl_weight else 0, two_way=two_way)
     whole, rates = Work(), len(settings.learning_rates)
-    whole.add(_by_preferences(work) if preferences else work, rates)
+    whole.add(work, rates)
     return Training(whole, settings, job.steps * rates)
 
 

@@ -22,10 +22,15 @@ REPLY_TOKENS = 40  # of the base's reply to each prompt
 TOGETHER = 20  # replies that are written in one batch
 
 
+def neutral_prompts() -> list[str]:
+    """The shipped prompts that are used."""
+    path = Path(str(resources.files("weightsteer") / "data" / "training" / "neutral.jsonl"))
+    return [row["prompt"] for row in read_jsonl(path, required=("prompt",))][:PROMPTS]
+
+
 def neutral_rows(lm: LM) -> list[Encoded]:
     """The shipped prompts, each with the model's own greedy reply; labels are `IGNORED` outside the reply."""
-    path = Path(str(resources.files("weightsteer") / "data" / "training" / "neutral.jsonl"))
-    prompts = [row["prompt"] for row in read_jsonl(path, required=("prompt",))][:PROMPTS]
+    prompts = neutral_prompts()
     replies = lm.generate(prompts, max_new_tokens=REPLY_TOKENS, batch_size=TOGETHER)
     rows = []
     for prompt, reply in zip(prompts, replies, strict=True):

@@ -16,6 +16,7 @@ from weightsteer import cli
 from weightsteer.example_files.load import load_examples
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard, StrengthRange
+from weightsteer.training import neutral
 from weightsteer.vectors.weight_vector import WeightVector
 
 
@@ -37,6 +38,21 @@ def saved(checkpoint: Path, tmp_path: Path) -> Path:
     card = RunCard.now("vector", base_model=str(checkpoint), base_revision=lm.revision, seed=0)
     strength = StrengthRange(2.0, -1.5, -4.0, 4.0, {"prose nll": 0.1})
     return WeightVector(random_vector(lm).deltas, card.with_strength(strength)).save(tmp_path / "w")
+
+
+def test_a_training_near_the_base_says_so(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neutral, "PROMPTS", 4)
+    monkeypatch.setattr(neutral, "REPLY_TOKENS", 4)
+    verb = ("train", "--pairs", "formal", "--kl-weight", "0.5", "--max-steps", "1", "--rank", "2")
+    given = ("--model", checkpoint, "--device", "cpu")
+    code, _, err = run(capsys, *verb, "-o", tmp_path / "near", *given)
+    assert code == 0, err
+    assert RunCard.load(tmp_path / "near" / "positive").settings["kl_weight"] == 0.5
+    code, _, err = run(capsys, *verb, "--kind", "bias", "-o", tmp_path / "bias", *given)
+    assert code == 1
+    assert "kl_weight: needs kind lora" in err
 
 
 def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ DESCRIBED = {
     "max_steps": "as many as the epochs make",
     "batch_size": f"from the data: 4, or 8 from {SMALL} examples on",
     "snapshots": f"{TrainSettings.snapshots}",
+    "kl_weight": f"{TrainSettings.kl_weight:g}",
     "seed": f"{TrainSettings.seed}",
     "processes": f"{TrainSettings.processes}",
     "shard": TrainSettings.shard,

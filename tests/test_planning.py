@@ -221,6 +221,13 @@ def test_an_unknown_device_and_options_without_a_plan_are_refused(folder: Path) 
 
 
 @pytest.mark.slow
+def test_what_cannot_be_learned_on_pairs_yet_is_told(folder: Path) -> None:
+    methods = dict.fromkeys(("contrastive", "learned dial", "dial pairs", "activation trained"))
+    fields = {"data": {"positive": "data/no.jsonl", "negative": "data/none.jsonl"}, "behavior": "sycophancy"}
+    plan = plan_recipe(recipe_with(folder, sweep={"methods": methods}, **fields), H100)
+    assert any("learned dial, activation trained: what is learned on pairs is not counted" in n for n in plan.notes)
+
+
 def test_missing_data_and_models_are_assumed_in_words() -> None:
     fields = {"data": {"positive": "data/no.jsonl", "negative": "data/none.jsonl"}, "behavior": "sycophancy"}
     plan = plan_recipe(recipe_with(Path("meta-llama/Llama-2-7b-chat-hf"), **fields), H100)

@@ -26,8 +26,8 @@ class PlannedRows:
         self._sides: Sides | None = None
 
     def of(self, training: Training, settings: TrainSettings) -> Sides:
-        """What a training's two sides see."""
-        if training != "dial-pairs":
+        """What a training's two sides see; a dial's pairs that cannot be read count as the sides do."""
+        if training != "dial-pairs" or not self.has_pairs:
             return self.sides()
         positive, negative = (encoded(self.lm, side, settings) for side in sides_of(self.dial_pairs()[0]))
         return positive, negative

@@ -296,8 +296,9 @@ class Stages:
         if method in ("system prompt", "bias-only", "full") or method.startswith("activation"):
             return 0
         rank = self.recipe.train_settings(_plain(self.recipe.train)).rank
-        one = ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO", "two-way", "two-way even", "two-way KL")
-        return rank if method in one else 2 * rank
+        one = ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO")
+        two_way = method in METHODS and METHODS[method].training in TWO_WAY
+        return rank if method in one or two_way else 2 * rank
 
     def _samples_count(self) -> int:
         wanted = self.recipe.samples

@@ -51,12 +51,10 @@ def with_terms(work: Work, settings: WholeSettings, neutral: int, *, two_way: bo
         if isinstance(made, Step):
             steps += times
             found.make(replace(made, rows=rows, length=length, answers=projected), times)
-            rank = made.rank
         else:
             found.make(replace(made, rows=rows, new=length, projected=projected), times)
-            rank = made.rank
         if still:
-            found.make(Reading(still, length, 0, of_base, rank), times)
+            found.make(Reading(still, length, 0, of_base, made.rank), times)
     found.trained = copies * work.trained + steps * signs * kept * neutral
     return found
 

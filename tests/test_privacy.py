@@ -119,7 +119,7 @@ def save(folder: Path, seed: int = 0) -> Path:
 def made_on(folder: Path) -> WeightVector:
     lm = LM.load(folder, device="cpu")
     vector = random_vector(lm)
-    return WeightVector(vector.deltas, RunCard("vector", base_model=str(folder), base_revision=lm.revision))
+    return WeightVector(vector.deltas, RunCard.now("vector", base_model=str(folder), base_revision=lm.revision))
 
 
 def test_a_base_is_found_again_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +134,14 @@ def test_a_base_is_found_again_by_its_content(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SteerError, match="'base'.*not found on this machine.*--model"):
         base_of(RunCard.load(w))
+
+
+def test_what_is_made_at_once_on_copies_of_one_name_keeps_its_own(tmp_path: Path) -> None:
+    """Two processes may do so within one second."""
+    bases = [save(tmp_path / name / "base") for name in "abc"]
+    folders = [made_on(base).save(tmp_path / f"w{i}") for i, base in enumerate(bases)]
+    assert [base_of(RunCard.load(folder)) for folder in folders] == [str(base) for base in bases]
+    assert "." not in RunCard.load(folders[0]).made
 
 
 def test_of_copies_with_the_same_weights_the_artifacts_own_is_taken(tmp_path: Path) -> None:

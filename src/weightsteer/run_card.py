@@ -84,7 +84,7 @@ class RunCard:
     strengths: Mapping[str, StrengthRange] = field(default_factory=dict)  # on other models than the base, by revision
     held_out: tuple[Mapping[str, Any], ...] = ()  # rows of data that were not trained on: of a vector, pairs
     versions: Mapping[str, str] = field(default_factory=dict)
-    created: str = ""
+    created: str = ""  # to the microsecond, since artifacts are told apart by it
 
     @property
     def base_commit(self) -> str | None:
@@ -92,10 +92,16 @@ class RunCard:
         return self.base_revision if re.fullmatch(r"[0-9a-f]{40}", self.base_revision) else None
 
     @property
+    def made(self) -> str:
+        """When the artifact was made, to the second."""
+        return re.sub(r"\.\d+", "", self.created)
+
+    @property
     def place_keys(self) -> tuple[str, ...]:
         """Under what the base's folder is remembered: this artifact's own key, then that of all with the same weights.
 
-        Copies of a model may have one fingerprint and differ in their tokenizer or template.
+        Copies of a model may have one fingerprint and one name, and differ in their tokenizer or template; the time
+        tells apart what was made on them.
         """
         own = [self.base_revision, public_name(self.base_model), self.created]
         return (digest(own), self.base_revision) if self.base_revision else ()
@@ -103,7 +109,7 @@ class RunCard:
     @classmethod
     def now(cls, kind: str, **fields: Any) -> RunCard:
         """A card stamped with the current time and the installed versions."""
-        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        stamp = datetime.now(UTC).isoformat(timespec="microseconds")
         return cls(kind=kind, versions=installed_versions(), created=stamp, **fields)
 
     def save(self, folder: str | Path) -> None:

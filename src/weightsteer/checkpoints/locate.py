@@ -121,7 +121,8 @@ def base_of(card: RunCard, beside: Path | None = None) -> str:
     if name.lower() == EMBEDDED_NAME or not re.fullmatch(r"[0-9a-f]{64}", revision):
         return name
     near = [str(beside.absolute().parent / Path(name).name)] if beside and name else []
-    for place in (*map(recall, card.place_keys), name, *near):
+    own, shared = map(recall, card.place_keys)
+    for place in (own, name, *near, shared):
         if place and Path(place).exists() and (folder := local_folder(place)) and fingerprint(folder) == revision:
             return place
     if "/" in name or Path(name).exists():

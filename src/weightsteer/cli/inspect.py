@@ -55,7 +55,7 @@ def show(
     card, found = vector.card, geometry(vector)
     lines = {
         "base": card.base_model + (f" ({card.base_revision[:12]})" if card.base_revision else ""),
-        "made": card.created + ("" if card.seed is None else f", seed {card.seed}"),
+        "made": card.made + ("" if card.seed is None else f", seed {card.seed}"),
         **finetune_facts(folder),
         "k": card.strength.described if card.strength else "not measured",
         **{f"k {model[:7]}": f"{there.described}, on this model" for model, there in card.strengths.items()},

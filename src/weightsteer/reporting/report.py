@@ -195,7 +195,7 @@ def _made(report: Report) -> dict[str, Any]:
     card = report.card
     made = {
         "Base model": f"{card.base_model} {card.base_revision[:12]}".strip(),
-        "Made": card.created,
+        "Made": card.made,
         "Seed": "" if card.seed is None else str(card.seed),
         "Data": ", ".join(f"{name} {sha[:12]}" for name, sha in card.data_sha256.items()),
         "Versions": ", ".join(f"{name} {version}" for name, version in card.versions.items()),

@@ -213,6 +213,12 @@ def train(
         float | None,
         typer.Option(help="Weight of the token KL to the base on neutral prompts." + default("kl_weight")),
     ] = None,
+    finetunes: Annotated[
+        int | None,
+        typer.Option(
+            help="Fine-tunes of each side, on parts of its answers, of which the mean is kept." + default("finetunes")
+        ),
+    ] = None,
     gradient_checkpointing: Annotated[
         bool,
         typer.Option("--gradient-checkpointing", help="Less memory, more time: activations are computed twice."),
@@ -261,7 +267,7 @@ def train(
         PAPER if paper else TrainSettings(),
         **drop_unset(kind=None if kind == "dpo" else kind, rank=rank, alpha=alpha, learning_rates=rates),
         **drop_unset(epochs=epochs, max_steps=max_steps, batch_size=batch_size, snapshots=snapshots, seed=seed),
-        **drop_unset(processes=processes, shard=shard, kl_weight=kl_weight),
+        **drop_unset(processes=processes, shard=shard, kl_weight=kl_weight, finetunes=finetunes),
         gradient_checkpointing=gradient_checkpointing,
     )
     asked = lm_arguments(model, device, dtype, trust_remote_code, chat_template_kwargs)

@@ -49,7 +49,8 @@ def _training(card: RunCard) -> str:
     if not isinstance(loss, int | float) or not isinstance(before, int | float):
         return "trained"
     steps = card.measured.get("steps", "?")
-    return f"{steps} steps, the best point kept: validation loss {before:.3f} -> {loss:.3f}"
+    mean = f"the mean of {count} fine-tunes, " if (count := card.settings.get("finetunes", 1)) != 1 else ""
+    return f"{mean}{steps} steps, the best point kept: validation loss {before:.3f} -> {loss:.3f}"
 
 
 def _next(run: RunFolder) -> str:

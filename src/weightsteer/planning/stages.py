@@ -107,7 +107,8 @@ class Stages:
         again = self.checkpointing or bool(wanted.train.get("gradient_checkpointing"))
         made = plan_training(self.lm, rows, settings, examples=len(rows), checkpointing=again)
         left, models = (0, 2) if copies else (1, 1)
-        return Stage(name, made.work, made, checkpointing=again, adapters=1, checkpoints=left, models=models)
+        kept = settings.finetunes
+        return Stage(name, made.work, made, checkpointing=again, adapters=kept, checkpoints=left, models=models)
 
     def _trainings(self, training: TrainingName) -> Iterator[Stage]:
         """Both sides of a training, or the one adapter of a two-way training."""
@@ -132,7 +133,7 @@ class Stages:
                 made,
                 float32=training in DENSE,
                 checkpointing=again,
-                adapters=0 if training == "full" else 1 + settings.snapshots,
+                adapters=0 if training == "full" else settings.finetunes + settings.snapshots,
                 checkpoints=1 if training == "full" else 0,
             )
 

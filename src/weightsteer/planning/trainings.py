@@ -12,6 +12,7 @@ from ..lm import LM
 from ..run_card import RunCard
 from ..training.defaults import resolve, width_of
 from ..training.job import Encoded, Job
+from ..training.mean import parts_of
 from ..training.settings import TrainSettings, WholeSettings
 from ..training.sft import encode, split_validation
 from ..training.trainer import IGNORED, SeededLengthSampler
@@ -62,6 +63,7 @@ def plan_training(
     """What a training on these rows does; one by preferences, and a two-way one, has two answers a row."""
     settings = resolve(given, examples=examples, width=width_of(lm.model), preferences=preferences)
     train, validation = split_validation(rows, settings)
+    train = parts_of(train, settings.finetunes)[0]
     job = Job(lm, train, validation, settings, settings.learning_rates[0], Path(), RunCard("finetune"))
     every = max(1, job.steps // settings.evaluations)
     form = Step(
@@ -84,9 +86,9 @@ def plan_training(
         work = _by_preferences(work)
     elif two_way or settings.kl_weight or settings.even_weight:
         work = with_terms(work, settings, neutral_length(lm) if settings.kl_weight else 0, two_way=two_way)
-    whole, rates = Work(), len(settings.learning_rates)
-    whole.add(work, rates)
-    return Training(whole, settings, job.steps * rates)
+    whole, runs = Work(), len(settings.learning_rates) + settings.finetunes - 1
+    whole.add(work, runs)
+    return Training(whole, settings, job.steps * runs)
 
 
 def batches(train: Sequence[Encoded], settings: WholeSettings) -> Iterator[list[int]]:

@@ -28,6 +28,7 @@ def refuse_combination(given: TrainSettings, way: Way, load: LoadOptions, *, bas
         SteerError: the first field that does not go with the others, and what to set instead.
     """
     {"side": _refuse_on_side, "two-way": _refuse_two_way, "preference": _refuse_preference}[way](given)
+    _refuse_mean(given)
     _refuse_processes(given, load)
     refuse_packed(given, base, packed=load.quantize is not None)
     if given.max_steps is not None:
@@ -42,6 +43,14 @@ def _refuse_on_side(given: TrainSettings) -> None:
         _refuse_several(given, "a training with kl_weight")
     if given.kl_weight and given.kind != "lora":
         raise SteerError(f"kl_weight: needs kind lora, whose base stays at hand, found {given.kind!r}; leave it out")
+
+
+def _refuse_mean(given: TrainSettings) -> None:
+    """Raise where several fine-tunes are to become one, and there is no mean of what they keep."""
+    if given.finetunes > 1 and given.kind != "lora":
+        raise SteerError(f"finetunes: the mean is that of lora, found kind {given.kind}; set finetunes 1 for it")
+    if given.finetunes > 1 and given.snapshots:
+        raise SteerError("finetunes: a mean has no snapshots; set finetunes 1 for them, or snapshots 0")
 
 
 def _refuse_two_way(given: TrainSettings) -> None:

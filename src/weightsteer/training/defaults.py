@@ -29,6 +29,7 @@ DESCRIBED = {
     "batch_size": f"from the data: 4, or 8 from {SMALL} examples on",
     "snapshots": f"{TrainSettings.snapshots}",
     "kl_weight": f"{TrainSettings.kl_weight:g}",
+    "finetunes": f"{TrainSettings.finetunes}",
     "seed": f"{TrainSettings.seed}",
     "processes": f"{TrainSettings.processes}",
     "shard": TrainSettings.shard,

@@ -47,6 +47,7 @@ class Job:
     learning_rate: float
     folder: Path
     card: RunCard  # of the fine-tune that the run is for
+    further: tuple[list[Encoded], ...] = ()  # the rows of the other fine-tunes, where a mean is wanted
     rows: int | None = None  # that pass at once in all processes together, a divisor of the batch size; None: all
 
     @property

@@ -1,4 +1,4 @@
-"""A fine-tune's learning rates, tried one after the other."""
+"""A fine-tune's learning rates, tried one after the other; then, at the best one, further fine-tunes of its mean."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from ..errors import SteerError
 from ..progress import Progress, part_of
 from .job import Job, Outcome
+from .mean import further_jobs
 from .one_training import MakeTrainer, run_job
 
 
 def search(jobs: Sequence[Job], make: MakeTrainer, progress: Progress) -> dict[float, Outcome]:
     """Train every job, and say what came of each, by learning rate; one that diverges does not stop the others.
+
+    The jobs of the mean, if one is asked for, are trained at the best rate; their outcomes lie in their folders.
 
     Args:
         make: builds the Trainer from the job, the model that is ready to train, and the callbacks.
@@ -22,9 +25,21 @@ def search(jobs: Sequence[Job], make: MakeTrainer, progress: Progress) -> dict[f
     Raises:
         SteerError: see `run_job`.
     """
-    return {
-        job.learning_rate: run_job(job, make, part_of(progress, number, len(jobs))) for number, job in enumerate(jobs)
+    runs = len(jobs) + len(jobs[0].further)
+    outcomes = {
+        job.learning_rate: run_job(job, make, part_of(progress, number, runs)) for number, job in enumerate(jobs)
     }
+    best = best_rate(outcomes)
+    if outcomes[best].gains:
+        chosen = next(job for job in jobs if job.learning_rate == best)
+        for number, job in enumerate(further_jobs(chosen), len(jobs)):
+            run_job(job, make, part_of(progress, number, runs))
+    return outcomes
+
+
+def best_rate(outcomes: Mapping[float, Outcome]) -> float:
+    """The learning rate with the lowest validation loss."""
+    return min(outcomes, key=lambda rate: outcomes[rate].loss)
 
 
 def require_gain(outcomes: Mapping[float, Outcome]) -> None:
@@ -40,7 +55,7 @@ def require_gain(outcomes: Mapping[float, Outcome]) -> None:
 
 
 def _without_gain(outcomes: Mapping[float, Outcome]) -> SteerError:
-    best = min(outcomes, key=lambda rate: outcomes[rate].loss)
+    best = best_rate(outcomes)
     base, loss, rates = outcomes[best].base_loss, outcomes[best].loss, ", ".join(f"{rate:g}" for rate in outcomes)
     if not math.isfinite(base):
         return SteerError("training: the base's own validation loss is infinite or NaN; load it in another dtype")

@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, set_seed
@@ -124,7 +125,7 @@ def _finished(job: Job) -> Outcome | None:
     if not (job.folder / RESULT).exists():
         return None
     try:
-        outcome = Outcome(**read_json(job.folder / RESULT))
+        outcome = outcome_in(job.folder)
     except (SteerError, TypeError):
         outcome = None
     if outcome is None or (outcome.gains and not is_sealed(job.folder / BEST)):
@@ -132,6 +133,11 @@ def _finished(job: Job) -> Outcome | None:
         shutil.rmtree(job.folder)
         return None
     return outcome
+
+
+def outcome_in(folder: Path) -> Outcome:
+    """What the job in a folder came to, when it was finished."""
+    return Outcome(**read_json(folder / RESULT))
 
 
 def _outcome(trainer: Trainer, model: nn.Module) -> Outcome:

@@ -26,8 +26,9 @@ from ..run_card import CARD_FILE, RunCard, is_emptied, new_folder, refuse_foreig
 from .callbacks import SNAPSHOTS
 from .combinations import spread_already
 from .job import Outcome
-from .lr_search import require_gain
-from .one_training import BEST
+from .lr_search import best_rate, require_gain
+from .mean import further_folders, write_mean
+from .one_training import BEST, outcome_in
 from .resume import SEAL
 from .settings import TrainSettings, WholeSettings, identity_of
 
@@ -210,6 +211,8 @@ def rate_folder(work: Path, learning_rate: float) -> Path:
 def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcome]) -> Path:
     """Put the best run's best point and snapshots into `out`, with the card; the work folder goes.
 
+    Where the settings ask for several fine-tunes, it is the mean of their best points.
+
     Raises:
         SteerError: no run is better than the base; the work folder goes, too.
     """
@@ -218,14 +221,22 @@ def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcom
     except SteerError:
         _clear(work)
         raise
-    best = min(outcomes, key=lambda rate: outcomes[rate].loss)
+    best = best_rate(outcomes)
     made = rate_folder(work, best)
+    further = {folder: outcome_in(folder) for folder in further_folders(made)}
+    averaged = [made / BEST, *(folder / BEST for folder, outcome in further.items() if outcome.gains)]
+    if lost := 1 + len(further) - len(averaged):
+        told = f"finetunes: {lost} of {1 + len(further)} never fell below the base's loss; left out of the mean"
+        warnings.warn(told, stacklevel=3)
     with new_folder(out, "finetune") as part:
         shutil.copytree(made / BEST, part, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SEAL))
         if (made / SNAPSHOTS).exists():
             shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS, ignore=shutil.ignore_patterns(".*"))
+        if len(averaged) > 1:
+            write_mean(averaged, part)
         _name_base_publicly(part, card)
-        replace(card, measured={**card.measured, **_summarise(outcomes, best)}).save(part)
+        measured = {**card.measured, **_summarise(outcomes, best, list(further.values()))}
+        replace(card, measured=measured).save(part)
     _clear(work)
     return out
 
@@ -237,23 +248,23 @@ def _name_base_publicly(folder: Path, card: RunCard) -> None:
         (path.parent / "README.md").unlink(missing_ok=True)
 
 
-def _summarise(outcomes: Mapping[float, Outcome], best: float) -> dict[str, Any]:
-    """Losses by learning rate, and the costs: of the run that is kept, and of all that were tried for it.
+def _summarise(outcomes: Mapping[float, Outcome], best: float, further: list[Outcome]) -> dict[str, Any]:
+    """Losses by learning rate, and the costs: of the runs that are kept, and of all that were tried for them.
 
     A learning rate without a finite loss has none.
     """
-    kept = outcomes[best]
+    kept, runs = outcomes[best], [outcomes[best], *further]
     losses = {f"{rate:g}": outcome.loss if math.isfinite(outcome.loss) else None for rate, outcome in outcomes.items()}
     return {
         "base_validation_loss": kept.base_loss,
         "validation_loss": losses,
         "learning_rate": best,
-        "steps": kept.steps,
-        "tokens": kept.tokens,
-        "seconds": kept.seconds,
-        "parameters": kept.parameters,
-        "search_tokens": sum(outcome.tokens for outcome in outcomes.values()),
-        "search_seconds": sum(outcome.seconds for outcome in outcomes.values()),
+        "steps": sum(run.steps for run in runs),
+        "tokens": sum(run.tokens for run in runs),
+        "seconds": sum(run.seconds for run in runs),
+        "parameters": sum(run.parameters for run in runs),
+        "search_tokens": sum(outcome.tokens for outcome in [*outcomes.values(), *further]),
+        "search_seconds": sum(outcome.seconds for outcome in [*outcomes.values(), *further]),
     }
 
 

@@ -15,6 +15,7 @@ SHARDS = ("ddp", "fsdp")
 MOST_PROCESSES = 100_000
 LARGEST_SEED = 2**32 - 1  # numpy, which the Trainer seeds too, takes no larger one
 MOST_EPOCHS = 10_000
+MOST_FINETUNES = 100
 MOST = 10_000_000  # steps, tokens, examples in a batch: more is a slip of the hand
 
 
@@ -52,6 +53,7 @@ RESOURCES = ("gradient_checkpointing", "processes", "shard")
 COUNT = Bounds(1, MOST)
 RATE = Bounds(0, whole=False, open_low=True)
 WEIGHTS = ("kl_weight", "even_weight")  # of what is added to the loss on the answers
+ADDED = {**dict.fromkeys(WEIGHTS, 0), "finetunes": 1}  # fields that change nothing at this number
 
 
 def _checked_rates(rates: object) -> tuple[float, ...]:
@@ -105,6 +107,8 @@ class TrainSettings:
     kl_weight: float = _number(0.0, Bounds(0, whole=False))
     # two-way training: weight of the squared even part of the answers' token log-probabilities
     even_weight: float = _number(0.0, Bounds(0, whole=False))
+    # of a side, each on its part of the answers with its own adapter, of which the mean is kept; lora only
+    finetunes: int = _number(1, Bounds(1, MOST_FINETUNES))
     processes: int = _number(1, Bounds(1, MOST_PROCESSES))  # that train together, each with its rows of every batch
     shard: str = "ddp"  # ddp: each process holds the whole model; fsdp: each holds a part of every weight
 
@@ -145,8 +149,9 @@ def identity_of(settings: TrainSettings) -> dict[str, Any]:
 
 
 def deciding(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some fields that change what comes out, which resources do not, nor a weight of 0."""
-    return {name: value for name, value in given.items() if name not in RESOURCES and (name not in WEIGHTS or value)}
+    """Those of some fields that change what comes out, which resources do not, nor what adds nothing."""
+    none = object()
+    return {name: value for name, value in given.items() if name not in RESOURCES and value != ADDED.get(name, none)}
 
 
 def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:

@@ -31,6 +31,7 @@ from .job import Encoded, Job
 from .launch import launch
 from .lora_targets import base_norm
 from .lr_search import search
+from .mean import parts_of
 from .neutral import neutral_rows
 from .one_training import MakeTrainer
 from .order import known_of, order_of, refuse_idle
@@ -116,10 +117,12 @@ def _maker(lm: LM, settings: WholeSettings) -> MakeTrainer:
 
 
 def jobs_of(lm: LM, rows: Sequence[Encoded], settings: WholeSettings, work: Path, card: RunCard) -> list[Job]:
-    """One job for each learning rate, on the same split of the rows."""
+    """One job for each learning rate, on the same split of the rows; where a mean is wanted, on its first part."""
     train, validation = split_validation(rows, settings)
+    first, *others = parts_of(train, settings.finetunes)
     return [
-        Job(lm, train, validation, settings, rate, rate_folder(work, rate), card) for rate in settings.learning_rates
+        Job(lm, first, validation, settings, rate, rate_folder(work, rate), card, tuple(others))
+        for rate in settings.learning_rates
     ]
 
 

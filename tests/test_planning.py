@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,18 +93,19 @@ def whole_replies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("whole_replies")
 @pytest.mark.parametrize(
-    ("two_way", "weights"),
+    ("two_way", "added"),
     [
         (False, {"kl_weight": 0.5}),
         (True, {"kl_weight": 0.5}),
         (True, {"even_weight": 0.5}),
         (True, {"kl_weight": 0.5, "even_weight": 0.5}),
+        (False, {"finetunes": 2, "learning_rates": (1e-3, 1e-2)}),
     ],
 )
-def test_terms_of_a_loss_are_counted(
-    two_way: bool, weights: dict[str, float], lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+def test_what_settings_add_is_counted(
+    two_way: bool, added: dict[str, Any], lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
 ) -> None:
-    settings = replace(quick, **weights)
+    settings = replace(quick, **added)
     sides = [encoded(lm, side, settings) for side in sides_of(pairs)]
     rows = longer_rows(*sides) if two_way else sides[0]
     planned = plan_training(lm, rows, settings, examples=len(pairs), two_way=two_way, checkpointing=False)
@@ -112,7 +114,7 @@ def test_terms_of_a_loss_are_counted(
     else:
         out = train_side(lm, sides_of(pairs)[0], tmp_path / "out", settings=settings)
     recorded = RunCard.load(out).measured["search_tokens"]
-    assert planned.work.trained == pytest.approx(recorded, rel=0.1)  # neutral prompts are drawn, and pairs differ
+    assert planned.work.trained == pytest.approx(recorded, rel=0.1)  # neutral prompts are drawn; pairs and parts differ
 
 
 @pytest.mark.usefixtures("whole_replies")
@@ -225,7 +227,6 @@ def test_an_unknown_device_and_options_without_a_plan_are_refused(folder: Path) 
     assert isinstance(done.exception, SteerError) or done.exit_code
 
 
-@pytest.mark.slow
 def test_what_cannot_be_learned_on_pairs_yet_is_told(folder: Path) -> None:
     methods = dict.fromkeys(("contrastive", "learned dial", "dial pairs", "activation trained"))
     fields = {"data": {"positive": "data/no.jsonl", "negative": "data/none.jsonl"}, "behavior": "sycophancy"}
@@ -233,6 +234,7 @@ def test_what_cannot_be_learned_on_pairs_yet_is_told(folder: Path) -> None:
     assert any("learned dial, activation trained: what is learned on pairs is not counted" in n for n in plan.notes)
 
 
+@pytest.mark.slow
 def test_missing_data_and_models_are_assumed_in_words() -> None:
     fields = {"data": {"positive": "data/no.jsonl", "negative": "data/none.jsonl"}, "behavior": "sycophancy"}
     plan = plan_recipe(recipe_with(Path("meta-llama/Llama-2-7b-chat-hf"), **fields), H100)

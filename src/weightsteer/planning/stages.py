@@ -296,7 +296,8 @@ class Stages:
         """The rank of the product that steers; 0 where none is added to the layers."""
         if method in ("system prompt", "bias-only", "full") or method.startswith("activation"):
             return 0
-        rank = self.recipe.train_settings(_plain(self.recipe.train)).rank
+        settings = self.recipe.train_settings(_plain(self.recipe.train))
+        rank = settings.rank * settings.finetunes
         one = ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO")
         two_way = method in METHODS and METHODS[method].training in TWO_WAY
         return rank if method in one or two_way else 2 * rank

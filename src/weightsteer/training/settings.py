@@ -150,8 +150,11 @@ def identity_of(settings: TrainSettings) -> dict[str, Any]:
 
 def deciding(given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some fields that change what comes out, which resources do not, nor what adds nothing."""
-    none = object()
-    return {name: value for name, value in given.items() if name not in RESOURCES and value != ADDED.get(name, none)}
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in RESOURCES and not (name in ADDED and value == ADDED[name])
+    }
 
 
 def filled(settings: TrainSettings, source: WholeSettings) -> WholeSettings:

@@ -296,11 +296,11 @@ class Stages:
         """The rank of the product that steers; 0 where none is added to the layers."""
         if method in ("system prompt", "bias-only", "full") or method.startswith("activation"):
             return 0
-        settings = self.recipe.train_settings(_plain(self.recipe.train))
+        training = METHODS[method].training if method in METHODS else "lora"
+        settings = self.recipe.train_settings(_plain(train_fields(self.recipe, training)))
         rank = settings.rank * settings.finetunes
-        one = ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO")
-        two_way = method in METHODS and METHODS[method].training in TWO_WAY
-        return rank if method in one or two_way else 2 * rank
+        one = ("tau+", "tau+ parts", "tau-", "fine-tuned", "negated task vector", "DPO")
+        return rank if method in one or training in TWO_WAY else 2 * rank
 
     def _samples_count(self) -> int:
         wanted = self.recipe.samples

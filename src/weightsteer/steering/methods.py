@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .steering import Steering
 
 MORE = 1.5  # times tau+ where a method has more of D+ in it; chosen on false beliefs (docs/bench.md)
+PARTS = 5  # of the pairs, each with a fine-tune of its own, where a method takes the mean of them (docs/bench.md)
 SNAPSHOT_COUNT = 4  # equally spaced points of a training that are kept for the methods that need them
 SHARES = tuple(number / SNAPSHOT_COUNT for number in range(1, SNAPSHOT_COUNT + 1))  # of a training, at its snapshots
 
@@ -61,7 +62,7 @@ def _positive_alone(name: str, sources: MethodSources) -> Steering:
     from ..vectors.difference import task_vector
     from .steering import Direction
 
-    return Direction(name, task_vector(sources.finetunes()[0]))
+    return Direction(name, task_vector(sources.finetunes(METHODS[name].training)[0]))
 
 
 def _negative_alone(name: str, sources: MethodSources) -> Steering:
@@ -208,6 +209,27 @@ METHODS: Mapping[str, Method] = {
         _both_of("kl"),
         training="kl",
         preset={"kl_weight": 1.0},
+    ),
+    "contrastive parts": Method(
+        f"the contrastive method, each side the mean of {PARTS} fine-tunes on parts of its answers",
+        _contrastive,
+        _both_of("parts"),
+        training="parts",
+        preset={"finetunes": PARTS},
+    ),
+    "more of D+ parts": Method(
+        f"theta + k ({MORE:g} tau+ - tau-) of the fine-tunes of `contrastive parts`",
+        _more_of_positive,
+        _both_of("parts"),
+        training="parts",
+        preset={"finetunes": PARTS},
+    ),
+    "tau+ parts": Method(
+        "theta + k tau+ of the fine-tunes of `contrastive parts`",
+        _positive_alone,
+        lambda run, _k: [(run.finetune_of("parts", "positive"), 1.0)],
+        training="parts",
+        preset={"finetunes": PARTS},
     ),
     "two-way": Method(
         "one adapter w, trained so that theta + w fits D+ and theta - w fits D- in each step",

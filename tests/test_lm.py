@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import random_vector, tiny_lm, tiny_model
+from weightsteer.checkpoints import device
 from weightsteer.checkpoints.locate import checkpoint_folder
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM, PLAIN_TEMPLATE
@@ -46,6 +48,17 @@ def test_load_from_a_folder(checkpoint: Path, lm: LM) -> None:
     assert loaded.revision
     assert LM.load(str(checkpoint), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
     assert checkpoint_folder(str(checkpoint)) == checkpoint
+
+
+@pytest.mark.parametrize(("dtype", "here", "told"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("auto", False, 0)])
+def test_a_processor_without_products_in_a_dtype_is_told_of(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, here: bool, told: int
+) -> None:
+    monkeypatch.setattr(device, "_has_products_in", lambda _dtype: here)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        LM.load(str(checkpoint), device="cpu", dtype=dtype)
+    assert sum("products in bfloat16" in str(one.message) for one in heard) == told
 
 
 def test_a_fine_tune_has_another_fingerprint(checkpoint: Path, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_a_side_of_several_is_their_mean(
 def test_a_killed_mean_goes_on_where_it_stopped(
     lm: LM, examples: list[Example], quick: TrainSettings, tmp_path: Path
 ) -> None:
-    given = replace(quick, batch_size=2, max_steps=4, evaluations=4, finetunes=3)
+    given = replace(quick, batch_size=2, max_steps=4, evaluations=12, finetunes=3)
     whole = train_side(lm, examples, tmp_path / "whole", settings=given)
     for step in (2, 6, 10):  # of 12, within each of the three
         with pytest.raises(StopError):

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from test_runs import mute, small_recipe
 from weightsteer.behavior import SIDES, Example, pair_rows, pairs_of
+from weightsteer.checkpoints.checkpoint import ADAPTER_FILE
+from weightsteer.checkpoints.safetensors_file import load_tensors
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.results import read_rows
 from weightsteer.lm import LM
@@ -129,6 +131,24 @@ def test_more_of_positive_is_of_the_fine_tunes_near_the_base(
     assert RunCard.load(artifacts.folder.finetune_of("kl", "positive")).settings["kl_weight"] == 1.0
 
 
+def test_parts_are_the_difference_of_two_means(artifacts: RunArtifacts) -> None:
+    fields = {**artifacts.recipe.model_dump()["train_of"], "contrastive parts": {"finetunes": 2}}
+    artifacts.recipe = artifacts.recipe.model_copy(update={"train_of": fields})
+    method = make_method("contrastive parts", artifacts)
+    positive, negative = map(task_vector, artifacts.finetunes("parts"))
+    assert isinstance(method, Direction)
+    assert isinstance(method.vector, WeightVector)
+    torch.testing.assert_close((method.vector - (positive - negative)).norm(), 0.0, atol=1e-6, rtol=0)
+    alone = make_method("tau+ parts", artifacts)
+    assert isinstance(alone, Direction)
+    assert isinstance(alone.vector, WeightVector)
+    assert (alone.vector - positive).norm() == 0.0
+    kept = load_tensors(artifacts.folder.finetune_of("parts", "positive") / ADAPTER_FILE)
+    plain = load_tensors(artifacts.finetunes()[0] / ADAPTER_FILE)
+    name = next(name for name in plain if name.endswith("lora_A.weight"))
+    assert kept[name].shape[0] == 2 * plain[name].shape[0]
+
+
 def test_methods_of_one_training_share_its_settings(tmp_path: Path) -> None:
     sweep = {"methods": dict.fromkeys(("contrastive", "contrastive KL", "more of D+ KL"))}
     given = {"contrastive KL": {"kl_weight": 0.25}}
@@ -142,6 +162,9 @@ def test_methods_of_one_training_share_its_settings(tmp_path: Path) -> None:
 TRAINED = (
     "contrastive KL",
     "more of D+ KL",
+    "contrastive parts",
+    "more of D+ parts",
+    "tau+ parts",
     "two-way",
     "two-way even",
     "learned dial",
@@ -166,7 +189,7 @@ def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
         "search_items": 1,
     }
     dial = {"count": 4, "steps": 2, "batch_size": 2, "unmoved": "formal"}
-    train = {"contrastive KL": {"kl_weight": 0.25}}
+    train = {"contrastive KL": {"kl_weight": 0.25}, "contrastive parts": {"finetunes": 2}}
     Run(
         Recipe.load(small_recipe(tmp_path, tasks=tasks, sweep=sweep, dial=dial, train_of=train)),
         tmp_path / "run",
@@ -175,11 +198,13 @@ def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
     run = RunFolder(tmp_path / "run")
     assert {row.method for row in read_rows(run.rows)} == {"base", "contrastive", *TRAINED}
     assert RunCard.load(run.finetune_of("kl", "positive")).settings["kl_weight"] == 0.25
+    assert RunCard.load(run.finetune_of("parts", "positive")).settings["finetunes"] == 2
     assert RunCard.load(run.two_way("two-way-even")).settings["even_weight"] == 1.0
     costs = {(row.method, row.metric): row.value for row in read_rows(run.costs)}
     assert all(costs[name, "settings tried"] == 1 for name in TRAINED)
     assert all(costs[name, "training tokens"] > 0 for name in TRAINED)
     assert costs["learned dial", "training tokens"] > costs["contrastive", "training tokens"]
+    assert 0 < costs["tau+ parts", "training tokens"] < costs["contrastive parts", "training tokens"]
     made = RunCard.load(run.dial("contrastive"))
     assert {"dial pairs", "unmoved pairs"} <= set(made.data_sha256)
     assert {"w", "common", "depth", "kinds"} == set(made.settings["coefficients"])

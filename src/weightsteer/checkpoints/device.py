@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from ..errors import SteerError
@@ -47,3 +49,24 @@ def device_names() -> list[str]:
     if torch.accelerator.is_available() and (kind := torch.accelerator.current_accelerator()):
         found = [kind.type, *(f"{kind.type}:{number}" for number in range(torch.accelerator.device_count()))]
     return ["cpu", *found, "auto"]
+
+
+def warn_if_slow(placement: str, dtype: torch.dtype) -> None:
+    """Say so where a model's products are computed on a processor without instructions for them."""
+    if placement != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _has_products_in(dtype):
+        return
+    name = str(dtype).removeprefix("torch.")
+    warnings.warn(
+        f"this processor has no instructions for products in {name}, which makes them many times slower than in "
+        "float32; float32 as the dtype avoids that, and takes twice the memory",
+        stacklevel=3,
+    )
+
+
+def _has_products_in(dtype: torch.dtype) -> bool:
+    """Whether oneDNN, by which torch computes them on a processor, has such products here; yes where it is unknown."""
+    if not torch.backends.mkldnn.is_available():
+        return True
+    known = torch.ops.mkldnn
+    asked = known._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else known._is_mkldnn_fp16_supported
+    return bool(asked())

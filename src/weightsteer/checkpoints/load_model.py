@@ -21,6 +21,7 @@ from ..files import read_json
 from ..progress import quiet_transformers
 from .bounded import bounded_modules, count_stored
 from .checkpoint import read_config
+from .device import warn_if_slow
 from .load_options import LoadOptions
 from .others_errors import read_by_others
 
@@ -96,6 +97,7 @@ def load_causal_lm(
             model = model.to(placement)
     _check_layers(name, model)
     _check_ends(name, model)
+    warn_if_slow(placement, model.dtype)
     return model
 
 

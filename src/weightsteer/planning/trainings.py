@@ -65,7 +65,6 @@ def plan_training(
     train, validation = split_validation(rows, settings)
     train = parts_of(train, settings.finetunes)[0]
     job = Job(lm, train, validation, settings, settings.learning_rates[0], Path(), RunCard("finetune"))
-    every = max(1, job.steps // settings.evaluations)
     form = Step(
         rows=0,
         length=0,
@@ -79,7 +78,7 @@ def plan_training(
         {"train": [_size(row) for row in train], "validation": [_size(row) for row in validation]},
         list(islice(batches(train, settings), job.steps * settings.accumulation)),
         form=form,
-        evaluations=1 + job.steps // every,
+        evaluations=1 + job.steps // job.every,
         batch_size=settings.batch_size,
     )
     if preferences:

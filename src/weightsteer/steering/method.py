@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from .steering import Steering
 
 # How the two sides are trained; the names of folders in a run. Two-way trainings make one adapter.
-Training = Literal[
-    "lora", "parts", "bias", "full", "DPO", "kl", "dial-pairs", "two-way", "two-way-even", "two-way-kl"
-]
+Training = Literal["lora", "parts", "bias", "full", "DPO", "kl", "dial-pairs", "two-way", "two-way-even", "two-way-kl"]
 TWO_WAY: tuple[Training, ...] = ("two-way", "two-way-even", "two-way-kl")
 DialOf = Literal["contrastive", "random"]  # which vector's coefficients are learned
 TrainingCost = tuple[Path, float]  # a fine-tune, and the share of its training that a method uses

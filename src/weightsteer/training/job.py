@@ -68,6 +68,11 @@ class Job:
         return settings.max_steps or max(1, round(batches * settings.epochs))
 
     @property
+    def every(self) -> int:
+        """Optimizer steps between two evaluations, which the fine-tunes of a mean share, so that they take no longer."""
+        return max(1, self.steps // max(1, self.settings.evaluations // self.settings.finetunes))
+
+    @property
     def snapshot_steps(self) -> list[int]:
         """The steps after which a snapshot is kept, equally spaced, the last step among them.
 

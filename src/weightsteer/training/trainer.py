@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..checkpoints.device import warn_if_slow
 from ..fitting import in_parts
 from ..model_parts import projecting_only
 from ..ranks import own_device, world
@@ -42,7 +43,8 @@ def arguments_of(job: Job) -> dict[str, Any]:
     """The arguments that every Trainer of ours has in common, by `TrainingArguments`' names."""
     settings = job.settings
     device = own_device() if world() > 1 else job.lm.device
-    every = max(1, job.steps // settings.evaluations)
+    if settings.bf16:
+        warn_if_slow(device.type, torch.bfloat16)
     return {
         "output_dir": str(job.folder),
         "max_steps": job.steps,
@@ -58,9 +60,9 @@ def arguments_of(job: Job) -> dict[str, Any]:
         "include_num_input_tokens_seen": "non_padding",
         "eval_on_start": True,  # the base's own loss; `run_job` turns it off for a run that goes on
         "eval_strategy": "steps",
-        "eval_steps": every,
+        "eval_steps": job.every,
         "save_strategy": "steps",
-        "save_steps": every,
+        "save_steps": job.every,
         "save_total_limit": 2,
         "load_best_model_at_end": True,
         "restore_callback_states_from_checkpoint": True,  # the patience of early stopping, the clock

@@ -69,7 +69,7 @@ class Job:
 
     @property
     def every(self) -> int:
-        """Optimizer steps between two evaluations, which the fine-tunes of a mean share, so that they take no longer."""
+        """Optimizer steps between two evaluations; the fine-tunes of a mean share them, to take no longer than one."""
         return max(1, self.steps // max(1, self.settings.evaluations // self.settings.finetunes))
 
     @property

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.training import TrainSettings, encode, split_validation, train_side
-from weightsteer.training.mean import STRIDE, write_mean
+from weightsteer.training.job import Encoded
+from weightsteer.training.mean import STRIDE, parts_of, write_mean
 from weightsteer.training.settings import identity_of
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 from weightsteer.vectors.weight_vector import WeightVector
@@ -101,6 +103,17 @@ def test_more_parts_than_rows_are_refused(
 ) -> None:
     with pytest.raises(SteerError, match=r"finetunes: expected at most \d+, .*found 90"):
         train_side(lm, examples, tmp_path / "a", settings=replace(quick, finetunes=90))
+
+
+def test_parts_of_few_rows_are_told_of() -> None:
+    rows: list[Encoded] = [{"input_ids": [number]} for number in range(120)]
+    with pytest.warns(UserWarning, match="24 rows for each of 5.*with 2 each would have at least 50"):
+        parts = parts_of(rows, 5)
+    assert sorted(row["input_ids"][0] for part in parts for row in part) == list(range(120))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(parts_of(rows, 2)) == 2
+        assert parts_of(rows[:3], 1) == [rows[:3]]
 
 
 @pytest.mark.parametrize("other", [{"kind": "bias"}, {"kind": "full"}, {"snapshots": 1}])

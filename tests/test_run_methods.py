@@ -139,10 +139,6 @@ def test_parts_are_the_difference_of_two_means(artifacts: RunArtifacts) -> None:
     assert isinstance(method, Direction)
     assert isinstance(method.vector, WeightVector)
     torch.testing.assert_close((method.vector - (positive - negative)).norm(), 0.0, atol=1e-6, rtol=0)
-    alone = make_method("tau+ parts", artifacts)
-    assert isinstance(alone, Direction)
-    assert isinstance(alone.vector, WeightVector)
-    assert (alone.vector - positive).norm() == 0.0
     kept = load_tensors(artifacts.folder.finetune_of("parts", "positive") / ADAPTER_FILE)
     plain = load_tensors(artifacts.finetunes()[0] / ADAPTER_FILE)
     name = next(name for name in plain if name.endswith("lora_A.weight"))
@@ -163,8 +159,6 @@ TRAINED = (
     "contrastive KL",
     "more of D+ KL",
     "contrastive parts",
-    "more of D+ parts",
-    "tau+ parts",
     "two-way",
     "two-way even",
     "learned dial",
@@ -204,7 +198,6 @@ def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
     assert all(costs[name, "settings tried"] == 1 for name in TRAINED)
     assert all(costs[name, "training tokens"] > 0 for name in TRAINED)
     assert costs["learned dial", "training tokens"] > costs["contrastive", "training tokens"]
-    assert 0 < costs["tau+ parts", "training tokens"] < costs["contrastive parts", "training tokens"]
     made = RunCard.load(run.dial("contrastive"))
     assert {"dial pairs", "unmoved pairs"} <= set(made.data_sha256)
     assert {"w", "common", "depth", "kinds"} == set(made.settings["coefficients"])

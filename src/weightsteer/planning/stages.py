@@ -299,7 +299,7 @@ class Stages:
         training = METHODS[method].training if method in METHODS else "lora"
         settings = self.recipe.train_settings(_plain(train_fields(self.recipe, training)))
         rank = settings.rank * settings.finetunes
-        one = ("tau+", "tau+ parts", "tau-", "fine-tuned", "negated task vector", "DPO")
+        one = ("tau+", "tau-", "fine-tuned", "negated task vector", "DPO")
         return rank if method in one or training in TWO_WAY else 2 * rank
 
     def _samples_count(self) -> int:

@@ -23,8 +23,6 @@ METHOD_COLOURS: Mapping[str, str] = {
     "contrastive KL": "#e0a100",
     "more of D+ KL": "#b35900",
     "contrastive parts": "#c2571a",
-    "more of D+ parts": "#7a2e00",
-    "tau+ parts": "#3d8f8a",
     "two-way": "#2e9e6b",
     "two-way even": "#1b7f79",
     "two-way KL": "#5fb49c",

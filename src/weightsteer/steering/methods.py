@@ -62,7 +62,7 @@ def _positive_alone(name: str, sources: MethodSources) -> Steering:
     from ..vectors.difference import task_vector
     from .steering import Direction
 
-    return Direction(name, task_vector(sources.finetunes(METHODS[name].training)[0]))
+    return Direction(name, task_vector(sources.finetunes()[0]))
 
 
 def _negative_alone(name: str, sources: MethodSources) -> Steering:
@@ -214,20 +214,6 @@ METHODS: Mapping[str, Method] = {
         f"the contrastive method, each side the mean of {PARTS} fine-tunes on parts of its answers",
         _contrastive,
         _both_of("parts"),
-        training="parts",
-        preset={"finetunes": PARTS},
-    ),
-    "more of D+ parts": Method(
-        f"theta + k ({MORE:g} tau+ - tau-) of the fine-tunes of `contrastive parts`",
-        _more_of_positive,
-        _both_of("parts"),
-        training="parts",
-        preset={"finetunes": PARTS},
-    ),
-    "tau+ parts": Method(
-        "theta + k tau+ of the fine-tunes of `contrastive parts`",
-        _positive_alone,
-        lambda run, _k: [(run.finetune_of("parts", "positive"), 1.0)],
         training="parts",
         preset={"finetunes": PARTS},
     ),

@@ -7,6 +7,7 @@ they are trained on as many tokens as one fine-tune. Averaging weights after tra
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..files import read_json, write_json
 from .job import Encoded, Job
 from .settings import LARGEST_SEED
 
+ENOUGH = 50  # rows of one part; 23 were too few, and 98 enough (docs/bench.md)
 STRIDE = 1_000_003  # between the seeds, so that none is that of another training
 FOLDER = "again-"  # before the number of a further fine-tune, in the folder of the first
 
@@ -43,11 +45,19 @@ def further_jobs(job: Job) -> list[Job]:
 def parts_of(rows: list[Encoded], count: int) -> list[list[Encoded]]:
     """So many parts of the rows, of one size but for one row; of both sides they hold the answers of the same pairs.
 
+    A warning tells of parts of few rows.
+
     Raises:
         SteerError: fewer rows than parts.
     """
     if len(rows) < count:
         raise SteerError(f"finetunes: expected at most {len(rows)}, one for each row that is trained on, found {count}")
+    if count > 1 and len(rows) < ENOUGH * count:
+        warnings.warn(
+            f"finetunes: {len(rows) // count} rows for each of {count}; with so few the mean can be worse than one "
+            f"fine-tune on all of them: with {max(1, len(rows) // ENOUGH)} each would have at least {ENOUGH}",
+            stacklevel=3,
+        )
     return [rows[number::count] for number in range(count)]
 
 

@@ -52,6 +52,15 @@ def test_what_is_found_is_sound_for_any_data(examples: int, width: int) -> None:
     assert resolve(found, examples=7, width=99) == found, "what is given stays"
 
 
+@given(examples=st.integers(30, 5000), finetunes=st.integers(2, 5))
+def test_each_fine_tune_of_a_mean_is_trained_as_one_on_its_part(examples: int, finetunes: int) -> None:
+    found = resolve(TrainSettings(finetunes=finetunes), examples=examples, width=576)
+    part = (examples - held_out(examples, found.validation)) // finetunes
+    steps = round(-(-part // found.batch_size) * found.epochs)
+    assert steps >= (LEAST_STEPS if part > 4 else 1)
+    assert 0 < found.warmup_steps <= max(1, steps // 2)
+
+
 def test_the_rate_falls_with_the_width_for_lora_alone() -> None:
     rates = [learning_rates("lora", width)[0] for width in (576, 896, 2048, 4096)]
     assert rates == sorted(rates, reverse=True)

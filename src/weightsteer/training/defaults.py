@@ -37,16 +37,16 @@ DESCRIBED = {
 
 
 def resolve(settings: TrainSettings, *, examples: int, width: int, preferences: bool = False) -> WholeSettings:
-    """The settings with every number that the user left open.
+    """The settings with every number that the user left open; of a mean, as each of its fine-tunes would have them.
 
     Args:
-        examples: of one side.
+        examples: of one side, all its fine-tunes together.
         width: the model's hidden size.
         preferences: whether the training is one by preferences (DPO).
     """
     validation = settings.validation or held_out_share(examples)
-    trained = max(1, examples - held_out(examples, validation))
-    batch = settings.batch_size or (4 if examples < SMALL else 8)
+    trained = max(1, (examples - held_out(examples, validation)) // settings.finetunes)
+    batch = settings.batch_size or (4 if examples // settings.finetunes < SMALL else 8)
     batches = -(-trained // (batch * settings.accumulation))  # of one pass
     passes = 1 if settings.max_steps else min(MOST_PASSES, max(1, -(-LEAST_STEPS // batches)))
     epochs = settings.epochs or float(passes)

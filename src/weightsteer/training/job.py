@@ -69,8 +69,9 @@ class Job:
 
     @property
     def every(self) -> int:
-        """Optimizer steps between two evaluations; the fine-tunes of a mean share them, to take no longer than one."""
-        return max(1, self.steps // max(1, self.settings.evaluations // self.settings.finetunes))
+        """Optimizer steps between two evaluations, which the fine-tunes of a mean share; each keeps two if it can."""
+        wanted = self.settings.evaluations
+        return max(1, self.steps // max(min(2, wanted), wanted // self.settings.finetunes))
 
     @property
     def snapshot_steps(self) -> list[int]:

@@ -1,7 +1,7 @@
 """The mean of several fine-tunes of one side, each on its own part of the answers with an adapter of its own.
 
-They agree in the behaviour that the answers share and differ in the rest, which costs the model elsewhere. Together
-they are trained on as many tokens as one fine-tune. Averaging weights after training is the idea of model soups
+They agree in the behaviour that the answers share and differ in the rest, which costs the model elsewhere. With as many
+passes they are trained on as many tokens as one fine-tune. Averaging weights after training is the idea of model soups
 (arXiv 2203.05482).
 """
 

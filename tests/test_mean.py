@@ -20,6 +20,7 @@ from weightsteer.training import TrainSettings, encode, split_validation, train_
 from weightsteer.training.job import Encoded
 from weightsteer.training.mean import STRIDE, parts_of, write_mean
 from weightsteer.training.settings import identity_of
+from weightsteer.training.two_way import train_two_way
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -91,6 +92,17 @@ def test_a_killed_mean_goes_on_where_it_stopped(
     assert counts(killed) == counts(whole)
     tensors = load_file(whole / WEIGHTS)
     assert all(torch.equal(found, tensors[name]) for name, found in load_file(killed / WEIGHTS).items())
+
+
+def test_two_way_training_takes_the_mean_too(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
+) -> None:
+    one, mean = (
+        train_two_way(lm, pairs, tmp_path / str(count), settings=replace(quick, finetunes=count)) for count in (1, 3)
+    )
+    ranks = [json.loads((folder / "adapter_config.json").read_text())["r"] for folder in (one, mean)]
+    assert ranks == [quick.rank, 3 * quick.rank]
+    assert RunCard.load(mean).measured["parameters"] == 3 * RunCard.load(one).measured["parameters"]
 
 
 def test_one_fine_tune_is_known_as_before(quick: TrainSettings) -> None:

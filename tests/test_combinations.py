@@ -61,6 +61,14 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
         {"methods": ["contrastive", "fine-tuned"], "train": {"max_steps": 3}},
         "snapshots: expected at most one a step, found 4 for the 3 steps",
     ),
+    "a mean of snapshots": (
+        {"methods": ["contrastive", "fine-tuned"], "train": {"finetunes": 3}},
+        "method 'fine-tuned' steers with snapshots of one fine-tune, .* mean of 3; leave it out",
+    ),
+    "a mean of DPO's snapshots": (
+        {"methods": ["contrastive", "DPO"], "train": {"finetunes": 3}},
+        "method 'DPO' steers with snapshots.*train_of: {DPO: {finetunes: 1}}",
+    ),
     "more processes than rows": ({"train": {**TWO, "batch_size": 1}}, "expected at most 1, the rows of a batch"),
 }
 
@@ -93,6 +101,11 @@ def test_a_setting_of_its_own_lets_a_method_train_in_one_process() -> None:
     recipe = Recipe.model_validate(fields)
     check_trainings(recipe)
     assert [(way, made.processes) for way, made in all_settings(recipe)] == [("side", 2), ("two-way", 1)]
+
+
+def test_a_setting_of_its_own_lets_a_method_keep_snapshots() -> None:
+    fields = recipe_with(methods=["contrastive", "DPO"], train={"finetunes": 3}, train_of={"DPO": {"finetunes": 1}})
+    check_trainings(Recipe.model_validate(fields))
 
 
 def test_the_settings_of_a_training_come_from_recipe_method_and_its_own() -> None:

@@ -15,6 +15,7 @@ from weightsteer.lm import LM
 from weightsteer.runs.dry_run import shrink_recipe
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.tiny_model import make_tiny_model
+from weightsteer.runs.trainings import refuse_few_rows
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
@@ -72,6 +73,15 @@ def test_every_stage_stays_and_what_is_not_here_is_replaced(tmp_path: Path) -> N
     assert small.repair_target.desired_side == "positive"
     assert small.judge is not None
     assert small.judge.url is None
+
+
+def test_a_mean_has_as_many_parts_as_so_few_rows_make(tmp_path: Path) -> None:
+    recipe = Recipe.load(RECIPES / "bench" / "sycophancy-few-parts.yaml")
+    with pytest.raises(SteerError, match="finetunes: expected at most 3, .*found 5"):
+        refuse_few_rows(recipe, 4)
+    small = shrink_recipe(recipe, tmp_path)
+    assert small.data.limit == 4
+    refuse_few_rows(small, 4)
 
 
 def test_a_layer_is_left_to_choose(tmp_path: Path) -> None:

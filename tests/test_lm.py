@@ -50,15 +50,26 @@ def test_load_from_a_folder(checkpoint: Path, lm: LM) -> None:
     assert checkpoint_folder(str(checkpoint)) == checkpoint
 
 
+@pytest.mark.parametrize("placed", ["cpu", "auto", None])
 @pytest.mark.parametrize(("dtype", "here", "told"), [("bfloat16", False, 1), ("bfloat16", True, 0), ("auto", False, 0)])
 def test_a_processor_without_products_in_a_dtype_is_told_of(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, here: bool, told: int
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, here: bool, told: int, placed: str | None
 ) -> None:
     monkeypatch.setattr(device, "_has_products_in", lambda _dtype: here)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        LM.load(str(checkpoint), device="cpu", dtype=dtype)
+        LM.load(str(checkpoint), device=placed, dtype=dtype)
     assert sum("products in bfloat16" in str(one.message) for one in heard) == told
+
+
+def test_beside_an_accelerator_weights_may_pass_through_any_processor(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(device, "_has_products_in", lambda _dtype: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    device.warn_if_slow(torch.bfloat16, "")
+    assert not recwarn
 
 
 def test_a_fine_tune_has_another_fingerprint(checkpoint: Path, tmp_path: Path) -> None:

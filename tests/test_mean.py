@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from test_resume import WEIGHTS, StopError, counts, stop_at
 from weightsteer.behavior import ContrastPair, Example
+from weightsteer.cli.show_run import finetune_facts
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
@@ -94,6 +95,47 @@ def test_a_killed_mean_goes_on_where_it_stopped(
     assert all(torch.equal(found, tensors[name]) for name, found in load_file(killed / WEIGHTS).items())
 
 
+def test_a_damaged_first_result_leaves_the_others(
+    lm: LM, examples: list[Example], quick: TrainSettings, tmp_path: Path
+) -> None:
+    given, done = replace(quick, max_steps=4, finetunes=3), list[float]()
+    whole = train_side(lm, examples, tmp_path / "whole", settings=given)
+    with pytest.raises(StopError):
+        train_side(lm, examples, tmp_path / "a", settings=given, progress=stop_at(10))  # in the third
+    (first,) = (tmp_path / "a.work").glob("lr-*")
+    (first / "best" / WEIGHTS).write_bytes(b"")
+    with pytest.warns(UserWarning, match="its result is damaged"):
+        train_side(lm, examples, tmp_path / "a", settings=given, progress=lambda steps, *_: done.append(steps))
+    assert not any(4 < steps < 8 for steps in done), "the second was kept"
+    assert counts(tmp_path / "a") == counts(whole)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_what_is_left_out_of_a_mean_is_not_counted_in_it(
+    lm: LM, examples: list[Example], quick: TrainSettings, tmp_path: Path
+) -> None:
+    given, out = replace(quick, max_steps=4, finetunes=3), tmp_path / "a"
+    with pytest.raises(StopError):
+        train_side(lm, examples, out, settings=given, progress=stop_at(10))
+    (result,) = (tmp_path / "a.work").glob("lr-*/again-1/result.json")
+    result.write_text(json.dumps({**json.loads(result.read_text()), "base_loss": 0.1}))
+    with pytest.warns(UserWarning, match="1 of 3 never fell below the base's loss"):
+        train_side(lm, examples, out, settings=given)
+    measured = RunCard.load(out).measured
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 2 * quick.rank
+    assert (measured["averaged"], measured["steps"]) == (2, 8)
+    assert measured["search_tokens"] > measured["tokens"]
+    assert "best points of 2 fine-tunes" in finetune_facts(out)["trained"]
+
+
+def test_another_number_of_fine_tunes_is_named(
+    lm: LM, examples: list[Example], quick: TrainSettings, tmp_path: Path
+) -> None:
+    train_side(lm, examples, tmp_path / "a", settings=quick)
+    with pytest.raises(SteerError, match="finetunes: 1 there, 3 asked"):
+        train_side(lm, examples, tmp_path / "a", settings=replace(quick, finetunes=3))
+
+
 def test_two_way_training_takes_the_mean_too(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path
 ) -> None:
@@ -126,6 +168,8 @@ def test_parts_of_few_rows_are_told_of() -> None:
         warnings.simplefilter("error")
         assert len(parts_of(rows, 2)) == 2
         assert parts_of(rows[:3], 1) == [rows[:3]]
+    with pytest.warns(UserWarning, match="on all of them: leave finetunes at 1"):
+        parts_of(rows[:99], 2)
 
 
 @pytest.mark.parametrize("other", [{"kind": "bias"}, {"kind": "full"}, {"snapshots": 1}])

@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 import killable
 from conftest import TEMPLATE, tiny_lm
 from weightsteer.behavior import ContrastPair, Example
+from weightsteer.checkpoints import device
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.run_card import CARD_FILE, RunCard
@@ -76,6 +77,15 @@ def test_bf16_casts_the_products_alone(
     losses = [RunCard.load(folder).measured["validation_loss"]["0.01"] for folder in folders]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
     assert torch.equal(lm.model(tokens).logits, before), "the model is still cast after the training"
+
+
+def test_a_processor_without_bf16_is_told_of(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_has_products_in", lambda _dtype: False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    with pytest.warns(UserWarning, match="products in bfloat16.*leave bf16 out"):
+        train_side(lm, examples(pairs), tmp_path / "a", settings=replace(quick, bf16=True, max_steps=1))
 
 
 def test_training_lowers_the_validation_loss_and_keeps_the_best_rate(

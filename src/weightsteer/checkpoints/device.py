@@ -51,14 +51,20 @@ def device_names() -> list[str]:
     return ["cpu", *found, "auto"]
 
 
-def warn_if_slow(placement: str, dtype: torch.dtype) -> None:
-    """Say so where a model's products are computed on a processor without instructions for them."""
-    if placement != "cpu" or dtype not in (torch.bfloat16, torch.float16) or _has_products_in(dtype):
+def warn_if_slow(dtype: torch.dtype, way_out: str) -> None:
+    """Say so where a model's products would be computed on a processor without instructions for them.
+
+    With an accelerator there is no warning: weights that lie in the CPU's memory are on their way to it.
+
+    Args:
+        way_out: what to do about it, for the message.
+    """
+    if torch.accelerator.is_available() or dtype not in (torch.bfloat16, torch.float16) or _has_products_in(dtype):
         return
     name = str(dtype).removeprefix("torch.")
     warnings.warn(
         f"this processor has no instructions for products in {name}, which makes them many times slower than in "
-        "float32; float32 as the dtype avoids that, and takes twice the memory",
+        f"float32; {way_out}",
         stacklevel=3,
     )
 

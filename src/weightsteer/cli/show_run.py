@@ -49,8 +49,10 @@ def _training(card: RunCard) -> str:
     if not isinstance(loss, int | float) or not isinstance(before, int | float):
         return "trained"
     steps = card.measured.get("steps", "?")
-    mean = f"the mean of {count} fine-tunes, " if (count := card.settings.get("finetunes", 1)) != 1 else ""
-    return f"{mean}{steps} steps, the best point kept: validation loss {before:.3f} -> {loss:.3f}"
+    fell = f"validation loss {before:.3f} -> {loss:.3f}"
+    if (count := card.measured.get("averaged", card.settings.get("finetunes", 1))) != 1:
+        return f"the mean of the best points of {count} fine-tunes, {steps} steps; of the first alone: {fell}"
+    return f"{steps} steps, the best point kept: {fell}"
 
 
 def _next(run: RunFolder) -> str:

@@ -12,6 +12,7 @@ from ..data_building.sampling_settings import SamplingRecipe
 from ..evaluation.task_spec import TaskFields
 from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.arithmetic_text import FAMILIES
+from ..steering.methods import METHODS
 from .own_data import OWN
 from .recipe import Recipe
 from .recipe_fields import (
@@ -60,7 +61,7 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
         "first_finetune": recipe.first_finetune and _small_finetune(recipe.first_finetune, FinetuneRecipe),
         "repair_target": recipe.repair_target and _small_finetune(recipe.repair_target, RepairRecipe),
         "train": dict(TRAIN),
-        "train_of": {},
+        "train_of": {name: {"finetunes": 2} for name in recipe.sweep.methods if "finetunes" in METHODS[name].preset},
         "dial": DialRecipe(
             pairs=SHIPPED[0], unmoved=recipe.dial.unmoved and SHIPPED[0], count=EXAMPLES, steps=2, batch_size=2
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..errors import SteerError
 from ..steering.method import TWO_WAY, Training
 from ..steering.methods import METHODS, SNAPSHOT_COUNT
 from .recipe import Recipe
@@ -62,8 +63,41 @@ def refuse_combinations(recipe: Recipe) -> None:
     """
     from ..training.combinations import refuse_combination
 
+    _refuse_means_of_snapshots(recipe)
     for way, settings in all_settings(recipe):
         refuse_combination(settings, way, recipe.loading.options, base=recipe.model)
+
+
+def _refuse_means_of_snapshots(recipe: Recipe) -> None:
+    """Raise for a method whose strengths are snapshots of one fine-tune, where a mean of several is asked for."""
+    for name in recipe.sweep.methods:
+        training = METHODS[name].training
+        if not (METHODS[name].from_snapshots or training == "DPO"):
+            continue
+        if (count := recipe.train_settings(train_fields(recipe, training)).finetunes) > 1:
+            own = "or set finetunes 1 and compare with the method 'contrastive parts'"
+            way = "set `train_of: {DPO: {finetunes: 1}}`" if training == "DPO" else f"leave it out, {own}"
+            raise SteerError(
+                f"recipe {recipe.name}: method {name!r} steers with snapshots of one fine-tune, and 'finetunes' asks "
+                f"for the mean of {count}; {way}"
+            )
+
+
+def refuse_few_rows(recipe: Recipe, rows: int) -> None:
+    """Check that each fine-tune of each method's mean has a row of the recipe's data.
+
+    Args:
+        rows: of the smaller side.
+
+    Raises:
+        SteerError: what the training itself would say once it starts.
+    """
+    from ..training.defaults import trained_on
+    from ..training.mean import refuse_empty_parts
+
+    for training in trainings_of(recipe):
+        settings = recipe.train_settings(train_fields(recipe, training))
+        refuse_empty_parts(trained_on(rows, settings), settings.finetunes)
 
 
 def refuse_here(recipe: Recipe) -> None:

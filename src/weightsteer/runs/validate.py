@@ -20,7 +20,7 @@ from ..vectors.expression import check_expression
 from .dial_pairs import dial_pairs, unmoved_pairs
 from .recipe import Recipe
 from .recipe_fields import VARIANT_VECTORS
-from .trainings import refuse_combinations
+from .trainings import refuse_combinations, refuse_few_rows
 
 LEAST_PAIRS = 2  # of which one is held out of training
 
@@ -33,6 +33,7 @@ def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task
     """
     if sides := recipe.sides():
         refuse_unfit(*sides)
+        refuse_few_rows(recipe, min(map(len, sides)))
     _check_tasks(recipe, tasks)
     _check_methods(recipe, behavior)
     _check_sweep(recipe)

@@ -45,7 +45,7 @@ def resolve(settings: TrainSettings, *, examples: int, width: int, preferences: 
         preferences: whether the training is one by preferences (DPO).
     """
     validation = settings.validation or held_out_share(examples)
-    trained = max(1, (examples - held_out(examples, validation)) // settings.finetunes)
+    trained = max(1, trained_on(examples, settings) // settings.finetunes)
     batch = settings.batch_size or (4 if examples // settings.finetunes < SMALL else 8)
     batches = -(-trained // (batch * settings.accumulation))  # of one pass
     passes = 1 if settings.max_steps else min(MOST_PASSES, max(1, -(-LEAST_STEPS // batches)))
@@ -77,6 +77,11 @@ def held_out_share(examples: int) -> float:
     """The share that is held out: 5%, of few examples 4, of very few a fifth."""
     few = min(HELD_OUT, examples // 5)
     return max(PAPER.validation, few / examples) if examples else PAPER.validation
+
+
+def trained_on(examples: int, settings: TrainSettings) -> int:
+    """How many of the examples are not held out."""
+    return examples - held_out(examples, settings.validation or held_out_share(examples))
 
 
 def held_out(examples: int, share: float) -> int:

@@ -6,6 +6,9 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from ..checkpoints.device import warn_if_slow
 from ..errors import SteerError
 from ..progress import Progress, part_of
 from .job import Job, Outcome
@@ -25,6 +28,8 @@ def search(jobs: Sequence[Job], make: MakeTrainer, progress: Progress) -> dict[f
     Raises:
         SteerError: see `run_job`.
     """
+    if jobs[0].settings.bf16:
+        warn_if_slow(torch.bfloat16, "leave bf16 out")
     runs = len(jobs) + len(jobs[0].further)
     outcomes = {
         job.learning_rate: run_job(job, make, part_of(progress, number, runs)) for number, job in enumerate(jobs)

@@ -25,7 +25,7 @@ from .settings import LARGEST_SEED
 
 ENOUGH = 50  # rows of one part; 23 were too few, and 98 enough (docs/bench.md)
 STRIDE = 1_000_003  # between the seeds, so that none is that of another training
-FOLDER = "again-"  # before the number of a further fine-tune, in the folder of the first
+FURTHER = "again-"  # before the number of a further fine-tune, in the folder of the first
 
 
 def further_jobs(job: Job) -> list[Job]:
@@ -36,7 +36,7 @@ def further_jobs(job: Job) -> list[Job]:
             train=part,
             further=(),
             settings=replace(job.settings, seed=(job.settings.seed + number * STRIDE) % (LARGEST_SEED + 1)),
-            folder=job.folder / f"{FOLDER}{number}",
+            folder=job.folder / f"{FURTHER}{number}",
         )
         for number, part in enumerate(job.further, 1)
     ]
@@ -50,20 +50,27 @@ def parts_of(rows: list[Encoded], count: int) -> list[list[Encoded]]:
     Raises:
         SteerError: fewer rows than parts.
     """
-    if len(rows) < count:
-        raise SteerError(f"finetunes: expected at most {len(rows)}, one for each row that is trained on, found {count}")
+    refuse_empty_parts(len(rows), count)
     if count > 1 and len(rows) < ENOUGH * count:
+        most = len(rows) // ENOUGH
+        better = f"with {most} each would have at least {ENOUGH}" if most > 1 else "leave finetunes at 1"
         warnings.warn(
             f"finetunes: {len(rows) // count} rows for each of {count}; with so few the mean can be worse than one "
-            f"fine-tune on all of them: with {max(1, len(rows) // ENOUGH)} each would have at least {ENOUGH}",
+            f"fine-tune on all of them: {better}",
             stacklevel=3,
         )
     return [rows[number::count] for number in range(count)]
 
 
+def refuse_empty_parts(rows: int, count: int) -> None:
+    """Raise for more fine-tunes than rows that are trained on."""
+    if rows < count:
+        raise SteerError(f"finetunes: expected at most {rows}, one for each row that is trained on, found {count}")
+
+
 def further_folders(folder: Path) -> list[Path]:
     """Where they lie beside the job in `folder`, in their order."""
-    return sorted(folder.glob(f"{FOLDER}*"), key=lambda path: int(path.name.removeprefix(FOLDER)))
+    return sorted(folder.glob(f"{FURTHER}*"), key=lambda path: int(path.name.removeprefix(FURTHER)))
 
 
 def write_mean(adapters: Sequence[Path], out: Path) -> None:

@@ -22,6 +22,7 @@ from ..progress import Progress
 from ..ranks import agreed, least_of_all, own_device, rank, world
 from .callbacks import StepClock, callbacks_of
 from .job import Job, Outcome
+from .mean import FURTHER
 from .resume import is_sealed, last_checkpoint, seal
 from .sharded import unsharded
 from .trainables import Trained, trainable
@@ -130,9 +131,17 @@ def _finished(job: Job) -> Outcome | None:
         outcome = None
     if outcome is None or (outcome.gains and not is_sealed(job.folder / BEST)):
         warnings.warn(f"{job.folder}: its result is damaged; the training begins anew", stacklevel=2)
-        shutil.rmtree(job.folder)
+        _begin_anew(job.folder)
         return None
     return outcome
+
+
+def _begin_anew(folder: Path) -> None:
+    """Remove all that a training left, but not the further fine-tunes of its mean, which lie in its folder."""
+    for path in folder.iterdir():
+        if path.name.startswith(FURTHER):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def outcome_in(folder: Path) -> Outcome:

@@ -28,6 +28,7 @@ from ..run_card import RunCard
 from ..schema import checked
 from .combinations import refuse_crowded
 from .job import any_outcome_counts
+from .mean import refuse_empty_parts
 from .settings import TrainSettings, WholeSettings
 
 COMPARED = ("weightsteer", "torch", "transformers", "peft", "accelerate")  # packages that decide what is computed
@@ -150,17 +151,18 @@ def without_weights(lm: LM) -> LM:
 
 
 def refuse_idle(examples: int, settings: WholeSettings) -> None:
-    """Check that each process has something to do.
+    """Check that each fine-tune, and in it each process, has something to do.
 
     Args:
         examples: that are trained on.
 
     Raises:
-        SteerError: more processes than a batch has rows, or than there are examples.
+        SteerError: more fine-tunes than examples, or more processes than a batch or a fine-tune's part has rows.
     """
-    processes = max(settings.processes, world())
-    if processes > examples:
-        raise SteerError(f"processes: expected at most {examples}, the examples to train on, found {processes}")
+    refuse_empty_parts(examples, settings.finetunes)
+    processes, most = max(settings.processes, world()), examples // settings.finetunes
+    if processes > most:
+        raise SteerError(f"processes: expected at most {most}, the examples of a fine-tune, found {processes}")
     refuse_crowded(settings, settings.batch_size)
 
 

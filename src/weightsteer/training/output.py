@@ -30,9 +30,10 @@ from .lr_search import best_rate, require_gain
 from .mean import further_folders, write_mean
 from .one_training import BEST, outcome_in
 from .resume import SEAL
-from .settings import TrainSettings, WholeSettings, identity_of
+from .settings import ADDED, TrainSettings, WholeSettings, identity_of
 
 STAMP = "job.json"  # in a work folder: whose it is
+AVERAGED = "averaged"  # in a card's measured: of how many fine-tunes it is the mean, where several were asked for
 ROWS = "batches.json"  # in it: how many tokens memory allowed at once
 
 
@@ -93,7 +94,7 @@ def _inputs(card: RunCard) -> dict[str, Any]:
     """What an artifact is made from, by name, as JSON would give it back."""
     base = f"{card.base_model} {card.base_revision[:12]}".strip()
     made = {"kind of artifact": card.kind, "base": base, **card.data_sha256}
-    inputs: dict[str, Any] = json.loads(json.dumps({**made, **card.settings, "seed": card.seed}))
+    inputs: dict[str, Any] = json.loads(json.dumps({**made, **ADDED, **card.settings, "seed": card.seed}))
     return inputs
 
 
@@ -224,7 +225,7 @@ def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcom
     best = best_rate(outcomes)
     made = rate_folder(work, best)
     further = {folder: outcome_in(folder) for folder in further_folders(made)}
-    averaged = [made / BEST, *(folder / BEST for folder, outcome in further.items() if outcome.gains)]
+    averaged = [made, *(folder for folder, outcome in further.items() if outcome.gains)]
     if lost := 1 + len(further) - len(averaged):
         told = f"finetunes: {lost} of {1 + len(further)} never fell below the base's loss; left out of the mean"
         warnings.warn(told, stacklevel=3)
@@ -233,7 +234,7 @@ def finish(out: Path, work: Path, card: RunCard, outcomes: Mapping[float, Outcom
         if (made / SNAPSHOTS).exists():
             shutil.copytree(made / SNAPSHOTS, part / SNAPSHOTS, ignore=shutil.ignore_patterns(".*"))
         if len(averaged) > 1:
-            write_mean(averaged, part)
+            write_mean([folder / BEST for folder in averaged], part)
         _name_base_publicly(part, card)
         measured = {**card.measured, **_summarise(outcomes, best, list(further.values()))}
         replace(card, measured=measured).save(part)
@@ -251,14 +252,15 @@ def _name_base_publicly(folder: Path, card: RunCard) -> None:
 def _summarise(outcomes: Mapping[float, Outcome], best: float, further: list[Outcome]) -> dict[str, Any]:
     """Losses by learning rate, and the costs: of the runs that are kept, and of all that were tried for them.
 
-    A learning rate without a finite loss has none.
+    A learning rate without a finite loss has none. Of a mean, the losses are those of its first fine-tune.
     """
-    kept, runs = outcomes[best], [outcomes[best], *further]
+    kept, runs = outcomes[best], [outcomes[best], *(outcome for outcome in further if outcome.gains)]
     losses = {f"{rate:g}": outcome.loss if math.isfinite(outcome.loss) else None for rate, outcome in outcomes.items()}
     return {
         "base_validation_loss": kept.base_loss,
         "validation_loss": losses,
         "learning_rate": best,
+        **({AVERAGED: len(runs)} if further else {}),
         "steps": sum(run.steps for run in runs),
         "tokens": sum(run.tokens for run in runs),
         "seconds": sum(run.seconds for run in runs),

@@ -95,7 +95,8 @@ class TrainSettings:
     warmup_steps: int | None = _number(None, Bounds(0, MOST))
     # share of the examples held out to choose the stopping point
     validation: float | None = _number(None, Bounds(0, 1, whole=False, open_low=True))
-    evaluations: int = _number(5, COUNT)  # validation points (and checkpoints) over the run and its finetunes
+    # validation points (and checkpoints) over the run; the finetunes share them, and each has two at least
+    evaluations: int = _number(5, COUNT)
     patience: int = _number(3, COUNT)  # evaluations without improvement before stopping; not if there are snapshots
     snapshots: int = _number(0, Bounds(0, MOST))  # equally spaced points of the run to keep besides the best one
     bf16: bool = False  # autocast: the products in bfloat16, the weights as they are (for a model in float32)

@@ -48,7 +48,10 @@ def unsharded(lm: LM) -> LM:
     if not is_sharded(lm.model):
         return lm
     if lm.origin is None:
-        raise SteerError("shard fsdp: several learning rates need a model that LM.load can load anew; give one rate")
+        raise SteerError(
+            "shard fsdp: a second training (of several learning_rates, or of finetunes) needs a model that LM.load can "
+            "load anew; give one rate, and finetunes 1"
+        )
     model: nn.Module = lm.model
     model.to("meta")
     return replace(LM.load(**{**lm.origin, "device": "cpu"}), origin=lm.origin, system_prompt=lm.system_prompt)

@@ -11,7 +11,6 @@ from torch.utils.data import Sampler
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from ..checkpoints.device import warn_if_slow
 from ..fitting import in_parts
 from ..model_parts import projecting_only
 from ..ranks import own_device, world
@@ -43,8 +42,6 @@ def arguments_of(job: Job) -> dict[str, Any]:
     """The arguments that every Trainer of ours has in common, by `TrainingArguments`' names."""
     settings = job.settings
     device = own_device() if world() > 1 else job.lm.device
-    if settings.bf16:
-        warn_if_slow(device.type, torch.bfloat16)
     return {
         "output_dir": str(job.folder),
         "max_steps": job.steps,

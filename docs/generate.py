@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from recipe_page import recipe_page
 from typer.testing import CliRunner
 
@@ -16,17 +17,23 @@ from weightsteer.steering.methods import METHODS, Method
 
 def cli_page() -> str:
     """The overview, then every verb's help."""
-    verbs = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
-    verbs += ["export", *(f"export {command.callback.__name__}" for command in export.app.registered_commands)]
+    verbs = [*_names(app), "export", *(f"export {name}" for name in _names(export.app))]
     parts = ["# Command line", "", "Generated from the help texts by `make docs`.", ""]
     for verb in ("", *verbs):
         parts += [f"## weightsteer {verb}".rstrip(), "", "```text", _help(verb), "```", ""]
     return "\n".join(parts)
 
 
+def _names(group: typer.Typer) -> list[str]:
+    """What a group's commands are called."""
+    return [command.name or command.callback.__name__ for command in group.registered_commands if command.callback]
+
+
 def _help(verb: str) -> str:
     words = [*verb.split(), "--help"]
     result = CliRunner().invoke(app, words, prog_name="weightsteer", env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"})
+    if result.exit_code:
+        raise SystemExit(f"weightsteer {verb} --help failed: {result.output}")
     return "\n".join(line.rstrip() for line in result.output.strip().splitlines())
 
 

@@ -10,12 +10,15 @@ import torch
 
 from conftest import byte_tokenizer, random_vector, tiny_model
 from test_adapter_sources import adapter
+from test_cli import run
 from weightsteer.checkpoints.adapted import adapted_model, tokenizer_folder, without_adapters
 from weightsteer.checkpoints.checkpoint import fingerprint
 from weightsteer.errors import SteerError
 from weightsteer.export.merge import export_merged
 from weightsteer.lm import LM
+from weightsteer.run_card import RunCard
 from weightsteer.vectors.difference import task_vector
+from weightsteer.vectors.weight_vector import WeightVector
 
 IDS = torch.tensor([[4, 5, 6, 7]])
 
@@ -95,3 +98,22 @@ def test_a_mistyped_name_asks_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_device_that_is_not_there_lists_those_that_are() -> None:
     with pytest.raises(SteerError, match=r"device 'gpu': is not on this machine; expected one of cpu,"):
         LM.load("smollm2-135m-instruct", device="gpu")
+
+
+def test_a_vector_that_was_trained_on_it_is_merged_with_it(
+    base: Path, tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    w = random_vector(LM.load(tuned, device="cpu"))
+    WeightVector(w.deltas, RunCard("vector", base_model=str(tuned), base_revision=fingerprint(tuned))).save(
+        tmp_path / "w"
+    )
+    for number, words in enumerate(((), ("-m", tuned))):
+        out = tmp_path / f"merged{number}"
+        code, _, err = run(capsys, "export", "merged", tmp_path / "w", "--k=0.5", "-o", out, *words)
+        assert code == 0, err
+        lm = LM.load(tuned, device="cpu")
+        with w.applied(lm, 0.5):
+            torch.testing.assert_close(logits(LM.load(out, device="cpu")), logits(lm), atol=1e-5, rtol=1e-5)
+    code, _, err = run(capsys, "serve-command", "vllm", tmp_path / "w")
+    assert code == 1
+    assert "is an adapter, and no engine serves it as a model; weightsteer export merged" in err

@@ -12,10 +12,12 @@ import pytest
 from conftest import tiny_model
 from test_adapter_sources import adapter, configure, llama
 from weightsteer.checkpoints.checkpoint import fingerprint
+from weightsteer.checkpoints.locate import base_of
 from weightsteer.errors import SteerError
 from weightsteer.run_card import RunCard
 from weightsteer.vectors.base_identity import is_same_base
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
+from weightsteer.vectors.weight_vector import WeightVector
 
 
 def card(name: str, revision: str = "") -> RunCard:
@@ -94,3 +96,27 @@ def test_base_overrules_the_card_of_a_saved_vector(tmp_path: Path) -> None:
     replace(vector, card=replace(vector.card, base_model="owner/other", base_revision="")).save(tmp_path / "vector")
     assert json.loads((tmp_path / "vector" / "weightsteer.json").read_text())["base_model"] == "owner/other"
     assert task_vector(tmp_path / "vector", base=tmp_path / "base").cosine(vector) == pytest.approx(1.0)
+
+
+def test_a_base_that_an_adapter_names_by_its_path_is_known_by_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for run, seed in (("x", 0), ("y", 1)):  # two models, each in a folder called "final"
+        tiny_model(seed=seed).save_pretrained(tmp_path / run / "final")
+        for number in (1, 2):
+            adapter(tmp_path / run / str(number), tiny_model(seed=seed), number, tmp_path / run / "final")
+        subtract_finetunes(tmp_path / run / "1", tmp_path / run / "2").save(tmp_path / run / "w")
+    mine, other = (WeightVector.load(tmp_path / run / "w") for run in ("x", "y"))
+    assert mine.card.base_model == "final"
+    assert mine.card.base_revision == fingerprint(tmp_path / "x" / "final")
+    monkeypatch.chdir(tmp_path / "y")  # where "final" is the other one
+    assert base_of(mine.card) == str(tmp_path / "x" / "final")
+    with pytest.raises(SteerError, match="different bases"):
+        mine + other
+
+
+def test_a_folder_that_is_known_by_its_name_alone_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_model().save_pretrained(tmp_path / "final")
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match="final: .*by its name alone"):
+        assert base_of(card("final")) == "final"

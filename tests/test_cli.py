@@ -73,6 +73,24 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     code, out, err = run(capsys, "combine", "0.5*a - 0.5*b", f"a={w}", f"b={w}", "-o", mixed)
     assert code == 0, err
     assert "norm 0\n" in out
+    assert "the vector is zero" in err
+    code, out, err = run(capsys, "show", mixed)
+    assert code == 0, err
+    assert "norm      0 over 14 parameters" in out
+    code, _, err = run(capsys, "calibrate", mixed, "-m", checkpoint, "--device", "cpu")
+    assert code == 1
+    assert "the vector is zero" in err
+    code, _, err = run(capsys, "subtract", w, w, "-o", tmp_path / "same")
+    assert code == 1
+    assert "named as both" in err
+    code, _, err = run(capsys, "combine", "-0.5*a", f"a={w}", "-o", tmp_path / "half")
+    assert code == 0, err
+    code, _, err = run(capsys, "combine", "0.5*my-vec", f"my-vec={w}", "-o", mixed)
+    assert code == 1
+    assert "'my-vec': cannot stand in an expression" in err
+    code, _, err = run(capsys, "combine", "a", f"a={w}", "-o", mixed, "-o", w, "-q")
+    assert code == 1
+    assert "-o: is given twice" in err
     code, _, err = run(capsys, "combine", "a + c", f"a={w}", "-o", mixed)
     assert code == 1
     assert "unknown vector 'c'; known: a" in err
@@ -201,7 +219,7 @@ def test_contrast_and_lint(capsys: pytest.CaptureFixture[str], checkpoint: Path,
         (("run", "none.yaml"), "none.yaml: no such file and no shipped recipe"),
         (("steer", "nowhere", "Hi", "--k=loud"), "k: expected a number, found 'loud'"),
         (("steer", "nowhere", "Hi", "--k=nan"), "k: expected a finite number"),
-        (("steer", "nowhere", "Hi"), "not a saved weight vector"),
+        (("steer", "nowhere", "Hi"), "nowhere: no such folder"),
         (
             ("export", "onnx", "nowhere", "-o", "o"),
             "export: expected one of peft, adapters, merged, gguf-lora, gguf first",

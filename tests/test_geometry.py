@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import random_vector, tiny_lm
-from weightsteer.errors import SteerError
 from weightsteer.run_card import RunCard
 from weightsteer.vectors.geometry import balance, effective_rank, geometry, overlap
 from weightsteer.vectors.low_rank import LowRank
@@ -41,8 +40,8 @@ def test_dense_deltas_count_in_the_energy_and_have_no_rank() -> None:
     name = "m.layers.0.norm.weight"
     found = geometry(WeightVector({name: torch.ones(4)}, RunCard("vector")))
     assert (found.norm, found.effective_rank, found.by_module) == (2.0, None, {"norm": 1.0})
-    with pytest.raises(SteerError, match="zero"):
-        geometry(WeightVector({name: torch.zeros(4)}, RunCard("vector")))
+    nothing = geometry(WeightVector({name: torch.zeros(4)}, RunCard("vector")))
+    assert (nothing.norm, nothing.by_module) == (0.0, {"norm": 0.0})
 
 
 def test_balance_of_a_side_and_its_opposite() -> None:

@@ -163,3 +163,24 @@ def test_a_text_longer_than_the_models_context_is_refused_before_it_takes_the_me
     ):
         with pytest.raises(SteerError, match=f"longer than the model's context of {context}"):
             call()
+
+
+def test_text_that_is_not_utf8_is_told_of(lm: LM) -> None:
+    broken = b"caf\xe9".decode("utf-8", "surrogateescape")
+    for ask in (
+        lambda: lm.generate([broken], max_new_tokens=1),
+        lambda: lm.score_texts([broken]),
+        lambda: lm.score_choices(["Hi"], [[broken]]),
+        lambda: lm.chat_ids(broken),
+    ):
+        with pytest.raises(SteerError, match=r"not UTF-8 at .*caf"):
+            ask()
+
+
+def test_one_text_is_no_list_of_texts(lm: LM) -> None:
+    for ask in (lambda: lm.generate("Hi"), lambda: lm.score_texts("Hi"), lambda: lm.score_choices("Hi", [["a"]] * 2)):
+        with pytest.raises(SteerError, match=r"expected a list of texts, found one, 'Hi'"):
+            ask()
+    for odd in (["Hi"], {"role": "user", "content": "Hi"}, 3):
+        with pytest.raises(SteerError, match="prompt: expected a text, or turns"):
+            lm.generate([odd], max_new_tokens=1)  # type: ignore[list-item]

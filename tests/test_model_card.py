@@ -146,3 +146,13 @@ def test_peft_rescales_a_saved_vector_as_its_readme_says(base: Path, tmp_path: P
     lm, ids = tiny_lm(), torch.tensor([[4, 5, 6]])
     with torch.no_grad(), w.applied(lm, -0.7), rescale_adapter_scale(theirs, -0.7):
         torch.testing.assert_close(theirs(ids).logits, lm.model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_vector_that_peft_would_load_by_half_does_not_say_how(base: Path, tmp_path: Path) -> None:
+    whole = random_vector(tiny_lm())
+    mixed = WeightVector({**whole.deltas, "model.norm.weight": torch.ones(16)}, whole.card)
+    for vector, by_peft in ((whole, True), (mixed, False)):
+        vector.save(tmp_path / str(by_peft))
+        fields, body = front_matter(tmp_path / str(by_peft))
+        assert ("PeftModel" in body) is by_peft
+        assert fields["library_name"] == ("peft" if by_peft else "weightsteer")

@@ -232,3 +232,28 @@ def test_paths_may_be_texts(tmp_path: Path) -> None:
     vector = random_vector(tiny_lm())
     assert (WeightVector.load(str(vector.save(str(tmp_path / "w")))) - vector).norm() == 0.0
     assert vector.export_peft(str(tmp_path / "a"), k=2.0) == 0.0
+
+
+def test_a_lost_file_is_missed(tmp_path: Path) -> None:
+    lm = tiny_lm()
+    both = {**random_vector(lm).deltas, "lm_head.weight": torch.ones(lm.model.get_output_embeddings().weight.shape)}
+    for lost in ("adapter_model.safetensors", "delta.safetensors"):
+        folder = WeightVector(both, RunCard("vector")).save(tmp_path / lost)
+        assert WeightVector.load(folder).norm() > 0
+        (folder / lost).unlink()
+        with pytest.raises(SteerError, match=f"{lost}: is missing"):
+            WeightVector.load(folder)
+
+
+@pytest.mark.parametrize("kept", ["adapter_config.json", None])
+def test_a_lost_file_is_missed_by_older_cards_too(kept: str | None, tmp_path: Path) -> None:
+    folder = random_vector(tiny_lm()).save(tmp_path / "w")
+    card = json.loads((folder / "weightsteer.json").read_text())
+    del card["files"]
+    (folder / "weightsteer.json").write_text(json.dumps(card))
+    assert WeightVector.load(folder).norm() > 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        if name != kept:
+            (folder / name).unlink()
+    with pytest.raises(SteerError, match=r"adapter_model.safetensors: is missing"):
+        WeightVector.load(folder)

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from .errors import SteerError, first_line
+from .schema import shown
 
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}"
@@ -276,7 +277,7 @@ class ChatTemplate:
 
     def ids_of(self, text: str) -> list[int]:
         """Token ids of rendered text."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(whole_text(text), add_special_tokens=False)["input_ids"])
 
     def _split(self, text: str, starts: tuple[int, int], end: int) -> tuple[list[int], tuple[int, int, int]]:
         """Token ids of a text, and the bounds among them of three places in it.
@@ -289,7 +290,7 @@ class ChatTemplate:
             upto = self.ids_of(text[:end])
             shared = _common(ids, upto)
             return ids, (before[0], before[1], min(shared + (shared < len(upto)), len(ids)))
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenizer(whole_text(text), add_special_tokens=False, return_offsets_mapping=True)
         spans = encoded["offset_mapping"]
         first, second = (sum(stop <= place for _, stop in spans) for place in starts)
         return list(encoded["input_ids"]), (first, second, max(second, sum(begin < end for begin, _ in spans)))
@@ -308,8 +309,39 @@ def template_variables(text: str) -> set[str]:
         raise SteerError(f"chat template: cannot be read ({first_line(error)})") from None
 
 
+def whole_text(text: str) -> str:
+    """The text, which a tokenizer can read.
+
+    Raises:
+        SteerError: it holds half a character, as a terminal or a file in another encoding than UTF-8 leaves it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SteerError(
+            f"the text is not UTF-8 at {text[max(0, error.start - 20) : error.start + 1]!a}; write it in UTF-8"
+        ) from None
+    return text
+
+
+def refuse_text(texts: Sequence[PromptLike]) -> None:
+    """Raise for one text in place of a list of them, whose letters would be taken for texts."""
+    if isinstance(texts, str):
+        raise SteerError(f"expected a list of texts, found one, {texts[:60]!r}; give [text]")
+
+
 def turns_of(prompt: PromptLike, system_prompt: str | None = None) -> list[dict[str, str]]:
-    """A prompt as turns; `system_prompt` goes before them unless they begin with one."""
+    """A prompt as turns; `system_prompt` goes before them unless they begin with one.
+
+    Raises:
+        SteerError: neither a text nor turns.
+    """
+    if not isinstance(prompt, str) and not (
+        isinstance(prompt, Sequence) and all(isinstance(turn, Mapping) and "role" in turn for turn in prompt)
+    ):
+        raise SteerError(
+            f"prompt: expected a text, or turns such as [{{'role': 'user', 'content': 'Hi'}}], found {shown(prompt)}"
+        )
     turns = [_user(prompt)] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
     if system_prompt is not None and not (turns and turns[0]["role"] in SYSTEM_ROLES):
         turns.insert(0, {"role": "system", "content": system_prompt})

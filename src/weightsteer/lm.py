@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
 from .chat_template import PLAIN_TEMPLATE as PLAIN_TEMPLATE
-from .chat_template import ChatTemplate, Exchange, PromptLike, plain_template, turns_of
+from .chat_template import ChatTemplate, Exchange, PromptLike, plain_template, refuse_text, turns_of
 from .checkpoints.adapted import Adapted, adapted_model, merge_adapter
 from .checkpoints.checkpoint import fingerprint
 from .checkpoints.device import placement_for
@@ -285,6 +285,7 @@ class LM:
         same length where a model does not take padding; replies come in the order of the prompts. With one k for each
         prompt (see `SteeringHandle`), each gets its own. `streamer` gets each batch's tokens as they come.
         """
+        refuse_text(prompts)
         texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
         rows = [self.require_fitting(self.chat_template.ids_of(text)) for text in texts]
         opened = [opens_thinking(text) for text in texts]

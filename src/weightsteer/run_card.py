@@ -83,6 +83,7 @@ class RunCard:
     strength: StrengthRange | None = None
     strengths: Mapping[str, StrengthRange] = field(default_factory=dict)  # on other models than the base, by revision
     held_out: tuple[Mapping[str, Any], ...] = ()  # rows of data that were not trained on: of a vector, pairs
+    files: tuple[str, ...] = ()  # of a vector: those beside the card that hold its numbers
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""  # to the microsecond, since artifacts are told apart by it
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .batches import batches_by_length, pad_right, rows_of_batch
-from .chat_template import PromptLike, last_words
+from .chat_template import PromptLike, last_words, refuse_text, whole_text
 from .continuations import (
     log_softmax,
     score_on_cache,
@@ -83,6 +83,7 @@ def score_choices(
     Raises:
         SteerError: a prompt without candidates, or a candidate with no tokens.
     """
+    refuse_text(prompts)
     if len(prompts) != len(choices):
         raise SteerError(f"score_choices: {len(prompts)} prompts but {len(choices)} lists of choices")
     asked = [part for number, texts in enumerate(choices) for part in candidates_of(lm, number, prompts[number], texts)]
@@ -152,7 +153,8 @@ def text_ids(lm: LM, texts: Sequence[str]) -> list[list[int]]:
     Raises:
         SteerError: a text of fewer than two tokens, or longer than the model's context.
     """
-    ids = [lm.require_fitting(list(lm.tokenizer(text)["input_ids"])) for text in texts]
+    refuse_text(texts)
+    ids = [lm.require_fitting(list(lm.tokenizer(whole_text(text))["input_ids"])) for text in texts]
     if any(len(row) < 2 for row in ids):
         raise SteerError("score_texts: a text has fewer than two tokens, so there is nothing to predict")
     return ids

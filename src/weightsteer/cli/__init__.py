@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -96,9 +97,9 @@ def _run_verb() -> object:
     """Run the verb that the arguments name; returns the exit code, if it is one."""
     try:
         refuse_former(sys.argv[1:])
-        arguments = quiet_first(spread(sys.argv[1:]))
-        refuse_repeated(app, arguments)
-        return app(args=arguments, prog_name="weightsteer", standalone_mode=False)
+        arguments = spread(signed(sys.argv[1:]))
+        refuse_repeated(app, [argument for argument in arguments if argument not in QUIET])
+        return app(args=quiet_first(arguments), prog_name="weightsteer", standalone_mode=False)
     except SteerError as error:
         return _fail(str(error))
     except typer.Abort:  # the end of what is typed in
@@ -141,6 +142,13 @@ def spread(arguments: Sequence[str]) -> list[str]:
         else:
             found += [option, argument] if option else [argument]
     return found
+
+
+def signed(arguments: Sequence[str]) -> list[str]:
+    """The arguments of `combine` with a blank before an expression that begins with a minus, which is no option."""
+    if not arguments or arguments[0] != "combine":
+        return list(arguments)
+    return [f" {argument}" if re.match(r"-(?:[\d.(]|\w+\s*[-+*/])", argument) else argument for argument in arguments]
 
 
 def quiet_first(arguments: Sequence[str]) -> list[str]:

@@ -16,7 +16,7 @@ from ..locks import hold
 from ..outputs import refuse_foreign_file
 from ..progress import show_progress
 from ..ranks import by_first
-from ..shown import say, say_json
+from ..shown import note, say, say_json
 from .arguments import refuse_twice
 from .engine import Concurrency, Engine, EngineUrl, served_model
 from .loading import loading
@@ -39,6 +39,7 @@ from .options import (
     load_lm,
     number,
     read_sides,
+    refuse_same,
     special_tokens_of,
     warn_unseen,
 )
@@ -288,9 +289,11 @@ def train(
 
 
 def _size(vector: WeightVector) -> str:
-    """How large a vector is, in words."""
+    """How large a vector is, in words; a note tells of one that is zero."""
+    if not (norm := vector.norm()):
+        note("the vector is zero: what it is made of holds the same weights, or cancels")
     rank = "dense" if (found := vector.rank) is None else f"rank {found}"
-    return f"{len(vector.deltas)} parameters, {rank}, norm {vector.norm():.4g}"
+    return f"{len(vector.deltas)} parameters, {rank}, norm {norm:.4g}"
 
 
 def subtract(
@@ -306,6 +309,7 @@ def subtract(
     Example: weightsteer subtract runs/syc/positive runs/syc/negative -o runs/syc/vector
     """
     refuse_inputs(out, positive, negative, base)
+    refuse_same(positive, negative)
     from ..vectors.difference import subtract_finetunes
 
     vector = subtract_finetunes(positive, negative, base=base)
@@ -332,8 +336,11 @@ def combine(
     from ..vectors.weight_vector import WeightVector
 
     for text in vectors:
-        if not all(text.partition("=")):
+        name, _, folder = text.partition("=")
+        if not (name and folder):
             raise SteerError(f"{text!r}: expected name=FOLDER")
+        if not name.isidentifier():
+            raise SteerError(f"{name!r}: cannot stand in an expression; a name has letters, digits and _")
     folders = {name: folder for name, _, folder in (text.partition("=") for text in vectors)}
     refuse_twice("combine", [text.partition("=")[0] for text in vectors])
     refuse_inputs(out, base, *folders.values())

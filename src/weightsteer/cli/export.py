@@ -12,7 +12,7 @@ from ..errors import SteerError
 from ..files import refuse_inputs
 from ..progress import show_progress
 from ..shown import say
-from .options import Base, Out, drop_unset, number, numbers, recommended_k, require_base
+from .options import Base, Out, drop_unset, number, numbers, recommended_k, refuse_same, require_base
 from .overview import VerbsByUse
 
 if TYPE_CHECKING:
@@ -138,6 +138,7 @@ def gguf_lora(
     """
     chosen = number(k)
     refuse_inputs(out, source, negative, base)
+    from ..checkpoints.adapted import without_adapters
     from ..checkpoints.locate import base_of
     from ..export.gguf_lora import export_gguf_lora
     from ..export.llama_cpp import config_of
@@ -145,7 +146,7 @@ def gguf_lora(
     vector = _vector(source, negative, base)
     if not base:
         require_base(vector.card, "--base")
-    name = base or base_of(vector.card, Path(source))
+    name = without_adapters(base or base_of(vector.card, Path(source)))
     config = config_of(name, revision=None if base else vector.card.base_commit, option="--base")
     file = export_gguf_lora(vector, out, config=config, k=chosen, max_rank=max_rank, leave_out=leave_out)
     cut = f", {file.error:.2%} of the vector lost" if max_rank else ""
@@ -200,7 +201,10 @@ def gguf(
 def _vector(source: str, negative: str | None, base: str | None) -> WeightVector:
     from ..vectors.difference import subtract_finetunes, task_vector
 
-    return subtract_finetunes(source, negative, base=base) if negative else task_vector(source, base=base)
+    if negative is None:
+        return task_vector(source, base=base)
+    refuse_same(source, negative)
+    return subtract_finetunes(source, negative, base=base)
 
 
 def _onto(
@@ -208,17 +212,21 @@ def _onto(
 ) -> tuple[WeightVector, Path, float]:
     """What to merge, into which folder, and how often: of an adapter, its change and k w into its base."""
     from ..checkpoints.adapted import adapted_model
+    from ..checkpoints.checkpoint import fingerprint
     from ..checkpoints.locate import base_of, checkpoint_folder
     from ..vectors.difference import task_vector
     from ..vectors.expression import derived_card
 
-    if model and (adapter := adapted_model(model)):
-        named = {"adapter": task_vector(model, base=base), "w": vector}
-        total = named["adapter"] + k * named["w"]
-        card = derived_card(vector.card, f"adapter + {k:g} * w", named)
+    if not model:
+        require_base(vector.card)
+    onto = model or base_of(vector.card, Path(source))
+    if adapter := adapted_model(onto):
+        change = task_vector(onto, base=base)
+        if vector.card.base_revision == fingerprint(adapter.folder):  # it was trained with the adapter in the model
+            name, revision = change.card.base_model, change.card.base_revision
+            vector = replace(vector, card=replace(vector.card, base_model=name, base_revision=revision))
+        total = change + k * vector
+        card = derived_card(vector.card, f"adapter + {k:g} * w", {"adapter": change, "w": vector})
         folder = checkpoint_folder(base or adapter.base, revision=None if base else adapter.revision)
         return replace(total, card=card), folder, 1.0
-    if model:
-        return vector, checkpoint_folder(model), k
-    require_base(vector.card)
-    return vector, checkpoint_folder(base_of(vector.card, Path(source)), revision=vector.card.base_commit), k
+    return vector, checkpoint_folder(onto, revision=None if model else vector.card.base_commit), k

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -35,6 +36,7 @@ def show(
         Path | None, typer.Option(help="The fine-tune on D+; default: `positive` beside the vector.")
     ] = None,
     negative: Annotated[Path | None, typer.Option(help="The fine-tune on D-; default: `negative` beside it.")] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Show a vector: base, training, range of k, and its geometry: energy, ranks, the two sides, likeness to others.
@@ -51,7 +53,7 @@ def show(
     from ..vectors.geometry import facts, geometry
     from ..vectors.visibility import size_in_words
 
-    vector = task_vector(folder)
+    vector = task_vector(folder, base=base)
     card, found = vector.card, geometry(vector)
     lines = {
         "base": card.base_model + (f" ({card.base_revision[:12]})" if card.base_revision else ""),
@@ -61,9 +63,9 @@ def show(
         **{f"k {model[:7]}": f"{there.described}, on this model" for model, there in card.strengths.items()},
         **({"budget": _budget(card.strength.budget)} if card.strength and card.strength.budget else {}),
         **size_in_words(vector),
-        **facts(found, _sides(folder, positive, negative)),
+        **facts(found, _sides(folder, positive, negative, base)),
     }
-    likeness = {str(other): _likeness(vector, other) for other in others or []}
+    likeness = {str(other): _likeness(vector, other, base) for other in others or []}
     if as_json:
         fields = {"folder": str(folder), "card": card_fields(folder), "geometry": asdict(found), "others": likeness}
         say_json(fields)
@@ -93,7 +95,9 @@ def _budget(budget: Mapping[str, float]) -> str:
     return ", ".join(f"{metric} up to {limit:g}" for metric, limit in budget.items())
 
 
-def _sides(folder: Path, positive: Path | None, negative: Path | None) -> tuple[WeightVector, WeightVector] | None:
+def _sides(
+    folder: Path, positive: Path | None, negative: Path | None, base: str | None
+) -> tuple[WeightVector, WeightVector] | None:
     """The task vectors of the two fine-tunes, given or beside the vector; None where they are not there."""
     from ..run_folder import RunFolder
     from ..vectors.difference import task_vector
@@ -102,19 +106,25 @@ def _sides(folder: Path, positive: Path | None, negative: Path | None) -> tuple[
     two = [positive or run.finetune("positive"), negative or run.finetune("negative")]
     if not (positive or negative) and (folder in two or not all(side.is_dir() for side in two)):
         return None
-    return task_vector(two[0]), task_vector(two[1])
+    return task_vector(two[0], base=base), task_vector(two[1], base=base)
 
 
-def _likeness(vector: WeightVector, folder: Path) -> dict[str, float]:
-    """Cosine and shared main directions of two vectors."""
+def _likeness(vector: WeightVector, folder: Path, base: str | None) -> dict[str, float]:
+    """Cosine and shared main directions of two vectors; of those that share no factored matrix the cosine alone."""
     from ..vectors.difference import task_vector
     from ..vectors.geometry import overlap
 
-    other = task_vector(folder)
-    return {"cosine": vector.cosine(other), **asdict(overlap(vector, other))}
+    other = task_vector(folder, base=base)
+    found = {"cosine": vector.cosine(other)}
+    with suppress(SteerError):
+        found |= asdict(overlap(vector, other))
+    return found
 
 
 def _print_likeness(name: str, both: Mapping[str, float]) -> None:
+    if len(both) == 1:
+        say(f"{name}: cosine {both['cosine']:+.4f}; no matrix of which both have factors")
+        return
     say(
         f"{name}: cosine {both['cosine']:+.4f}; shared main directions: written {both['outputs']:.3f} "
         f"(chance {both['chance_outputs']:.3f}), read {both['inputs']:.3f} (chance {both['chance_inputs']:.3f})"
@@ -122,7 +132,9 @@ def _print_likeness(name: str, both: Mapping[str, float]) -> None:
 
 
 def _print_shares(what: str, shares: Mapping[str, float]) -> None:
-    largest, width = max(shares.values()), max(len(name) for name in shares)
+    largest, width = max(shares.values(), default=0.0), max(map(len, shares), default=0)
+    if not largest:  # the vector is zero
+        return
     say(f"energy by {what}")
     for name, share in shares.items():
         say(f"  {name:>{width}} {share:7.2%} {'#' * round(40 * share / largest)}")

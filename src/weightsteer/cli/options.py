@@ -171,6 +171,12 @@ def require_base(card: RunCard, option: str = "--model") -> None:
         raise SteerError(f"the vector's card names no base model; give one with {option}")
 
 
+def refuse_same(positive: str, negative: str) -> None:
+    """Raise where one fine-tune is named as both."""
+    if positive == negative or Path(positive).resolve() == Path(negative).resolve():
+        raise SteerError(f"{positive}: is named as both fine-tunes, between which there is no direction")
+
+
 def data_files(pairs: str | None, *files: Path | None) -> list[Path]:
     """The user's own files among the data; a shipped behaviour is none."""
     from ..behavior import SHIPPED

@@ -120,7 +120,8 @@ def of_set(engine: str) -> Callable[[list[str], str | None, int | None], None]:
         if len(arguments) != 1:
             raise SteerError(f"{engine}: expected one set of adapters, found {len(arguments)} arguments")
         card, adapters = read_adapter_set(Path(arguments[0]))
-        say_set_command(engine, model or _base_of(card, Path(arguments[0])), card, adapters)
+        base = _whole(model) if model else _base_of(card, Path(arguments[0]))
+        say_set_command(engine, base, card, adapters)
 
     return print_command
 
@@ -154,7 +155,7 @@ def _base(folders: Mapping[str, Path], model: str | None) -> str:
     for card in cards.values():
         require_same_base(next(iter(cards.values())), card)
     if model is not None:
-        return model
+        return _whole(model)
     if first is None:
         raise SteerError("no card says on which base the vectors were made; give it with --model")
     return _base_of(first, next(iter(cards)))
@@ -166,7 +167,21 @@ def _base_of(card: RunCard, folder: Path) -> str:
 
     require_base(card)
     found = base_of(card, folder)
-    return str(embedded_model()) if found.lower() == EMBEDDED_NAME else found
+    return str(embedded_model()) if found.lower() == EMBEDDED_NAME else _whole(found)
+
+
+def _whole(model: str) -> str:
+    """The model, which an engine can serve.
+
+    Raises:
+        SteerError: a folder with an adapter, which an engine takes beside its model, as it takes the vector.
+    """
+    from ..checkpoints.adapted import is_adapter
+
+    if Path(model).is_dir() and is_adapter(model):
+        merge = shlex.join(["weightsteer", "export", "merged", model, "--k=1", "-o", "MERGED"])
+        raise SteerError(f"{model}: is an adapter, and no engine serves it as a model; {merge}, and give -m MERGED")
+    return model
 
 
 ENGINES: Mapping[str, Callable[[list[str], str | None, int | None], None]] = {

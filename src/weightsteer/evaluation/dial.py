@@ -65,10 +65,13 @@ def calibrate(
         budget: by how much the loss on ordinary text may rise, in nats per token.
 
     Raises:
-        SteerError: a budget that is no number above 0, pairs that cannot be read, or a vector that does not fit `lm`.
+        SteerError: a budget that is no number above 0, pairs that cannot be read, or a vector that is zero or does
+            not fit `lm`.
     """
     if not (is_finite(budget) and budget > 0):
         raise SteerError(f"budget: expected a number of nats per token above 0, found {shown(budget)}")
+    if not vector.norm():
+        raise SteerError("calibrate: the vector is zero, so that no k changes the model")
     held = _held_out(vector, pairs)[:MOST_PAIRS]
     dial = _Dial(vector, lm, load_prose(TaskSpec("prose")).first(TEXTS).items, held, _prompts(held))
     ends = dial.ends(budget, _between(progress, 0, 2, 6))

@@ -52,7 +52,10 @@ def example_of(row: Row) -> Example:
     _refuse_not_carried(row)
     for both in BOTH_ANSWERS:
         if all(row.filled(name) is not None for name in both):
-            raise row.error(f"holds both answers, {both[0]!r} and {both[1]!r}; give such a file as pairs (--pairs)")
+            raise row.error(
+                f"holds both answers, {both[0]!r} and {both[1]!r}; expected one: a file of pairs goes in by --pairs, "
+                "where there is such an option"
+            )
     field = _filled_field(row, TALKS)
     if field is not None:
         talk = _read_talk(row, field)

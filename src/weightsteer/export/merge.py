@@ -27,7 +27,7 @@ from ..progress import Progress, silent
 from ..run_card import new_folder
 from ..schema import shown
 from ..threads import worker_pool
-from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of, not_finite
+from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of
 from ..vectors.low_rank import ALONE, LowRank
 from ..vectors.weight_vector import WeightVector
 from .model_card import carry_config, carry_over, write_lineage
@@ -339,7 +339,10 @@ def _require_finite(name: str, total: Tensor, dtype: torch.dtype) -> None:
     """Raise if a NaN came in, or if the sum is beyond the output's range (bfloat16's is float32's own)."""
     suspect = dtype == torch.float16 or not math.isfinite(float(total.sum()))
     if suspect and not bool(torch.isfinite(total.to(dtype)).all()):
-        raise not_finite(f"{name} (theta + k w as {str(dtype).removeprefix('torch.')})")
+        raise SteerError(
+            f"{name}: theta + k w is infinite or NaN in {str(dtype).removeprefix('torch.')}; take a smaller k or a "
+            "wider dtype; where k is small, the base or the vector is damaged"
+        )
 
 
 def _put(out: int, block: Tensor, at: int) -> int:

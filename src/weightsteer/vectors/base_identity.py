@@ -56,6 +56,15 @@ def on_base(card: RunCard, base: str | Path | None) -> RunCard:
     return replace(card, base_model=str(base), base_revision=fingerprint(folder) if folder else "")
 
 
+def on_named_base(card: RunCard) -> RunCard:
+    """The card, with the hash of its base's weights where it names a folder that is here and no revision of it.
+
+    An adapter from elsewhere names its base by a path alone, which another folder may have on another day.
+    """
+    here = card.base_model and not card.base_revision and Path(card.base_model).expanduser().is_dir()
+    return on_base(card, card.base_model) if here else card
+
+
 def _kind(revision: str) -> int:
     """Commits and hashes of weights tell nothing about each other."""
     return next((number for number, kind in enumerate((COMMIT, FINGERPRINT)) if kind.fullmatch(revision)), -1)

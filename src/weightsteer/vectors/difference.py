@@ -17,7 +17,7 @@ from ..checkpoints.parameters import Whole, read_parameters, same_values
 from ..errors import SteerError
 from ..example_files.load import examples_from
 from ..run_card import RunCard
-from .base_identity import FINGERPRINT, on_base, require_same_base
+from .base_identity import FINGERPRINT, on_base, on_named_base, require_same_base
 from .delta import Delta, LazyDeltas, Part, Streamed, add_deltas, scale_delta
 from .fine_tune import FineTune, Makers, base_architecture, read_finetune
 from .low_rank import Layout, LowRank
@@ -172,6 +172,11 @@ def _base_tensors(positive: FineTune, negative: FineTune, base: str | Path | Non
         folder = checkpoint_folder(named, revision=None if base else card.base_commit)
         tensors = read_parameters(folder)
     except SteerError as error:
+        if positive.folder == negative.folder:
+            raise SteerError(
+                f"{positive.folder}: gives parameters themselves ({name}) and not what was added to them, so that the "
+                f"change takes the base model; give it as base (--base; {error})"
+            ) from None
         raise SteerError(
             f"{name}: is replaced in {positive.folder} or {negative.folder} and not in the other, so the difference "
             f"takes the base model; give it as base ({error})"
@@ -249,7 +254,7 @@ def _vector_card(base: str | Path | None, *sides: FineTune) -> RunCard:
             "adapters, where they exist, give it exactly",
             stacklevel=3,
         )
-    card = on_base(next((side.card for side in sides if side.card.base_model), sides[0].card), base)
+    card = on_named_base(on_base(next((side.card for side in sides if side.card.base_model), sides[0].card), base))
     return RunCard.now(
         "vector",
         base_model=card.base_model,

@@ -52,15 +52,14 @@ def geometry(vector: WeightVector) -> Geometry:
             energy = WeightVector({name: delta}, vector.card).norm() ** 2
         squares[name] = energy
     total = math.fsum(squares.values())
-    if total == 0.0:
-        raise SteerError("geometry: the vector is zero")
+    shares = {name: square / total if total else 0.0 for name, square in squares.items()}
     weight = math.fsum(shape[0] for shape in shapes)
     means = [math.fsum(s[0] * s[i] for s in shapes) / weight if weight else None for i in (1, 2, 3)]
     by_layer: dict[int | None, float] = {}
     by_module: dict[str, float] = {}
-    for name, square in squares.items():
-        by_layer[layer_of(name)] = by_layer.get(layer_of(name), 0.0) + square / total
-        by_module[module_of(name)] = by_module.get(module_of(name), 0.0) + square / total
+    for name, share in shares.items():
+        by_layer[layer_of(name)] = by_layer.get(layer_of(name), 0.0) + share
+        by_module[module_of(name)] = by_module.get(module_of(name), 0.0) + share
     by_layer = dict(
         sorted(by_layer.items(), key=lambda entry: (entry[0] is None, entry[0] or 0))
     )  # names sort as texts

@@ -27,7 +27,8 @@ up or down, times the strength k = {k:g}. It is made to be loaded at the scale 1
 """
 DENSE = """
 A part of the vector is no product of two thin matrices, so that no adapter can hold it. It lies in
-`delta.safetensors`, which PEFT passes over; weightsteer reads both parts.
+`delta.safetensors`, which PEFT passes over: what PEFT loads from here is another model. weightsteer reads
+both parts, and `weightsteer export merged` writes a checkpoint for other programs.
 """
 MADE = """
 ## How it was made
@@ -117,16 +118,16 @@ def vector_readme(card: RunCard, *, adapter: bool, dense: bool, sections: str = 
     k_used = strength if exported else _strengths_of(card)[1]
     with_peft = (EXPORT_WITH_PEFT if exported else WITH_PEFT).format(k=k_used, base=code)
     parts = [
-        _front_matter(name, adapter),
+        _front_matter(name, adapter and not dense),
         (EXPORT if exported else VECTOR).format(base=base, k=strength),
         DENSE if dense else "",
         sections,
         DERIVED.format(expression=markdown_text(str(expression))) if expression else MADE,
         FACTS.format(rows=rows),
         "" if exported else WITH_US.format(ks=_strengths_of(card)[0], k=k_used, base=code),
-        with_peft if adapter else "",
+        with_peft if adapter and not dense else "",
         f"\nBASE is {base}.\n" if code == UNNAMED else "",
-        AUTO if adapter and name.count("/") == 1 else "",
+        AUTO if adapter and not dense and name.count("/") == 1 else "",
     ]
     return "".join(parts)
 

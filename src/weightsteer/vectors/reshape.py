@@ -53,8 +53,7 @@ def truncate_deltas(deltas: Deltas, rank: int | None, energy: float | None) -> t
     kept: dict[str, Delta] = {}
     total, lost = 0.0, 0.0
     for name, delta in deltas.items():
-        matrix = len(delta.shape) == 2 and name.endswith(".weight")
-        if not isinstance(delta, LowRank) and (not matrix or layer_of(name) is None):
+        if not isinstance(delta, LowRank) and not has_factors(name, delta):
             kept[name] = delta  # engines store the factors of embeddings in ways of their own
             total += dot(delta, delta)
             continue
@@ -63,6 +62,11 @@ def truncate_deltas(deltas: Deltas, rank: int | None, energy: float | None) -> t
         total += float(s.square().sum())
         lost += float(s[keep:].square().sum())
     return kept, math.sqrt(lost / total) if total else 0.0
+
+
+def has_factors(name: str, delta: Delta) -> bool:
+    """Whether a dense delta can be cut to factors: a matrix inside a block."""
+    return len(delta.shape) == 2 and name.endswith(".weight") and layer_of(name) is not None
 
 
 def factor_matrix(matrix: Tensor, layout: Layout) -> LowRank:

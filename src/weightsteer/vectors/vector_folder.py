@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -58,9 +59,9 @@ def write_vector(deltas: Mapping[str, Delta], card: RunCard, folder: Path) -> Pa
 def save_card(card: RunCard, folder: Path) -> None:
     """Write a vector's card, and the README that says the same to people; a pack is an ordinary vector from then on."""
     drop_manifest(folder)
-    card.save(folder)
-    adapter, dense = ((folder / name).is_file() for name in (ADAPTER_FILE, DENSE_FILE))
-    write_text(folder / README, vector_readme(card, adapter=adapter, dense=dense))
+    files = tuple(name for name in (ADAPTER_FILE, DENSE_FILE) if (folder / name).is_file())
+    replace(card, files=files).save(folder)
+    write_text(folder / README, vector_readme(card, adapter=ADAPTER_FILE in files, dense=DENSE_FILE in files))
 
 
 def _write_adapter(deltas: Mapping[str, Delta], card: RunCard, factored: Mapping[str, LowRank], part: Path) -> None:
@@ -94,6 +95,8 @@ def _dense_blocks(deltas: Mapping[str, Delta], plan: Mapping[str, Planned]) -> I
 def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
     """Open what `write_vector` wrote (see `WeightVector.load`)."""
     require_as_packed(folder)
+    if not folder.exists():
+        raise SteerError(f"{folder}: no such folder; expected a saved weight vector")
     if not (folder / CARD_FILE).is_file():
         raise SteerError(
             f"{folder}: not a saved weight vector (no {CARD_FILE}); "
@@ -102,11 +105,25 @@ def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
     card = RunCard.load(folder)
     if card.kind != "vector":
         raise SteerError(f"{folder}: holds a {card.kind}, expected a vector; see `weightsteer show`")
+    _require_files(folder, card)
     makers = dict(read_adapter(folder).deltas) if (folder / ADAPTER_FILE).exists() else {}
     if (folder / DENSE_FILE).exists():
         dense = dense_file(folder / DENSE_FILE)
         makers |= {name: partial(dense.__getitem__, name) for name in dense}
-    return LazyDeltas(makers), card
+    return LazyDeltas(makers), replace(card, files=())  # they are about this folder, not about the vector
+
+
+def _require_files(folder: Path, card: RunCard) -> None:
+    """Raise where a part of the vector was lost, which would be read as zero; older cards do not name the files."""
+    expected = card.files
+    if not expected and ((folder / ADAPTER_CONFIG).is_file() or not (folder / DENSE_FILE).is_file()):
+        expected = (ADAPTER_FILE,)
+    for name in expected:
+        if not (folder / name).is_file():
+            raise SteerError(
+                f"{folder / name}: is missing, and holds the vector or a part of it; get the folder again where it "
+                "comes from, or make the vector again"
+            )
 
 
 def dense_file(path: Path) -> dict[str, Streamed]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import SteerError
 from ..run_card import RunCard
+from ..schema import is_finite, shown
 from ..threads import worker_pool
 from . import reshape
 from .base_identity import require_same_base
@@ -260,11 +261,15 @@ class WeightVector:
         Raises:
             SteerError: the vector has dense parts, which an adapter cannot hold.
         """
+        if not is_finite(k):
+            raise SteerError(f"k: expected a finite number, found {shown(k)}")
         cut = self if max_rank is None else self.truncate(rank=max_rank)
         for name in cut.deltas:
             if not isinstance(cut.deltas[name], LowRank):
+                factored = reshape.has_factors(name, cut.deltas[name])
+                way = "cut it to factors (`weightsteer combine 'truncate(w, rank=16)'`), " if factored else ""
                 raise SteerError(
-                    f"{name}: is dense, which a LoRA adapter cannot hold; cut it to factors with --max-rank, merge it "
+                    f"{name}: is dense, which a LoRA adapter cannot hold; {way}merge it "
                     "(`weightsteer export merged`), or steer in memory where the base has no such parameter (a bias)"
                 )
         card = replace(cut.card, settings={**cut.card.settings, "k": k}, strength=None, held_out=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,4 +120,25 @@ def test_a_folder_that_is_known_by_its_name_alone_is_told_of(tmp_path: Path, mon
     tiny_model().save_pretrained(tmp_path / "final")
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match="final: .*by its name alone"):
+        assert base_of(RunCard("vector", base_model="final")) == "final"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # an adapter from elsewhere means what PEFT would load
         assert base_of(card("final")) == "final"
+
+
+def test_another_base_than_the_one_that_was_trained_on_is_told_of(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        tiny_model(seed=seed).save_pretrained(tmp_path / str(seed))
+    trained = adapter(tmp_path / "adapter", tiny_model(), 1, tmp_path / "0")
+    task_vector(trained).save(tmp_path / "w")
+    with pytest.warns(UserWarning, match="1: is not the base that was trained on"):
+        task_vector(tmp_path / "w", base=tmp_path / "1")
+
+
+def test_a_damaged_folder_of_the_base_s_name_stops_no_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "final").mkdir()
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "final" / "model.safetensors.index.json").write_text(json.dumps(index))
+    sides = [adapter(tmp_path / str(seed), tiny_model(), seed, Path("final")) for seed in (1, 2)]
+    assert subtract_finetunes(*sides).card.base_revision == ""

@@ -83,8 +83,16 @@ def test_train_subtract_show_cosine(capsys: pytest.CaptureFixture[str], checkpoi
     code, _, err = run(capsys, "subtract", w, w, "-o", tmp_path / "same")
     assert code == 1
     assert "named as both" in err
-    code, _, err = run(capsys, "combine", "-0.5*a", f"a={w}", "-o", tmp_path / "half")
+    half = tmp_path / "half"
+    for words in (["-0.5*a"], ["-a"], ["-truncate(a, rank=2)"], ["-q", "-a + 0.5*a"]):
+        code, _, err = run(capsys, "combine", *words, f"a={w}", "-o", half)
+        assert code == 0, err
+    for words in ([f"-o{half}", "-0.5*a", f"a={w}"], ["0.5*a", f"a={w}", f"-o{half}"], ["-o", half, "a", f"a={w}"]):
+        code, _, err = run(capsys, "combine", *words)
+        assert code == 0, err
+    code, out, err = run(capsys, "show", w, mixed)
     assert code == 0, err
+    assert "one of the two is zero" in out
     code, _, err = run(capsys, "combine", "0.5*my-vec", f"my-vec={w}", "-o", mixed)
     assert code == 1
     assert "'my-vec': cannot stand in an expression" in err

@@ -181,6 +181,8 @@ def test_one_text_is_no_list_of_texts(lm: LM) -> None:
     for ask in (lambda: lm.generate("Hi"), lambda: lm.score_texts("Hi"), lambda: lm.score_choices("Hi", [["a"]] * 2)):
         with pytest.raises(SteerError, match=r"expected a list of texts, found one, 'Hi'"):
             ask()
+    with pytest.raises(SteerError, match=r"expected a list of texts, found one, 'yes'"):
+        lm.score_choices(["Hi"], ["yes"])
     for odd in (["Hi"], {"role": "user", "content": "Hi"}, 3):
         with pytest.raises(SteerError, match="prompt: expected a text, or turns"):
             lm.generate([odd], max_new_tokens=1)  # type: ignore[list-item]

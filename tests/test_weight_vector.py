@@ -13,12 +13,16 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from conftest import random_vector, tiny_lm
+from weightsteer.checkpoints.adapted import adapted_model
 from weightsteer.checkpoints.safetensors_file import SafeFile
+from weightsteer.checkpoints.whole import is_whole
 from weightsteer.errors import SteerError
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.vectors.delta import Delta, Streamed, to_dense
+from weightsteer.vectors.difference import task_vector
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.weight_vector import WeightVector
+from weightsteer.vllm.limits import require_servable
 
 CARD = RunCard("vector", base_model="tiny", base_revision="one")
 
@@ -237,12 +241,17 @@ def test_paths_may_be_texts(tmp_path: Path) -> None:
 def test_a_lost_file_is_missed(tmp_path: Path) -> None:
     lm = tiny_lm()
     both = {**random_vector(lm).deltas, "lm_head.weight": torch.ones(lm.model.get_output_embeddings().weight.shape)}
+    card = RunCard("vector")
     for lost in ("adapter_model.safetensors", "delta.safetensors"):
-        folder = WeightVector(both, RunCard("vector")).save(tmp_path / lost)
+        folder = WeightVector(both, card).save(tmp_path / lost)
         assert WeightVector.load(folder).norm() > 0
+        assert is_whole(folder)
         (folder / lost).unlink()
-        with pytest.raises(SteerError, match=f"{lost}: is missing"):
-            WeightVector.load(folder)
+        for read in (WeightVector.load, task_vector, require_servable, lambda it: adapted_model(str(it)), card.save):
+            with pytest.raises(SteerError, match=f"{lost}: is missing"):
+                read(folder)
+        with pytest.warns(UserWarning, match="it is made again"):
+            assert not is_whole(folder)
 
 
 @pytest.mark.parametrize("kept", ["adapter_config.json", None])

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .adapter_files import ADAPTER_FILE, DENSE_FILE
 from .disk import make_folder, sync_folder, sync_tree, telling_of_disk
 from .errors import SteerError
 from .files import current_umask, digest, is_empty, read_json, write_text
@@ -24,6 +25,7 @@ from .places import public_name, remember, without_paths
 from .schema import checked, is_finite, refuse_unusual, shown
 
 CARD_FILE = "weightsteer.json"
+TENSOR_FILES = (ADAPTER_FILE, DENSE_FILE)
 ABOUT = "description"  # the setting that says what the behaviour is, in a sentence
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 
@@ -83,7 +85,7 @@ class RunCard:
     strength: StrengthRange | None = None
     strengths: Mapping[str, StrengthRange] = field(default_factory=dict)  # on other models than the base, by revision
     held_out: tuple[Mapping[str, Any], ...] = ()  # rows of data that were not trained on: of a vector, pairs
-    files: tuple[str, ...] = ()  # of a vector: those beside the card that hold its numbers
+    files: tuple[str, ...] = ()  # in the file alone, where `save` names those that hold a vector's numbers
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""  # to the microsecond, since artifacts are told apart by it
 
@@ -117,13 +119,21 @@ class RunCard:
         """Write the card as `weightsteer.json` into `folder`, atomically.
 
         A card may be shared, so it names no path of this machine: a local base goes by its folder's name, and where
-        its weights lie is remembered apart.
+        its weights lie is remembered apart. A vector's card names the files that hold it, which lie there already.
+
+        Raises:
+            SteerError: a file is missing that the card in `folder` names.
         """
         base = Path(self.base_model).expanduser()
         if self.base_model and base.exists():
             for key in self.place_keys:
                 remember(key, str(base.absolute()))
-        write_text(Path(folder) / CARD_FILE, json.dumps(asdict(self.shared()), indent=2, sort_keys=True) + "\n")
+        require_files(Path(folder))
+        fields = asdict(self.shared())
+        fields["files"] = [name for name in TENSOR_FILES if self.kind == "vector" and (Path(folder) / name).is_file()]
+        if not fields["files"]:
+            del fields["files"]
+        write_text(Path(folder) / CARD_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     def shared(self) -> RunCard:
         """The card without paths of this machine; one that an older version wrote may hold some."""
@@ -145,7 +155,7 @@ class RunCard:
             refuse_unusual(list(card.held_out), f"{path}: field 'held_out'")
         except SteerError as error:
             raise SteerError(f"{error}; this is not a weightsteer card, remake the artifact") from None
-        return card
+        return replace(card, files=())
 
     def measured_number(self, name: str) -> float:
         """A number that was measured; 0 where it was not.
@@ -181,6 +191,28 @@ class RunCard:
     def as_on(self, model: str) -> RunCard:
         """The card as it stands for the model of this revision: with its own range of k, if one was measured there."""
         return replace(self, strength=self.strengths.get(model, self.strength))
+
+
+def require_files(folder: Path) -> bool:
+    """Whether the card in a folder names the files that hold its numbers, all of which are there.
+
+    Raises:
+        SteerError: one is missing, which would be read as zero.
+    """
+    card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
+    named = card.get("files") if isinstance(card, dict) else None
+    for name in named if isinstance(named, list) else ():
+        if not (folder / str(name)).is_file():
+            raise lost_file(folder / str(name))
+    return bool(named)
+
+
+def lost_file(path: Path) -> SteerError:
+    """What to say of a vector's folder that lost a file."""
+    return SteerError(
+        f"{path}: is missing, and holds the vector or a part of it; get the folder again where it comes from, or "
+        "delete it and make the vector again"
+    )
 
 
 def installed_versions() -> dict[str, str]:

@@ -109,6 +109,7 @@ def score_choices(
 
 def candidates_of(lm: LM, number: int, prompt: PromptLike, texts: Sequence[str]) -> list[Candidates]:
     """A prompt's candidates by the tokens before them: the same for all, unless one's beginning merges with them."""
+    refuse_text(texts)
     found: dict[tuple[int, ...], Candidates] = {}
     for place, text in enumerate(texts):
         exchange = lm.exchange(prompt, text)

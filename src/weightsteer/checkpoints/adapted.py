@@ -12,7 +12,7 @@ from ..errors import SteerError
 from ..files import read_json
 from ..places import public_name
 from ..progress import quiet_transformers
-from ..run_card import CARD_FILE, RunCard
+from ..run_card import CARD_FILE, RunCard, require_files
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from .embedded_model import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from .load_options import LoadOptions
@@ -77,6 +77,7 @@ def adapted_model(name: str) -> Adapted | None:
     if not is_adapter(name):
         return None
     folder = source_folder(name)
+    require_files(folder)
     if not (folder / ADAPTER_FILE).is_file() or (folder / DENSE_FILE).is_file():
         held = "it holds changes that no adapter can" if (folder / DENSE_FILE).is_file() else what_it_holds(folder)
         raise SteerError(f"{name}: cannot be loaded as a model ({held}); merge it with `weightsteer export merged`")

@@ -120,8 +120,12 @@ def base_of(card: RunCard, beside: Path | None = None) -> str:
     """
     name, revision = card.base_model, card.base_revision
     if name.lower() == EMBEDDED_NAME or not re.fullmatch(r"[0-9a-f]{64}", revision):
-        if not revision and "/" not in name and Path(name).is_dir():
-            warnings.warn(f"{name}: is taken for the base by its name alone, since the card has no hash", stacklevel=2)
+        if card.kind == "vector" and not revision and "/" not in name and Path(name).is_dir():
+            warnings.warn(
+                f"{name}: is taken for the vector's base by its name alone, since the card has no hash of it; say "
+                "which it is with --base or --model",
+                stacklevel=2,
+            )
         return name
     near = [str(beside.absolute().parent / Path(name).name)] if beside and name else []
     own, shared = map(recall, card.place_keys)

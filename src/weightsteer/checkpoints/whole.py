@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import SteerError
 from ..files import read_json
-from ..run_card import CARD_FILE
+from ..run_card import CARD_FILE, require_files
 from .safetensors_file import SafeFile
 
 
@@ -25,6 +25,7 @@ def is_whole(folder: Path) -> bool:
             read_json(path)
         if not any(folder.glob("*.safetensors")) or not (folder / CARD_FILE).exists():
             raise SteerError(f"{folder}: its weights or its card are gone")
+        require_files(folder)
     except SteerError as error:
         warnings.warn(f"{' '.join(str(error).split())}; it is made again", stacklevel=2)
         return False

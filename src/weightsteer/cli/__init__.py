@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from ..former_names import VERBS as FORMER_VERBS
 from ..ranks import is_first
 from ..shown import be_quiet, one_line, say
 from . import apply, build, detect, export, inspect, listing, packs, run, serve, serve_command, start, study
-from .arguments import refuse_repeated
+from .arguments import refuse_repeated, with_expression
 from .overview import VerbsByUse
 from .stopping import StoppedError, stopping_on_signals
 
@@ -97,7 +96,7 @@ def _run_verb() -> object:
     """Run the verb that the arguments name; returns the exit code, if it is one."""
     try:
         refuse_former(sys.argv[1:])
-        arguments = spread(signed(sys.argv[1:]))
+        arguments = spread(with_expression(app, sys.argv[1:]))
         refuse_repeated(app, [argument for argument in arguments if argument not in QUIET])
         return app(args=quiet_first(arguments), prog_name="weightsteer", standalone_mode=False)
     except SteerError as error:
@@ -142,13 +141,6 @@ def spread(arguments: Sequence[str]) -> list[str]:
         else:
             found += [option, argument] if option else [argument]
     return found
-
-
-def signed(arguments: Sequence[str]) -> list[str]:
-    """The arguments of `combine` with a blank before an expression that begins with a minus, which is no option."""
-    if not arguments or arguments[0] != "combine":
-        return list(arguments)
-    return [f" {argument}" if re.match(r"-(?:[\d.(]|\w+\s*[-+*/])", argument) else argument for argument in arguments]
 
 
 def quiet_first(arguments: Sequence[str]) -> list[str]:

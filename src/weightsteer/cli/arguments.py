@@ -9,6 +9,8 @@ import typer
 
 from ..errors import SteerError
 
+HELP = ("-h", "-q")  # short options that every verb has
+
 
 def refuse_repeated(app: typer.Typer, arguments: Sequence[str]) -> None:
     """Raise for an option that is given twice and takes one value, of which click would silently take the last."""
@@ -28,6 +30,26 @@ def refuse_repeated(app: typer.Typer, arguments: Sequence[str]) -> None:
         seen.add(option.name)
         if word == name and not option.is_flag:
             words = words[1:]  # its value
+
+
+def with_expression(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
+    """The arguments of `combine`, with a blank before an expression that begins with a minus, which is no option."""
+    words = list(arguments)
+    start = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
+    if words[start : start + 1] != ["combine"]:
+        return words
+    command: Any = typer.main.get_command(app).commands["combine"]  # type: ignore[attr-defined]
+    options = {name: parameter for parameter in command.params for name in parameter.opts if name.startswith("-")}
+    place = start + 1
+    while place < len(words) and words[place].startswith("-"):
+        word = words[place]
+        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        if name not in options and name not in HELP and not word.startswith("--"):
+            words[place] = f" {word}"
+            break
+        takes_value = name in options and not options[name].is_flag and word == name
+        place += 2 if takes_value else 1
+    return words
 
 
 def refuse_twice(what: str, names: Iterable[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -339,8 +340,8 @@ def combine(
         name, _, folder = text.partition("=")
         if not (name and folder):
             raise SteerError(f"{text!r}: expected name=FOLDER")
-        if not name.isidentifier():
-            raise SteerError(f"{name!r}: cannot stand in an expression; a name has letters, digits and _")
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise SteerError(f"{name!r}: cannot stand in an expression; take a letter, then letters, digits and _")
     folders = {name: folder for name, _, folder in (text.partition("=") for text in vectors)}
     refuse_twice("combine", [text.partition("=")[0] for text in vectors])
     refuse_inputs(out, base, *folders.values())

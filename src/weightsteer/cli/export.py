@@ -138,7 +138,6 @@ def gguf_lora(
     """
     chosen = number(k)
     refuse_inputs(out, source, negative, base)
-    from ..checkpoints.adapted import without_adapters
     from ..checkpoints.locate import base_of
     from ..export.gguf_lora import export_gguf_lora
     from ..export.llama_cpp import config_of
@@ -146,7 +145,7 @@ def gguf_lora(
     vector = _vector(source, negative, base)
     if not base:
         require_base(vector.card, "--base")
-    name = without_adapters(base or base_of(vector.card, Path(source)))
+    name = base or base_of(vector.card, Path(source))
     config = config_of(name, revision=None if base else vector.card.base_commit, option="--base")
     file = export_gguf_lora(vector, out, config=config, k=chosen, max_rank=max_rank, leave_out=leave_out)
     cut = f", {file.error:.2%} of the vector lost" if max_rank else ""
@@ -221,12 +220,13 @@ def _onto(
         require_base(vector.card)
     onto = model or base_of(vector.card, Path(source))
     if adapter := adapted_model(onto):
-        change = task_vector(onto, base=base)
+        below = None if base and Path(base).resolve() == Path(onto).resolve() else base
+        change = task_vector(onto, base=below)
         if vector.card.base_revision == fingerprint(adapter.folder):  # it was trained with the adapter in the model
             name, revision = change.card.base_model, change.card.base_revision
             vector = replace(vector, card=replace(vector.card, base_model=name, base_revision=revision))
         total = change + k * vector
         card = derived_card(vector.card, f"adapter + {k:g} * w", {"adapter": change, "w": vector})
-        folder = checkpoint_folder(base or adapter.base, revision=None if base else adapter.revision)
+        folder = checkpoint_folder(below or adapter.base, revision=None if below else adapter.revision)
         return replace(total, card=card), folder, 1.0
     return vector, checkpoint_folder(onto, revision=None if model else vector.card.base_commit), k

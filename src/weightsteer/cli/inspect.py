@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
@@ -110,18 +109,21 @@ def _sides(
 
 
 def _likeness(vector: WeightVector, folder: Path, base: str | None) -> dict[str, float]:
-    """Cosine and shared main directions of two vectors; of those that share no factored matrix the cosine alone."""
+    """Cosine and shared main directions of two vectors, as far as they have them: a zero vector has no direction."""
     from ..vectors.difference import task_vector
     from ..vectors.geometry import overlap
 
     other = task_vector(folder, base=base)
-    found = {"cosine": vector.cosine(other)}
-    with suppress(SteerError):
-        found |= asdict(overlap(vector, other))
-    return found
+    if not (vector.norm() and other.norm()):
+        return {}
+    shared = overlap(vector, other)
+    return {"cosine": vector.cosine(other), **(asdict(shared) if shared else {})}
 
 
 def _print_likeness(name: str, both: Mapping[str, float]) -> None:
+    if not both:
+        say(f"{name}: one of the two is zero, so that they have no cosine")
+        return
     if len(both) == 1:
         say(f"{name}: cosine {both['cosine']:+.4f}; no matrix of which both have factors")
         return

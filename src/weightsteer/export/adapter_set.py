@@ -68,6 +68,9 @@ def read_adapter_set(folder: Path) -> tuple[RunCard, dict[str, Path]]:
     if card.kind != SET:
         raise SteerError(f"{folder}: holds a {card.kind}, expected what `weightsteer export adapters` wrote")
     inner = sorted(path for path in folder.iterdir() if (path / ADAPTER_CONFIG).is_file())
+    strengths = card.settings.get("k")
+    if isinstance(strengths, list) and len(inner) != len(strengths):
+        raise SteerError(f"{folder}: expected {len(strengths)} adapters, found {len(inner)}; write the set again")
     return card, {path.name: path.absolute() for path in inner}
 
 

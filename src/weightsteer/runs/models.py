@@ -107,10 +107,11 @@ class RunModels:
     def _load_finetuned(self, lm: LM, base: str, wanted: FinetuneRecipe, adapter: Path, merged: Path) -> LM:
         """Train on `wanted`, merge it into the base as a checkpoint in the run's folder, and load that."""
         if not is_whole(merged):
+            folder = checkpoint_folder(base)  # before the training: it may be none
             tau = task_vector(self.train(lm, self.recipe.finetune_examples(wanted), adapter, wanted.train))
             with self.show(f"merge {adapter.name}") as progress:
                 settings = MergeSettings(seed=self.recipe.seed)
-                export_merged(tau, checkpoint_folder(base), merged, k=1.0, settings=settings, progress=progress)
+                export_merged(tau, folder, merged, k=1.0, settings=settings, progress=progress)
         return self._load(str(merged))
 
     def to_train(self, base: Callable[[], LM], train: Mapping[str, Any]) -> LM:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..chat_template import whole_text
 from ..errors import SteerError
 from ..lm import LM
 from .answers import Answers
@@ -112,7 +113,8 @@ class Reader:
         with self._tokenizing:
             for prompt in listed:
                 if isinstance(prompt, str):
-                    prompt = list(self.lm.tokenizer(prompt, add_special_tokens=form.add_special_tokens)["input_ids"])
+                    text = _reading("prompt", lambda prompt=prompt: whole_text(prompt))
+                    prompt = list(self.lm.tokenizer(text, add_special_tokens=form.add_special_tokens)["input_ids"])
                 found.append(prompt)
         if not found or not all(found):
             raise RequestError("prompt: expected at least one token in each", param="prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -53,7 +54,12 @@ def on_base(card: RunCard, base: str | Path | None) -> RunCard:
     if base is None:
         return card
     folder = local_folder(str(base))
-    return replace(card, base_model=str(base), base_revision=fingerprint(folder) if folder else "")
+    weights = fingerprint(folder) if folder else ""
+    if weights and FINGERPRINT.fullmatch(card.base_revision) and weights != card.base_revision:
+        warnings.warn(
+            f"{base}: is not the base that was trained on, {_described(card)}, and is taken for it", stacklevel=2
+        )
+    return replace(card, base_model=str(base), base_revision=weights)
 
 
 def on_named_base(card: RunCard) -> RunCard:
@@ -62,7 +68,10 @@ def on_named_base(card: RunCard) -> RunCard:
     An adapter from elsewhere names its base by a path alone, which another folder may have on another day.
     """
     here = card.base_model and not card.base_revision and Path(card.base_model).expanduser().is_dir()
-    return on_base(card, card.base_model) if here else card
+    try:
+        return on_base(card, card.base_model) if here else card
+    except SteerError:  # what lies there cannot be read, and is not needed
+        return card
 
 
 def _kind(revision: str) -> int:

@@ -10,7 +10,6 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from ..errors import SteerError
 from .low_rank import ACCUMULATE, LowRank, rank_for
 from .parameter_names import layer_of, module_of
 from .weight_vector import WeightVector
@@ -103,7 +102,7 @@ def facts(found: Geometry, sides: tuple[WeightVector, WeightVector] | None = Non
             f"{found.rank} at most; effective {found.effective_rank:.1f}, {found.main_rank:.1f} hold {ENERGY:.0%} of "
             f"the energy, the first {found.first_share:.0%} (means over matrices)"
         )
-    if sides:
+    if sides and all(side.norm() for side in sides):
         two = balance(*sides)
         lines["sides"] = (
             f"cos(tau+, -tau-) {two.cosine:+.3f}; |tau+| {two.positive:.3g}, |tau-| {two.negative:.3g}, "
@@ -125,11 +124,10 @@ class Overlap:
     chance_inputs: float
 
 
-def overlap(first: WeightVector, second: WeightVector, *, energy: float = ENERGY) -> Overlap:
+def overlap(first: WeightVector, second: WeightVector, *, energy: float = ENERGY) -> Overlap | None:
     """Principal angles between the directions that hold `energy` of each matrix, averaged over the matrices of both.
 
-    Raises:
-        SteerError: no factored matrix in common.
+    None where no matrix has factors in both.
     """
     rows: list[tuple[float, float, float, float]] = []
     for name in first.deltas:
@@ -143,7 +141,7 @@ def overlap(first: WeightVector, second: WeightVector, *, energy: float = ENERGY
         larger = max(u.shape[1], x.shape[1])
         rows.append((_shared(u, x), _shared(v, y), min(larger / u.shape[0], 1.0), min(larger / v.shape[0], 1.0)))
     if not rows:
-        raise SteerError("overlap: the vectors have no factored matrix in common")
+        return None
     return Overlap(*(fmean(column) for column in zip(*rows, strict=True)))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ..checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, write_stream
 from ..errors import SteerError
 from ..files import write_text
-from ..run_card import CARD_FILE, RunCard, new_folder
+from ..run_card import CARD_FILE, RunCard, lost_file, new_folder, require_files
 from ..schema import checked, parse_json
 from .delta import Delta, LazyDeltas, Streamed, blocks, layout_of, require_finite, rows_of
 from .low_rank import Layout, LowRank
@@ -59,9 +58,9 @@ def write_vector(deltas: Mapping[str, Delta], card: RunCard, folder: Path) -> Pa
 def save_card(card: RunCard, folder: Path) -> None:
     """Write a vector's card, and the README that says the same to people; a pack is an ordinary vector from then on."""
     drop_manifest(folder)
-    files = tuple(name for name in (ADAPTER_FILE, DENSE_FILE) if (folder / name).is_file())
-    replace(card, files=files).save(folder)
-    write_text(folder / README, vector_readme(card, adapter=ADAPTER_FILE in files, dense=DENSE_FILE in files))
+    card.save(folder)
+    adapter, dense = ((folder / name).is_file() for name in (ADAPTER_FILE, DENSE_FILE))
+    write_text(folder / README, vector_readme(card, adapter=adapter, dense=dense))
 
 
 def _write_adapter(deltas: Mapping[str, Delta], card: RunCard, factored: Mapping[str, LowRank], part: Path) -> None:
@@ -105,25 +104,15 @@ def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
     card = RunCard.load(folder)
     if card.kind != "vector":
         raise SteerError(f"{folder}: holds a {card.kind}, expected a vector; see `weightsteer show`")
-    _require_files(folder, card)
+    named = require_files(folder)  # the cards of older versions do not name them
+    expected = (folder / ADAPTER_CONFIG).is_file() or not (folder / DENSE_FILE).is_file()
+    if not named and expected and not (folder / ADAPTER_FILE).is_file():
+        raise lost_file(folder / ADAPTER_FILE)
     makers = dict(read_adapter(folder).deltas) if (folder / ADAPTER_FILE).exists() else {}
     if (folder / DENSE_FILE).exists():
         dense = dense_file(folder / DENSE_FILE)
         makers |= {name: partial(dense.__getitem__, name) for name in dense}
-    return LazyDeltas(makers), replace(card, files=())  # they are about this folder, not about the vector
-
-
-def _require_files(folder: Path, card: RunCard) -> None:
-    """Raise where a part of the vector was lost, which would be read as zero; older cards do not name the files."""
-    expected = card.files
-    if not expected and ((folder / ADAPTER_CONFIG).is_file() or not (folder / DENSE_FILE).is_file()):
-        expected = (ADAPTER_FILE,)
-    for name in expected:
-        if not (folder / name).is_file():
-            raise SteerError(
-                f"{folder / name}: is missing, and holds the vector or a part of it; get the folder again where it "
-                "comes from, or make the vector again"
-            )
+    return LazyDeltas(makers), card
 
 
 def dense_file(path: Path) -> dict[str, Streamed]:

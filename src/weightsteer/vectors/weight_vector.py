@@ -267,7 +267,8 @@ class WeightVector:
         for name in cut.deltas:
             if not isinstance(cut.deltas[name], LowRank):
                 factored = reshape.has_factors(name, cut.deltas[name])
-                way = "cut it to factors (`weightsteer combine 'truncate(w, rank=16)'`), " if factored else ""
+                cut_first = "weightsteer combine 'truncate(w, rank=16)' w=FOLDER -o OUT"
+                way = f"cut it to factors first (`{cut_first}`), " if factored else ""
                 raise SteerError(
                     f"{name}: is dense, which a LoRA adapter cannot hold; {way}merge it "
                     "(`weightsteer export merged`), or steer in memory where the base has no such parameter (a bias)"

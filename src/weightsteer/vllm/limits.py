@@ -8,6 +8,7 @@ from pathlib import Path
 from ..adapter_files import ADAPTER_CONFIG, ADAPTER_FILE, DENSE_FILE
 from ..errors import SteerError, first_line
 from ..files import read_json
+from ..run_card import require_files
 from ..vectors.adapter_config import read_adapter_config
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank may be (vllm.config.lora)
@@ -20,8 +21,9 @@ def require_servable(folder: Path) -> None:
     """Check that an engine which takes plain LoRA alone would serve all of a vector.
 
     Raises:
-        SteerError: it has parts that are no factors of a matrix, or fields that vLLM refuses.
+        SteerError: it has parts that are no factors of a matrix, or fields that vLLM refuses, or it lost a file.
     """
+    require_files(folder)
     if (folder / DENSE_FILE).is_file():
         raise SteerError(f"{folder}: has dense parts ({DENSE_FILE}), which an engine's adapter cannot hold; {MERGE}")
     read_adapter_config(folder)

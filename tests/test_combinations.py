@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.trainings import all_settings, train_fields
-from weightsteer.runs.validate import check_trainings
+from weightsteer.runs.validate import check_alone
 from weightsteer.steering.methods import SNAPSHOT_COUNT
 
 TWO = {"processes": 2}
@@ -30,6 +31,8 @@ def recipe_with(**fields: Any) -> dict[str, Any]:
         "architecture": "llama",  # of the dry run's tiny model
         "tasks": [{"task": "preference"}, {"task": "prose"}],
         "sweep": {"methods": {name: [1.0] for name in methods}},
+        "plot": ["preference/margin"],
+        "budget": {"prose/nll": 0.1},
         **fields,
     }
 
@@ -77,7 +80,38 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
 def test_a_recipe_is_refused_in_the_words_of_the_training(name: str) -> None:
     fields, reason = REFUSED[name]
     with pytest.raises(SteerError, match=reason):
-        check_trainings(Recipe.model_validate(recipe_with(**fields)))
+        check_alone(Recipe.model_validate(recipe_with(**fields)))
+
+
+def odd(**fields: Any) -> dict[str, Any]:
+    recipe = recipe_with()
+    return {**recipe, **fields, "sweep": {**recipe["sweep"], **fields.get("sweep", {})}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"sweep": {"methods": {}}}, "needs 'contrastive'"),
+        ({"sweep": {"methods": {"contrastive": [0.0]}}}, "needs a list of k"),
+        ({"sweep": {"methods": {"contrastive": [1, 1.0]}}}, "a k is given twice"),
+        ({"sweep": {"sides": [1, 1]}}, "a side is given twice"),
+        ({"sweep": {"fractions": []}}, "must not be empty"),
+        ({"sweep": {"behavior": "nope"}}, "expected task/metric"),
+        ({"sweep": {"behavior": "preference/zz"}}, "has no such metric; it has margin"),
+        ({"sweep": {"variants": {"x": "w*w"}}}, "vectors add and subtract"),
+        ({"budget": {"zz/q": 1}}, "needs a task 'zz'"),
+        ({"plot": ["zz/q"]}, "needs a task 'zz'"),
+        ({"tasks": [{"task": "facts"}, {"task": "facts"}]}, "two tasks have one name"),
+    ],
+)
+def test_what_the_recipe_tells_by_itself_is_checked_before_a_plan(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SteerError, match=reason):
+        check_alone(Recipe.model_validate(odd(**fields)))
+
+
+def test_a_budget_is_not_negative() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        Recipe.model_validate(odd(budget={"prose/nll": -1}))
 
 
 @pytest.mark.parametrize("words", [["--plan"], [], ["--dry-run"]], ids=["plan", "run", "dry run"])
@@ -99,13 +133,13 @@ def test_a_setting_of_its_own_lets_a_method_train_in_one_process() -> None:
     own = {"two-way": {"processes": 1, "shard": "ddp"}}
     fields = recipe_with(methods=["contrastive", "two-way"], train=FSDP, train_of=own)
     recipe = Recipe.model_validate(fields)
-    check_trainings(recipe)
+    check_alone(recipe)
     assert [(way, made.processes) for way, made in all_settings(recipe)] == [("side", 2), ("two-way", 1)]
 
 
 def test_a_setting_of_its_own_lets_a_method_keep_snapshots() -> None:
     fields = recipe_with(methods=["contrastive", "DPO"], train={"finetunes": 3}, train_of={"DPO": {"finetunes": 1}})
-    check_trainings(Recipe.model_validate(fields))
+    check_alone(Recipe.model_validate(fields))
 
 
 def test_the_settings_of_a_training_come_from_recipe_method_and_its_own() -> None:

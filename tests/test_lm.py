@@ -186,3 +186,7 @@ def test_one_text_is_no_list_of_texts(lm: LM) -> None:
     for odd in (["Hi"], {"role": "user", "content": "Hi"}, 3):
         with pytest.raises(SteerError, match="prompt: expected a text, or turns"):
             lm.generate([odd], max_new_tokens=1)  # type: ignore[list-item]
+
+
+def test_a_temperature_near_zero_takes_the_likeliest_token(lm: LM) -> None:
+    assert lm.generate(["Hi"], temperature=1e-300, max_new_tokens=5) == lm.generate(["Hi"], max_new_tokens=5)

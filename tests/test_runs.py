@@ -27,7 +27,7 @@ from weightsteer.runs.own_data import OWN, held_out_pairs
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe, refuse_other_recipes
 from weightsteer.runs.samples import read_samples
-from weightsteer.runs.validate import check_trainings
+from weightsteer.runs.validate import check_alone
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("laptop/*.yaml")])  # the paper's: test_rehearse.py
@@ -312,7 +312,7 @@ def test_own_sides_go_the_same_way(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.stem}/{path.stem}")
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
-    check_trainings(recipe)
+    check_alone(recipe)
     ours = [spec for spec in recipe.tasks if spec.data is None]
     assert recipe.model_copy(update={"tasks": ours}).load_tasks()
     assert recipe.sides()

@@ -73,6 +73,8 @@ CHAT = "/v1/chat/completions"
         ({"k": {"sic": 1}}, 404, "k", "no vector 'sic'"),
         ({"k": {"syc": 1e39}}, 400, "k", "finite strength"),
         ({"k": "a lot"}, 400, "k", ""),
+        ({"k": True}, 400, "k", "found true or false"),
+        ({"k": {"syc": False}}, 400, "k", "found true or false"),
         ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
         ({"temprature": 1}, 400, "temprature", "no such field"),
         ({"tools": [{"type": "function"}]}, 400, None, "tools: this server cannot do"),
@@ -94,6 +96,22 @@ def test_mistakes_are_told_as_openai_tells_them(
 @pytest.mark.parametrize("body", [b"{", b'{"messages": NaN}', b"\xff", b'"text"', b"[]"])
 def test_a_body_that_is_no_request(here: Address, body: bytes) -> None:
     assert _refused(here, CHAT, body)[0] == 400
+
+
+def test_a_body_that_is_no_json(here: Address) -> None:
+    status, error = _refused(here, CHAT, b"{bad")
+    assert (status, error["param"]) == (400, None)
+    assert "the body is no JSON" in error["message"]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-300])
+def test_a_temperature_near_zero_takes_the_likeliest_token(here: Address, temperature: float) -> None:
+    asked = {"model": "syc@0.5", "prompt": "Hi", "max_tokens": 5, "seed": 3}
+    likeliest, found = (
+        here.ask("/v1/completions", {**asked, "temperature": t}, {"Authorization": f"Bearer {KEY}"})[2]["choices"][0]
+        for t in (0, temperature)
+    )
+    assert found["text"] == likeliest["text"]
 
 
 def test_a_token_that_the_model_has_not(here: Address) -> None:

@@ -22,6 +22,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from .batches import SharedByAllRowsError, one_row_for_all
 from .errors import SteerError, first_line
 
+COLDEST = 1e-5  # temperatures below it mean the likeliest token, as 0 does: divided by less, scores overflow
 Written = tuple[list[int], bool]  # the ids of a reply, and whether its logits were not numbers
 PAGE = 256  # tokens of a block, as transformers has them by default
 DIFFERS = "batching continuous: it does not write what padded batches write"
@@ -45,10 +46,9 @@ def write_packed(
     Raises:
         SteerError: the model cannot be written with so, or transformers gave a row up.
     """
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, eos_token_id=list(stops) or [-1], pad_token_id=pad,
-        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
-    )  # fmt: skip
+    drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature >= COLDEST else {}
+    ends: dict[str, Any] = {"eos_token_id": list(stops) or [-1], "pad_token_id": pad}
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=bool(drawn), **ends, **drawn)
     room: dict[str, Any] = {}
     if model.device.type == "cpu":  # by itself it takes most of the memory that is free, which there is everybody's
         longest = max(map(len, rows)) + max_new_tokens

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from .batches import batches_by_length, batches_of_one_length, pad_left, rows_of_batch
-from .continuous_batching import has_one_k, why_not, write_packed
+from .continuous_batching import COLDEST, has_one_k, why_not, write_packed
 from .errors import SteerError
 from .fitting import in_parts
 from .progress import Progress
@@ -221,7 +221,7 @@ class Writer:
             raise SteerError(f"max_new_tokens: expected 1 to {MOST_NEW_TOKENS}, found {shown(max_new_tokens)}")
         tokens, mask = pad_left(rows, self.pad, self.device)
         sampling: Mapping[str, Any] = {"do_sample": False}
-        if temperature > 0:
+        if temperature >= COLDEST:
             sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         endings: list[StoppingCriteria] = [AtWish(stopped)] if stopped else []
         if self.stop_text:

@@ -334,7 +334,7 @@ def measure(
 
     Example: weightsteer measure runs/syc/vector --task false_beliefs --data questions.jsonl --k=-2,2
     """
-    wanted = numbers(k) if k is not None else None
+    wanted = list(dict.fromkeys(numbers(k))) if k is not None else None
     from ..evaluation.measure import measure_strengths
     from ..evaluation.tasks import TaskSpec, load_task
 
@@ -356,6 +356,8 @@ def measure(
 
 def _print_measured(measurement: Measurement, rows: Sequence[MetricRow]) -> None:
     """One line a metric: its value and its change from the base."""
+    from ..reporting.tables import estimate
+
     found = {(row.metric, row.change): row for row in rows}
     for metric in measurement.values:
         row, change = found.get((metric, False)), found.get((metric, True))
@@ -363,11 +365,8 @@ def _print_measured(measurement: Measurement, rows: Sequence[MetricRow]) -> None
         if row is None or change is None:  # an item that counts at this k need not count for the base
             say(f"{start} no item counts")
             continue
-        say(
-            f"{start} {row.value:8.4f} ± {row.stderr:.4f}   "
-            f"change {change.value:+.4f} ± {change.stderr:.4f}   n = {row.n}",
-            flush=True,
-        )
+        value, moved = estimate(row.value, row.stderr, ".4f"), estimate(change.value, change.stderr, "+.4f")
+        say(f"{start} {value.text:>15}   change {moved.text}   n = {row.n}", flush=True)
 
 
 VERBS = (run, report, sweep, compare, measure)

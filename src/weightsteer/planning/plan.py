@@ -15,7 +15,7 @@ from ..checkpoints.load_model import load_tokenizer
 from ..errors import SteerError
 from ..lm import LM
 from ..runs.recipe import Recipe
-from ..runs.validate import check_trainings
+from ..runs.validate import check_alone
 from .devices import Device
 from .numbers import Choices, Memory, Plan, StagePlan
 from .passes import ADAM_BYTES, STEP_TRAFFIC, Passes, Reading, Step
@@ -49,7 +49,7 @@ def plan_recipe(recipe: Recipe, device: Device, choices: Choices | None = None) 
         SteerError: the model's config cannot be had, its passes cannot be computed without weights, or the recipe's
             trainings have settings that do not go together.
     """
-    check_trainings(recipe)
+    check_alone(recipe)
     notes: list[str] = []
     planner = planner_of(recipe, device, choices or Choices(), notes)
     model = planner.model

@@ -24,7 +24,7 @@ def summary_table(rows: Sequence[MetricRow], keys: Sequence[MetricKey]) -> list[
     lines: dict[tuple[str, float], dict[str, Any]] = {}
     for row in (row for row in rows if not row.change):
         line = lines.setdefault((row.method, row.k), {"method": row.method, "k": f"{row.k:g}", "cells": {}})
-        line["cells"][row.task, row.metric] = f"{row.value:.3f} ± {row.stderr:.3f}"
+        line["cells"][row.task, row.metric] = estimate(row.value, row.stderr).text
     return [{**line, "cells": [line["cells"].get(key, "") for key in keys]} for line in lines.values()]
 
 

@@ -24,7 +24,7 @@ from .recipe_fields import (
     LoadRecipe,
     RepairRecipe,
 )
-from .validate import check_trainings
+from .validate import check_alone
 
 TRAIN: Mapping[str, Any] = {
     "rank": 2,
@@ -46,7 +46,7 @@ def shrink_recipe(recipe: Recipe, model: Path) -> Recipe:
     Missing files become the shipped examples of their kind, and a judge becomes the tiny model itself, whose rubbish
     verdicts show how malformed ones are handled.
     """
-    check_trainings(recipe)  # its mistakes are to be found here too
+    check_alone(recipe)  # its mistakes are to be found here too
     judged = {task.shown_name for task in recipe.tasks if recipe.judge and kind_of(task.task).judge}
     data = _small_data(recipe.data)
     stands_in = recipe.behavior == OWN and data.pairs in SHIPPED  # for pairs that are not here

@@ -41,7 +41,7 @@ from .run_methods import methods_with_strengths
 from .run_report import write_run_report
 from .samples import Samples, read_samples
 from .trainings import refuse_here
-from .validate import check_trainings, validate_recipe
+from .validate import check_alone, validate_recipe
 
 PREVIEWED = (-1.0, 0.0, 1.0)  # strengths of a vector of which nothing is known yet
 VALIDATED = ("contrastive",)  # whose k is chosen
@@ -67,7 +67,7 @@ class Run:
         Args:
             trust: what the user allows the recipe: files of tasks that bring code, environment variables with keys.
         """
-        check_trainings(recipe)  # before a judge, or any other model, is loaded
+        check_alone(recipe)  # before a judge, or any other model, is loaded
         refuse_here(recipe)
         self.trust = trust = trust or Trust()
         self.recipe, self.folder, self.show, self.command = recipe, RunFolder(Path(folder)), show, command

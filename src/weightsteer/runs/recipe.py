@@ -29,6 +29,7 @@ from .recipe_fields import (
     FinetuneRecipe,
     JudgeRecipe,
     LoadRecipe,
+    NotNegative,
     RepairRecipe,
     SampleRecipe,
     Strict,
@@ -75,7 +76,7 @@ class Recipe(Strict):
     tasks: list[TaskFields] = Field(min_length=1)  # what is measured
     sweep: SweepRecipe = SweepRecipe()  # which methods are measured, at which strengths, and how k is chosen
     # task/metric -> how much it may get worse at the k that is recommended
-    budget: dict[str, float] = Field(default={"/".join(key): loss for key, loss in DEFAULT_BUDGET.items()})
+    budget: dict[str, NotNegative] = Field(default={"/".join(key): loss for key, loss in DEFAULT_BUDGET.items()})
     plot: list[str] = Field(default=["false_beliefs/follows", "preference/margin"])  # what the report draws
     samples: SampleRecipe = SampleRecipe()  # replies that the report shows
     # most prompts in a batch of the measurements; without it, 16 on a CPU and what memory holds on an accelerator
@@ -334,8 +335,11 @@ def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
     """Check that runs differ in their seeds alone, where they have kept their recipes.
 
     Raises:
-        SteerError: two runs of different recipes; the first field in which they differ is named.
+        SteerError: one run twice, or two runs of different recipes; the first field in which they differ is named.
     """
+    places = [Path(run).resolve() for run in runs]
+    if twice := next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None):
+        raise SteerError(f"{twice}: is named twice; a run counts once")
     folders = [RunFolder(Path(run)) for run in runs]
     recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
     kept = [(path, {**_comparable(fields), "model": public_name(fields["model"])}) for path, fields in recipes]

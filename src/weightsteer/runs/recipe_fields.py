@@ -33,6 +33,7 @@ VARIANT_VECTORS = ("w", "positive", "negative")  # what a variant's expression m
 
 MethodName = Annotated[str, AfterValidator(_known_method)]
 TrainedAlone = Annotated[str, AfterValidator(_trained_alone)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 
 MOST_EXAMPLES = 10_000_000  # that are made for a run

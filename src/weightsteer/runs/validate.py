@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 from ..behavior import Behavior, Prompt, pairs_of
@@ -26,7 +26,7 @@ LEAST_PAIRS = 2  # of which one is held out of training
 
 
 def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
-    """Check what can be known without a model, beside `check_trainings`.
+    """Check what data and tasks tell without a model, beside `check_alone`.
 
     Raises:
         SteerError: the field, what was expected and what was found.
@@ -36,8 +36,6 @@ def validate_recipe(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task
         refuse_few_rows(recipe, min(map(len, sides)))
     _check_tasks(recipe, tasks)
     _check_methods(recipe, behavior)
-    _check_sweep(recipe)
-    _check_variants(recipe)
     _check_rubric(recipe, behavior)
     _check_overlap(recipe, behavior, tasks)
 
@@ -46,8 +44,8 @@ def _refuse(recipe: Recipe, reason: str) -> NoReturn:
     raise SteerError(f"recipe {recipe.name}: {reason}")
 
 
-def check_trainings(recipe: Recipe) -> None:
-    """Check that training settings are known, of the right type, not the method's own, and go together.
+def check_alone(recipe: Recipe) -> None:
+    """Check what the recipe tells by itself: trainings, strengths, the names of tasks and metrics.
 
     Raises:
         SteerError: the field, what was expected and what was found.
@@ -59,6 +57,26 @@ def check_trainings(recipe: Recipe) -> None:
             if name in fields:
                 _refuse(recipe, f"{name!r} of a training follows from the method; leave it out")
     refuse_combinations(recipe)
+    _check_names(recipe)
+    _check_strengths(recipe)
+    _check_sweep(recipe)
+    _check_variants(recipe)
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Two tasks have two names, and each metric that is named is one of a task that is there."""
+    names = [task.shown_name for task in recipe.tasks]
+    if len(set(names)) < len(names):
+        _refuse(recipe, "field 'tasks': two tasks have one name; give one a 'name'")
+    stated: dict[str, list[str]] = {}
+    for task, metric in recipe.metrics:
+        stated.setdefault(task, []).append(metric)
+    for text in (recipe.sweep.behavior, *recipe.budget, *recipe.plot):
+        name, metric = metric_key(text)
+        if name not in names:
+            _refuse(recipe, f"field 'tasks': needs a task {name!r}, for {text}")
+        if name in stated and metric not in stated[name]:
+            _refuse(recipe, f"{text}: task {name!r} has no such metric; it has {', '.join(stated[name])}")
 
 
 def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
@@ -75,14 +93,8 @@ def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
 
 def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
     """Each method's own demands, as the registry states them."""
-    methods = recipe.sweep.methods
-    if "contrastive" not in methods:
-        _refuse(recipe, "field 'sweep.methods': needs 'contrastive', whose k is chosen")
-    for name, ks in methods.items():
-        _check_strengths(recipe, name, ks)
+    for name in recipe.sweep.methods:
         method = METHODS[name]
-        if method.needs_repair_target and recipe.repair_target is None:
-            _refuse(recipe, f"method {name!r} needs the field 'repair_target'")
         if name == "system prompt" and not behavior.positive_prompts:
             _refuse(recipe, f"method {name!r} needs the field 'behavior': a trait file with system prompts")
         if package := method.missing_package():
@@ -93,26 +105,24 @@ def _check_methods(recipe: Recipe, behavior: Behavior) -> None:
         if method.uses_dial_pairs and not recipe.data.sampling:
             dial_pairs(recipe, recipe.sides() or ([], []))
             unmoved_pairs(recipe, recipe.sides() or ([], []))
-    if recipe.sweep.kl is not None and "token_kl" not in (task.shown_name for task in recipe.tasks):
-        _refuse(recipe, "field 'sweep.kl': needs a task 'token_kl'")
-    for name in recipe.train_of:
-        if name not in methods:
-            _refuse(recipe, f"field 'train_of': {name!r} is no method of its sweep")
-        for other in recipe.train_of:
-            if METHODS[other].training == METHODS[name].training and recipe.train_of[other] != recipe.train_of[name]:
-                _refuse(
-                    recipe, f"field 'train_of': {name!r} and {other!r} share one training; give both the same fields"
-                )
 
 
-def _check_strengths(recipe: Recipe, name: str, ks: Sequence[float] | None) -> None:
+def _check_strengths(recipe: Recipe) -> None:
     """The strengths that a recipe lists for a method, or that it leaves to be searched."""
-    rule = METHODS[name].ks
-    if (ks is None and rule.must_be_listed) or (ks is not None and not any(ks)):
-        _refuse(recipe, f"method {name!r} needs a list of k, such as [-1, 1]; found {ks}")
-    for k in ks or ():
-        if not rule.allows(k):
-            _refuse(recipe, f"method {name!r}: expected {rule.described}; found {k:g}")
+    methods = recipe.sweep.methods
+    if "contrastive" not in methods:
+        _refuse(recipe, "field 'sweep.methods': needs 'contrastive', whose k is chosen")
+    for name, ks in methods.items():
+        rule = METHODS[name].ks
+        if (ks is None and rule.must_be_listed) or (ks is not None and not any(ks)):
+            _refuse(recipe, f"method {name!r} needs a list of k, such as [-1, 1]; found {ks}")
+        if ks and len(set(ks)) < len(ks):
+            _refuse(recipe, f"method {name!r}: a k is given twice in {ks}; give it once")
+        for k in ks or ():
+            if not rule.allows(k):
+                _refuse(recipe, f"method {name!r}: expected {rule.described}; found {k:g}")
+        if METHODS[name].needs_repair_target and recipe.repair_target is None:
+            _refuse(recipe, f"method {name!r} needs the field 'repair_target'")
 
 
 def _check_sweep(recipe: Recipe) -> None:
@@ -121,6 +131,18 @@ def _check_sweep(recipe: Recipe) -> None:
     known = {*sweep.methods, *sweep.variants}
     if not sweep.fractions or not sweep.sides:
         _refuse(recipe, "field 'sweep': fractions and sides must not be empty")
+    if len(set(sweep.sides)) < len(sweep.sides):
+        _refuse(recipe, "field 'sides': a side is given twice; give it once")
+    if sweep.kl is not None and "token_kl" not in (task.shown_name for task in recipe.tasks):
+        _refuse(recipe, "field 'sweep.kl': needs a task 'token_kl'")
+    for name in recipe.train_of:
+        if name not in sweep.methods:
+            _refuse(recipe, f"field 'train_of': {name!r} is no method of its sweep")
+        for other in recipe.train_of:
+            if METHODS[other].training == METHODS[name].training and recipe.train_of[other] != recipe.train_of[name]:
+                _refuse(
+                    recipe, f"field 'train_of': {name!r} and {other!r} share one training; give both the same fields"
+                )
     for name in (*sweep.fractions_of, *sweep.items_of):
         if name not in known:
             _refuse(recipe, f"{name!r} is no method of its sweep; it has {', '.join(known)}")

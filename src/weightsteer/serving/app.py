@@ -26,6 +26,7 @@ from .dial import Dial, RequestError
 from .forms import ChatForm, FanForm, KlForm, TextForm
 from .page import page
 from .requests import Reader
+from .rows import NOT_NUMBERS
 from .token_kl import token_kl
 from .worker import FullError, Job, Worker
 
@@ -214,7 +215,8 @@ def _status_of(error: Exception) -> int:
         return error.status
     if isinstance(error, FullError):
         return 503 if "shutting down" in str(error) else 429
-    return 500 if isinstance(error, RowError) else 400
+    own = isinstance(error, RowError) and str(error) != NOT_NUMBERS  # those come of the strengths that were asked for
+    return 500 if own else 400
 
 
 def make_app(served: Served) -> FastAPI:
@@ -315,6 +317,8 @@ def _first_mistake(error: RequestValidationError) -> tuple[str, str | None]:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         message = "no such field here"
+    if first["type"] == "json_invalid":
+        return f"the body is no JSON: {first.get('ctx', {}).get('error', message)}"[:1000], None
     if not place:
         if isinstance(first.get("input"), bytes):
             message = "expected JSON; send the header 'Content-Type: application/json'"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..continuations import log_softmax
+from ..continuous_batching import COLDEST
 from .asked import Asked, Chance
 
 SEEDS = 1 << 63  # seeds lie below
@@ -22,7 +23,7 @@ def generator_of(asked: Asked) -> torch.Generator:
 def choose(logits: Tensor, rows: Sequence[Asked], generators: Sequence[torch.Generator]) -> list[int]:
     """(batch, vocabulary) float32 logits -> a token for each row."""
     chosen = logits.argmax(dim=-1).tolist()
-    drawn = [place for place, asked in enumerate(rows) if asked.temperature > 0]
+    drawn = [place for place, asked in enumerate(rows) if asked.temperature >= COLDEST]
     if not drawn:
         return chosen
     temperatures = _column([rows[place].temperature for place in drawn], logits)

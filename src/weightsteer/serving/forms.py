@@ -19,7 +19,16 @@ LARGEST_SEED = (1 << 63) - 1
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Ids = list[Annotated[int, Field(ge=0, strict=True)]]
-Ks = float | dict[str, float]
+
+
+def _without_switches(value: Any) -> Any:
+    """Strengths as they came; pydantic takes true for 1."""
+    if any(isinstance(k, bool) for k in (value.values() if isinstance(value, Mapping) else [value])):
+        raise ValueError("expected a number, found true or false")
+    return value
+
+
+Ks = Annotated[float | dict[str, float], BeforeValidator(_without_switches)]
 
 
 def _as_list(value: Any) -> Any:

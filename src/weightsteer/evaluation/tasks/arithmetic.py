@@ -91,6 +91,8 @@ def arithmetic_examples(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds or len(set(kinds)) < len(kinds):
         raise SteerError(f"kinds: expected some of {', '.join(KINDS)}, each once, found {list(kinds)}")
+    if count < 1:
+        raise SteerError(f"count: expected 1 or more, found {count}")
     rng = random.Random(f"{family} {split} {seed}")
     each = math.ceil(count / len(kinds))
     columns = [[_example(kind, draw, rng) for draw in _draws(family, each, split, rng)] for kind in kinds]

@@ -193,6 +193,8 @@ def recipe_with(model: Path, **fields: object) -> Recipe:
             "tasks": [{"task": "preference", "limit": 2}, {"task": "prose", "limit": 2}],
             "sweep": {"methods": {"contrastive": [1.0]}},
             "samples": {"count": 1, "max_new_tokens": 4},
+            "plot": ["preference/margin"],
+            "budget": {"prose/nll": 0.1},
             **fields,
         }
     )

@@ -385,7 +385,7 @@ def test_problems_from_a_file(tmp_path: Path) -> None:
         ("gcd", [], 4, "train", "kinds: expected some of"),
         ("gcd", ["query"], 4, "validation", "split: expected one of train, test, found 'validation'"),
         ("addition", ["query"], 5000, "train", r"count: expected 1 to \d+ of each kind, .* addition .* found 5000"),
-        ("addition", ["query"], 0, "train", "count: expected 1 to"),
+        ("addition", ["query"], 0, "train", "count: expected 1 or more, found 0"),
     ],
 )
 def test_arguments_that_cannot_be_served(family: str, kinds: list[str], count: int, split: str, message: str) -> None:

@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
+from weightsteer.planning.devices import DEVICES
+from weightsteer.planning.plan import plan_recipe
 from weightsteer.runs.recipe import Recipe
 from weightsteer.runs.trainings import all_settings, train_fields
 from weightsteer.runs.validate import check_alone
@@ -106,7 +108,7 @@ def odd(**fields: Any) -> dict[str, Any]:
 )
 def test_what_the_recipe_tells_by_itself_is_checked_before_a_plan(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(SteerError, match=reason):
-        check_alone(Recipe.model_validate(odd(**fields)))
+        plan_recipe(Recipe.model_validate(odd(**fields)), DEVICES["h100"])
 
 
 def test_a_budget_is_not_negative() -> None:

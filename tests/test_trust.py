@@ -118,7 +118,7 @@ def test_looking_at_a_run_loads_no_task_no_model_and_no_judge(
     for arguments in (
         ["report", str(finished)],
         ["show", vector],
-        ["compare", str(finished), str(finished)],
+        ["compare", str(finished)],
         ["monitor", str(finished / "positive"), "--vectors", vector, "-o", str(tmp_path / "m")],
     ):
         code = command(monkeypatch, *arguments)

@@ -15,7 +15,7 @@ from ..checkpoints.load_model import load_tokenizer
 from ..errors import SteerError
 from ..lm import LM
 from ..runs.recipe import Recipe
-from ..runs.validate import check_alone
+from ..runs.validate import check_alone, check_names
 from .devices import Device
 from .numbers import Choices, Memory, Plan, StagePlan
 from .passes import ADAM_BYTES, STEP_TRAFFIC, Passes, Reading, Step
@@ -50,6 +50,7 @@ def plan_recipe(recipe: Recipe, device: Device, choices: Choices | None = None) 
             trainings have settings that do not go together.
     """
     check_alone(recipe)
+    check_names(recipe)
     notes: list[str] = []
     planner = planner_of(recipe, device, choices or Choices(), notes)
     model = planner.model

@@ -45,7 +45,7 @@ def _refuse(recipe: Recipe, reason: str) -> NoReturn:
 
 
 def check_alone(recipe: Recipe) -> None:
-    """Check what the recipe tells by itself: trainings, strengths, the names of tasks and metrics.
+    """Check what the recipe tells by itself of its trainings and strengths.
 
     Raises:
         SteerError: the field, what was expected and what was found.
@@ -57,14 +57,17 @@ def check_alone(recipe: Recipe) -> None:
             if name in fields:
                 _refuse(recipe, f"{name!r} of a training follows from the method; leave it out")
     refuse_combinations(recipe)
-    _check_names(recipe)
     _check_strengths(recipe)
     _check_sweep(recipe)
     _check_variants(recipe)
 
 
-def _check_names(recipe: Recipe) -> None:
-    """Two tasks have two names, and each metric that is named is one of a task that is there."""
+def check_names(recipe: Recipe) -> None:
+    """Check, without the tasks' data, that each metric which is named is one of a task that is there.
+
+    Raises:
+        SteerError: a metric that no task has, or two tasks of one name.
+    """
     names = [task.shown_name for task in recipe.tasks]
     if len(set(names)) < len(names):
         _refuse(recipe, "field 'tasks': two tasks have one name; give one a 'name'")

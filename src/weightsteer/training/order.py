@@ -162,7 +162,8 @@ def refuse_idle(examples: int, settings: WholeSettings) -> None:
     refuse_empty_parts(examples, settings.finetunes)
     processes, most = max(settings.processes, world()), examples // settings.finetunes
     if processes > most:
-        raise SteerError(f"processes: expected at most {most}, the examples of a fine-tune, found {processes}")
+        each = " for each of its finetunes" if settings.finetunes > 1 else ""
+        raise SteerError(f"processes: expected at most {most}, the examples to train on{each}, found {processes}")
     refuse_crowded(settings, settings.batch_size)
 
 

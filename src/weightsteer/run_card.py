@@ -26,6 +26,7 @@ from .schema import checked, is_finite, refuse_unusual, shown
 
 CARD_FILE = "weightsteer.json"
 TENSOR_FILES = (ADAPTER_FILE, DENSE_FILE)
+FILES = "files"  # in a vector's card on the disk alone: which of these it has
 ABOUT = "description"  # the setting that says what the behaviour is, in a sentence
 RECORDED_PACKAGES = ("weightsteer", "torch", "transformers", "peft", "safetensors")
 
@@ -85,7 +86,6 @@ class RunCard:
     strength: StrengthRange | None = None
     strengths: Mapping[str, StrengthRange] = field(default_factory=dict)  # on other models than the base, by revision
     held_out: tuple[Mapping[str, Any], ...] = ()  # rows of data that were not trained on: of a vector, pairs
-    files: tuple[str, ...] = ()  # in the file alone, where `save` names those that hold a vector's numbers
     versions: Mapping[str, str] = field(default_factory=dict)
     created: str = ""  # to the microsecond, since artifacts are told apart by it
 
@@ -129,10 +129,8 @@ class RunCard:
             for key in self.place_keys:
                 remember(key, str(base.absolute()))
         require_files(Path(folder))
-        fields = asdict(self.shared())
-        fields["files"] = [name for name in TENSOR_FILES if self.kind == "vector" and (Path(folder) / name).is_file()]
-        if not fields["files"]:
-            del fields["files"]
+        held = [name for name in TENSOR_FILES if self.kind == "vector" and (Path(folder) / name).is_file()]
+        fields = {**asdict(self.shared()), **({FILES: held} if held else {})}
         write_text(Path(folder) / CARD_FILE, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
     def shared(self) -> RunCard:
@@ -149,13 +147,15 @@ class RunCard:
         """
         path = Path(folder) / CARD_FILE
         fields = read_json(path)
+        if isinstance(fields, dict):
+            fields.pop(FILES, None)
         try:
             card = checked(cls, fields, str(path))
             refuse_unusual(card.settings, f"{path}: field 'settings'")
             refuse_unusual(list(card.held_out), f"{path}: field 'held_out'")
         except SteerError as error:
             raise SteerError(f"{error}; this is not a weightsteer card, remake the artifact") from None
-        return replace(card, files=())
+        return card
 
     def measured_number(self, name: str) -> float:
         """A number that was measured; 0 where it was not.
@@ -200,7 +200,7 @@ def require_files(folder: Path) -> bool:
         SteerError: one is missing, which would be read as zero.
     """
     card = read_json(folder / CARD_FILE) if (folder / CARD_FILE).is_file() else None
-    named = card.get("files") if isinstance(card, dict) else None
+    named = card.get(FILES) if isinstance(card, dict) else None
     for name in named if isinstance(named, list) else ():
         if not (folder / str(name)).is_file():
             raise lost_file(folder / str(name))

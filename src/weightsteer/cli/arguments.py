@@ -1,4 +1,4 @@
-"""What may not be given twice: options of a command line, and names in a list."""
+"""A command line before click reads it: what may not be given twice, and an expression that begins with a minus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from ..errors import SteerError
 
-HELP = ("-h", "-q")  # short options that every verb has
+EVERYWHERE = ("-h", "-q")  # short options that every verb has
 
 
 def refuse_repeated(app: typer.Typer, arguments: Sequence[str]) -> None:
@@ -18,10 +18,10 @@ def refuse_repeated(app: typer.Typer, arguments: Sequence[str]) -> None:
     words = list(arguments)
     while words and words[0] in getattr(command, "commands", {}):
         command = command.commands[words.pop(0)]
-    options = {name: parameter for parameter in command.params for name in parameter.opts if name.startswith("-")}
+    options = _options_of(command)
     seen: set[str] = set()
     while words and (word := words.pop(0)) != "--":
-        name = word.partition("=")[0] if word.startswith("--") else word[:2]
+        name = _option_in(word)
         option = options.get(name)
         if option is None:
             continue
@@ -38,18 +38,28 @@ def with_expression(app: typer.Typer, arguments: Sequence[str]) -> list[str]:
     start = next((place for place, word in enumerate(words) if not word.startswith("-")), len(words))
     if words[start : start + 1] != ["combine"]:
         return words
-    command: Any = typer.main.get_command(app).commands["combine"]  # type: ignore[attr-defined]
-    options = {name: parameter for parameter in command.params for name in parameter.opts if name.startswith("-")}
+    group: Any = typer.main.get_command(app)
+    options = _options_of(group.commands["combine"])
     place = start + 1
     while place < len(words) and words[place].startswith("-"):
         word = words[place]
-        name = word.partition("=")[0] if word.startswith("--") else word[:2]
-        if name not in options and name not in HELP and not word.startswith("--"):
+        name = _option_in(word)
+        if name not in options and name not in EVERYWHERE and not word.startswith("--"):
             words[place] = f" {word}"
             break
         takes_value = name in options and not options[name].is_flag and word == name
         place += 2 if takes_value else 1
     return words
+
+
+def _options_of(command: Any) -> dict[str, Any]:
+    """A command's options by each of their names."""
+    return {name: parameter for parameter in command.params for name in parameter.opts if name.startswith("-")}
+
+
+def _option_in(word: str) -> str:
+    """The option's name in a word, which may hold its value too: `--out=x`, `-ox`."""
+    return word.partition("=")[0] if word.startswith("--") else word[:2]
 
 
 def refuse_twice(what: str, names: Iterable[str]) -> None:

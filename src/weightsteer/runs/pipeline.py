@@ -6,7 +6,7 @@ again, so that a killed run resumes where it stopped; rows, the choice of k and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -41,7 +41,7 @@ from .run_methods import methods_with_strengths
 from .run_report import write_run_report
 from .samples import Samples, read_samples
 from .trainings import refuse_here
-from .validate import check_alone, validate_recipe
+from .validate import check_alone, require_metrics, validate_recipe
 
 PREVIEWED = (-1.0, 0.0, 1.0)  # strengths of a vector of which nothing is known yet
 VALIDATED = ("contrastive",)  # whose k is chosen
@@ -139,21 +139,13 @@ class Run:
                 if task.name not in found:
                     found[task.name] = metrics_shown(task, self.artifacts.lm(), self.recipe)
             progress(len(self.tasks), len(self.tasks), "done")
-        self.require_metrics(found)
+        require_metrics(self.recipe, found)
 
     def known_metrics(self) -> dict[str, list[str]]:
         """Task -> its metrics, of those that were measured on the base."""
         path = self.folder.measurements
         done = measurements_by_key(read_finished(path), str(path))
         return {task: list(found.values) for (method, _, task), found in done.items() if method == BASE}
-
-    def require_metrics(self, found: Mapping[str, Collection[str]]) -> None:
-        """Raise where the recipe names a metric that its task does not measure; `found` is what each task does."""
-        for text in (self.recipe.sweep.behavior, *self.recipe.budget, *self.recipe.plot):
-            name, metric = metric_key(text)
-            if metric not in found[name]:
-                known = ", ".join(found[name])
-                raise SteerError(f"recipe {self.recipe.name}: {text}: task {name!r} has no such metric; it has {known}")
 
     def _inputs(self) -> dict[str, str]:
         """Hashes of all that the recipe reads, shipped or the user's."""

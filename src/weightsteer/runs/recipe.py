@@ -139,6 +139,17 @@ class Recipe(Strict):
 
         return metrics_of(self.tasks)
 
+    def task_names(self) -> list[str]:
+        """What the recipe's tasks are called, each otherwise.
+
+        Raises:
+            SteerError: two have one name.
+        """
+        names = [spec.shown_name for spec in self.tasks]
+        if len(set(names)) < len(names):
+            raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
+        return names
+
     def train_settings(self, fields: Mapping[str, Any]) -> TrainSettings:
         """Training settings from a recipe's `train`; fields that are absent keep the library's defaults."""
         from ..training import TrainSettings
@@ -173,9 +184,7 @@ class Recipe(Strict):
         """
         from ..evaluation.tasks import load_task
 
-        names = [spec.shown_name for spec in self.tasks]
-        if len(set(names)) < len(names):
-            raise SteerError(f"recipe {self.name}: field 'tasks': two tasks have one name; give one a 'name'")
+        self.task_names()
         specs = [TaskSpec(**vars(spec), judge=judge, trust_code=tuple(trust_code)) for spec in self.tasks]
         held = tuple(held_out_pairs(self))
         named = None if held or self.behavior == OWN else self.behavior

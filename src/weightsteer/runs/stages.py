@@ -43,6 +43,7 @@ from .bench import (
 )
 from .pipeline import VALIDATED, Run
 from .run_methods import known_strengths, method_names
+from .validate import require_metrics
 
 Strengths = dict[str, list[float]]  # method -> its k
 
@@ -116,7 +117,7 @@ def _tasks(run: Run) -> Iterator[Stage]:
         found[job.task] = result
 
     yield Stage("tasks", [TryTask(task.name) for task in run.tasks if task.name not in found], keep)
-    run.require_metrics(found)
+    require_metrics(run.recipe, found)
 
 
 def _layer(run: Run) -> Iterator[Stage]:

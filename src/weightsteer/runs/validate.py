@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NoReturn
 
 from ..behavior import Behavior, Prompt, pairs_of
@@ -68,18 +68,37 @@ def check_names(recipe: Recipe) -> None:
     Raises:
         SteerError: a metric that no task has, or two tasks of one name.
     """
-    names = [task.shown_name for task in recipe.tasks]
-    if len(set(names)) < len(names):
-        _refuse(recipe, "field 'tasks': two tasks have one name; give one a 'name'")
+    names = recipe.task_names()
     stated: dict[str, list[str]] = {}
     for task, metric in recipe.metrics:
         stated.setdefault(task, []).append(metric)
     for text in (recipe.sweep.behavior, *recipe.budget, *recipe.plot):
+        _task_of(recipe, text, names)
+    require_metrics(recipe, stated)
+
+
+def require_metrics(recipe: Recipe, found: Mapping[str, Collection[str]]) -> None:
+    """Raise where the recipe names a metric that its task does not measure.
+
+    Args:
+        found: task -> its metrics, of the tasks of which they are known.
+    """
+    for text in (recipe.sweep.behavior, *recipe.budget, *recipe.plot):
         name, metric = metric_key(text)
-        if name not in names:
-            _refuse(recipe, f"field 'tasks': needs a task {name!r}, for {text}")
-        if name in stated and metric not in stated[name]:
-            _refuse(recipe, f"{text}: task {name!r} has no such metric; it has {', '.join(stated[name])}")
+        if name in found and metric not in found[name]:
+            _refuse(recipe, f"{text}: task {name!r} has no such metric; it has {', '.join(found[name])}")
+
+
+def _task_of(recipe: Recipe, text: str, tasks: Collection[str]) -> str:
+    """The task of a metric that the recipe names.
+
+    Raises:
+        SteerError: it is not among `tasks`.
+    """
+    name = metric_key(text)[0]
+    if name not in tasks:
+        _refuse(recipe, f"field 'tasks': needs a task {name!r}, for {text}")
+    return name
 
 
 def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
@@ -87,9 +106,7 @@ def _check_tasks(recipe: Recipe, tasks: Mapping[str, Task]) -> None:
     needs = dict.fromkeys((recipe.sweep.behavior, *recipe.budget), "validation")
     needs |= {"prose/nll": "test"} | {text: "test" for text in recipe.plot if text not in needs}
     for text, split in needs.items():
-        name = metric_key(text)[0]
-        if name not in tasks:
-            _refuse(recipe, f"field 'tasks': needs a task {name!r}, for {text}")
+        name = _task_of(recipe, text, tasks)
         if split not in tasks[name].splits:
             _refuse(recipe, f"{text}: task {name!r} has no {split} items; change its 'split'")
 

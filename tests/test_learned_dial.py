@@ -13,7 +13,7 @@ from weightsteer.behavior import ContrastPair
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
 from weightsteer.training import neutral
-from weightsteer.training.learned_dial import DialSettings, learn_dial
+from weightsteer.training.learned_dial import UNMOVED, DialSettings, learn_dial
 from weightsteer.vectors.coefficients import CoefficientForm, weigh
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 from weightsteer.vectors.low_rank import LowRank
@@ -113,6 +113,25 @@ def test_margins_that_are_to_stay_move_less_where_they_have_a_budget(
     free = learn_dial(lm, positive, negative, pairs[:4], settings=settings).card
     assert "unmoved margin at k" not in free.measured["dial"]
     assert "unmoved pairs" not in free.data_sha256
+
+
+@pytest.mark.parametrize("unmoved_margin", [1e-5, 0.02])
+def test_learning_that_turns_the_vector_off_keeps_the_best_within_its_budgets(
+    unmoved_margin: float, lm: LM, pairs: list[ContrastPair], sides: tuple[Path, Path]
+) -> None:
+    """The same margins are to move and to stay, so that only a smaller vector keeps the budget."""
+    positive, negative = map(task_vector, sides)
+    settings = DialSettings(steps=12, batch_size=4, neutral=2, learning_rate=0.3, unmoved_margin=unmoved_margin)
+    dial = learn_dial(lm, positive, negative, pairs[:4], unmoved=pairs[:4], settings=settings)
+    found = dial.card.measured["dial"]
+    odd, odd_before = (
+        (found[f"margin at k{when}"] - found[f"margin at -k{when}"]) / 2 for when in ("", " at the start")
+    )
+    spent, spent_before = (found[f"{UNMOVED}{when}"] for when in ("", " at the start"))
+    assert 0.5 * unmoved_margin < spent < 1.5 * unmoved_margin, found
+    assert odd / spent > 0.9 * odd_before / spent_before, found
+    assert dial.norm() > 0.0
+    assert 0 <= found["step"] <= settings.steps
 
 
 def test_coefficients_need_pairs_and_factors(lm: LM, pairs: list[ContrastPair], vector: WeightVector) -> None:

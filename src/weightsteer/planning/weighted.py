@@ -9,7 +9,7 @@ from ..behavior import ContrastPair
 from ..lm import LM
 from ..runs.recipe_fields import DialRecipe
 from ..training.job import Encoded
-from ..training.learned_dial import FIND_K, KL_ROWS, MAX_LENGTH, DialSettings
+from ..training.learned_dial import CHECKS, FIND_K, KL_ROWS, MAX_LENGTH, DialSettings
 from ..training.neutral import PROMPTS, REPLY_TOKENS, neutral_prompts
 from ..training.settings import WholeSettings
 from ..training.trainer import IGNORED
@@ -60,17 +60,18 @@ def with_terms(work: Work, settings: WholeSettings, neutral: int, *, two_way: bo
 
 
 def coefficient_work(lm: LM, pairs: Sequence[ContrastPair], still: Sequence[ContrastPair], dial: DialRecipe) -> Work:
-    """The learned dial: its steps, its search for k, and its measurements before and after."""
+    """The learned dial: its steps, its search for k, and its measurements before, on the way and after."""
     work, neutral = Work(), neutral_length(lm)
+    measurements = 2 + min(CHECKS, dial.steps)
     for some in filter(None, (pairs, still)):
         length, answers, tokens = _sizes(encode_pairs(lm, some, MAX_LENGTH))
         count = min(dial.batch_size, len(some))
         work.make(Step(4 * count, length, 2 * count * answers), dial.steps)  # both answers at both signs
-        work.make(Reading(4 * count, length, 0, 2 * count * answers), 2.5 * len(some) / count)
-        work.trained += 2 * tokens * (dial.steps * count + 2 * len(some))
+        work.make(Reading(4 * count, length, 0, 2 * count * answers), (measurements + 0.5) * len(some) / count)
+        work.trained += 2 * tokens * (dial.steps * count + measurements * len(some))
     work.make(Step(2 * NEUTRAL, neutral, 2 * NEUTRAL * REPLY_TOKENS), dial.steps)
     work.make(Reading(NEUTRAL, neutral, 0, NEUTRAL * REPLY_TOKENS), dial.steps)
-    measured = FIND_K * KL_ROWS + 2 * PROMPTS  # neutral rows, read at both signs and by the base
+    measured = FIND_K * KL_ROWS + measurements * PROMPTS  # neutral rows, read at both signs and by the base
     work.make(Reading(3 * KL_ROWS, neutral, 0, 3 * KL_ROWS * REPLY_TOKENS), measured / KL_ROWS)
     work.trained += 2 * neutral * (dial.steps * NEUTRAL + measured)
     return work

@@ -4,6 +4,10 @@ On pairs that the vector was not trained on, each pair's margin is log p(positiv
 token. Learned is the c that lifts the margins at +k and lowers those at -k, under a budget of token KL to the base on
 neutral replies: the multiplier of the KL grows while the KL is above the budget, and falls while it is below. Pairs
 whose margins are to stay, such as refusing or helping with what is harmless, have a budget and multiplier of their own.
+
+The coefficients multiply each other, so that near zero they have hardly any gradient, and learning does not return
+from there. So they are measured a few times on the way, and those are kept that move the margins furthest within the
+budgets.
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ MAX_LENGTH = 1024  # tokens of a pair's conversation
 SHRINK = 0.2  # how fast a multiplier follows what it holds down, in powers of e a step at twice the budget
 FIND_K, KL_ROWS = 4, 8  # tries for the k at the budget, and neutral replies that they read
 MOST_K = 8.0
+CHECKS = 5  # how often the coefficients are measured while they are learned
+UNMOVED = "unmoved margin, size"  # mean size of the changes of margins that are to stay, at +k and -k
+MOST_GROWN = 2.0  # beyond so many times the vector, what was measured does not tell what its margins would be
 
 
 @dataclass(frozen=True)
@@ -104,7 +111,8 @@ def learn_dial(
     """Learn the coefficients of w = positive - negative on `pairs`; `lm` stays as it was.
 
     The result is an ordinary vector of the rank of w. Its card tells the coefficients (settings, `coefficients`), the k
-    at which they were learned, and in `measured` the margins and the KL at +k and -k before and after, and the costs.
+    at which they were learned, and in `measured` the margins and the KL at +k and -k before and after, the step whose
+    coefficients were kept, and the costs.
 
     Args:
         negative: None for a vector without two sides; `positive` is w then.
@@ -157,8 +165,31 @@ def _balanced(measured: Mapping[str, float]) -> float:
 
     1 where the vector lifts no margin at the start.
     """
-    odd = (measured["margin at k"] - measured["margin at -k"]) / 2
+    odd = _odd(measured)
     return odd / (2 * measured["kl"]) if odd > 0 and measured["kl"] > 0 else 1.0
+
+
+def _odd(measured: Mapping[str, float]) -> float:
+    """The part of the margins' change that turns its sign with k, nats per token."""
+    return (measured["margin at k"] - measured["margin at -k"]) / 2
+
+
+def _room(measured: Mapping[str, float], settings: DialSettings) -> float:
+    """How many times the vector the budgets allow: margins grow with k, the KL with k^2."""
+    kl, moved = measured["kl"], measured.get(UNMOVED, 0.0)
+    rooms = [MOST_GROWN]
+    if kl > 0:
+        rooms.append(math.sqrt(settings.kl / kl))
+    if moved > 0:
+        rooms.append(settings.unmoved_margin / moved)
+    return min(rooms)
+
+
+def _worth(measured: Mapping[str, float], settings: DialSettings) -> float:
+    """The odd part that the margins would have at the budgets."""
+    if not all(map(math.isfinite, measured.values())):
+        return -math.inf
+    return _odd(measured) * _room(measured, settings)
 
 
 def _followed(multiplier: float, found: Tensor, budget: float) -> float:
@@ -172,6 +203,15 @@ class _Pairs:
 
     rows: list[Encoded]
     base: Tensor
+
+
+@dataclass(frozen=True)
+class _Point:
+    """Coefficients on the way, and what was measured with them."""
+
+    numbers: Tensor
+    step: int
+    measured: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -266,8 +306,9 @@ class _Learner:
         numbers = self.form.start().requires_grad_(True)
         optimizer = torch.optim.Adam([numbers], lr=settings.learning_rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-        before = self.measure(self.form.start(), k)
-        of_kl, of_moved = _balanced(before), 1.0
+        start = self._point(self.form.start(), 0, k)
+        points, of_kl, of_moved = [start], _balanced(start.measured), 1.0
+        checks = {math.ceil(settings.steps * part / CHECKS) for part in range(1, CHECKS + 1)}
         batches = zip(self._batches(self.pairs), self._batches(self.unmoved), strict=True)
         for number, (chosen, still) in enumerate(batches):
             step = self._step(numbers, k, chosen, still, number)
@@ -279,11 +320,17 @@ class _Learner:
             schedule.step()
             of_kl = _followed(of_kl, step.kl, settings.kl)
             of_moved = _followed(of_moved, step.moved, settings.unmoved_margin)
+            if number + 1 in checks:
+                points.append(self._point(numbers.detach().clone(), number + 1, k))
             told = f"margin {float(step.margin.detach()):+.3f}, KL {float(step.kl.detach()):.3f}"
             progress(number + 1, settings.steps, told)
-        after = self.measure(numbers.detach(), k)
-        kept = {f"{name} at the start": value for name, value in before.items()} | after
-        return numbers.detach(), {**kept, "multiplier": of_kl}
+        best = max(points, key=lambda point: _worth(point.measured, settings))
+        kept = self.form.scaled(best.numbers, min(1.0, _room(best.measured, settings)))
+        before = {f"{name} at the start": value for name, value in start.measured.items()}
+        return kept, {**before, **self.measure(kept, k), "step": best.step, "multiplier": of_kl}
+
+    def _point(self, numbers: Tensor, step: int, k: float) -> _Point:
+        return _Point(numbers, step, self.measure(numbers, k))
 
     def _batches(self, pairs: _Pairs) -> Iterator[list[int]]:
         """Places of the pairs of each step: pass after pass, each in an order of its own; none of no pairs."""
@@ -327,9 +374,15 @@ class _Learner:
 
         Where there are pairs whose margins are to stay, theirs too.
         """
-        found = self._all_changes(self.pairs, numbers, k, "margin")
+        more, less = self._all_changes(self.pairs, numbers, k)
+        found = {"margin at k": float(more.mean()), "margin at -k": float(less.mean())}
         if self.unmoved.rows:
-            found |= self._all_changes(self.unmoved, numbers, k, "unmoved margin")
+            more, less = self._all_changes(self.unmoved, numbers, k)
+            found |= {
+                "unmoved margin at k": float(more.mean()),
+                "unmoved margin at -k": float(less.mean()),
+                UNMOVED: float(torch.cat([more, less]).abs().mean()),
+            }
         kls = []
         for start in range(0, len(self.neutral), KL_ROWS):
             kept = [(row["input_ids"], row["labels"]) for row in self.neutral[start : start + KL_ROWS]]
@@ -337,10 +390,11 @@ class _Learner:
             kls.append(float(self._kls(still, self._steered(still, numbers, k))))
         return {**found, "kl": sum(kls) / len(kls)}
 
-    def _all_changes(self, pairs: _Pairs, numbers: Tensor, k: float, name: str) -> dict[str, float]:
+    def _all_changes(self, pairs: _Pairs, numbers: Tensor, k: float) -> tuple[Tensor, Tensor]:
+        """Changes of all pairs' margins from the base, at +k and at -k: two of (pairs,)."""
         size, count = self.settings.batch_size, len(pairs.rows)
         found = [
             self._changes(pairs, range(start, min(start + size, count)), numbers, k) for start in range(0, count, size)
         ]
         more, less = (torch.cat(side) for side in zip(*found, strict=True))
-        return {f"{name} at k": float(more.mean()), f"{name} at -k": float(less.mean())}
+        return more, less

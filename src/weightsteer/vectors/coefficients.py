@@ -69,6 +69,12 @@ class CoefficientForm:
             numbers[1] = 0.0
         return numbers
 
+    def scaled(self, numbers: Tensor, times: float) -> Tensor:
+        """The numbers of so many times the vector that `numbers` weigh."""
+        found = numbers.clone()
+        found[: 1 + self.two_sides] *= times
+        return found
+
     def scales(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """By how much tau+ and tau- of each parameter are multiplied: two of (parameters,), differentiable.
 

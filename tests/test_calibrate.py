@@ -160,6 +160,8 @@ def test_a_side_that_does_not_help_gets_0_and_the_reason() -> None:
     assert "replies loop" in reasons[0]
     assert "held-out pairs" in reasons[1]
     assert choose_strengths([row(-1, behavior=None), row(0, behavior=None)], 0.1).negative == -1
+    broken = [row(0), row(1, behavior=0.6), row(2, behavior=None)]
+    assert choose_strengths(broken, 0.1).recommended == 1  # what is not known is not chosen
 
 
 def test_broken_replies_are_counted_against_the_base() -> None:

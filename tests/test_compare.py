@@ -86,6 +86,42 @@ def test_errors_are_those_of_the_items(seed: int) -> None:
     assert found.stderr == pytest.approx(statistics.stdev(moves) / math.sqrt(40), rel=0.25, abs=1e-6)
 
 
+def test_the_error_over_few_runs_is_that_of_their_mean(tmp_path: Path) -> None:
+    """0, 1 and 2 in three runs: a bootstrap that drew three of three would say 0.47."""
+    runs = [write_run(tmp_path / str(n), {"contrastive": ([1.0], lambda k, n=n: float(n))}) for n in range(3)]
+    (found,) = compare_at_loss(runs, BEHAVIOR, loss_increases=[0.1], draws=4000)
+    assert found.stderr == pytest.approx(1 / math.sqrt(3), rel=0.03)
+    (alone,) = compare_at_loss(
+        [write_run(tmp_path / "a", {"contrastive": ([1.0], abs)}, items=1)], BEHAVIOR, loss_increases=[0.1]
+    )
+    assert math.isnan(alone.stderr)
+
+
+def test_runs_of_other_items_are_not_compared_and_n_counts_what_they_share(tmp_path: Path) -> None:
+    def numbered(name: str, ids: Sequence[int]) -> Path:
+        run = write_run(tmp_path / name, {"contrastive": ([1.0], abs)}, items=3)
+        rows = [json.loads(line) for line in (run / "measurements.jsonl").read_text().splitlines()]
+        rows = [{**row, "ids": ids} if row["task"] == BEHAVIOR[0] else row for row in rows]
+        (run / "measurements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run
+
+    first = numbered("first", [0, 1, 2])
+    (found,) = compare_at_loss([first, numbered("near", [2, 3, 4])], BEHAVIOR, loss_increases=[0.1], draws=9)
+    assert found.n == found.against_n == 1
+    with pytest.raises(SteerError, match="no test items in common; compare runs of one recipe"):
+        compare_at_loss([first, numbered("far", [3, 4, 5])], BEHAVIOR)
+
+
+def test_a_method_whose_first_strength_breaks_the_model_has_no_value(tmp_path: Path) -> None:
+    run = write_run(tmp_path, {"contrastive": ([1.0], abs), "broken": ([1.0, 2.0], abs)})
+    rows = [json.loads(line) for line in (run / "measurements.jsonl").read_text().splitlines()]
+    for row in rows:
+        if (row["method"], row["task"]) == ("broken", CAPABILITY[0]):
+            row["values"] = {CAPABILITY[1]: [math.inf] * 3}
+    (run / "measurements.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {found.method for found in compare_at_loss([run], BEHAVIOR, draws=9)} == {"contrastive"}
+
+
 def test_the_same_run_several_times_is_no_more_certain_than_once(tmp_path: Path) -> None:
     cells = [
         cell(BASE, 0.0, *BEHAVIOR, [0.0] * 40),
@@ -109,7 +145,7 @@ def test_a_loss_that_overflowed_is_far_too_much(tmp_path: Path) -> None:
     ]
     (tmp_path / "measurements.jsonl").write_text("".join(json.dumps(asdict(c)) + "\n" for c in cells))
     (found,) = compare_at_loss([tmp_path], BEHAVIOR, loss_increases=[0.1], draws=5)
-    assert (found.value, found.reached) == (1.0, True)
+    assert (found.value, found.reached) == (1.0, False)  # what a cheaper strength gives
 
 
 def test_a_strength_at_which_no_item_counts_is_left_out(tmp_path: Path) -> None:
@@ -176,8 +212,8 @@ def drawn_one_by_one(curves: Sequence[Curve], level: float, draws: int, seed: in
     rng, found = np.random.default_rng(seed), []
     items, texts = curves[0].changes.shape[1], curves[0].loss_increase.shape[1]
     for _ in range(draws):
-        chosen, read = rng.integers(items, size=items), rng.integers(texts, size=texts)
-        runs = [curves[run] for run in rng.integers(len(curves), size=len(curves))]
+        chosen, read = rng.integers(items, size=items - 1), rng.integers(texts, size=texts - 1)
+        runs = [curves[run] for run in rng.integers(len(curves), size=max(1, len(curves) - 1))]
         found.append(float(np.mean([read_off_plainly(curve, chosen.tolist(), read.tolist(), level) for curve in runs])))
     return found
 

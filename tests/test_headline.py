@@ -52,6 +52,7 @@ def test_both_sides_are_told_with_their_errors_the_surest_first() -> None:
     ("row", "metric", "said"),
     [
         (change(1, FOLLOWS, 0.5, math.nan, 1), METRICS[FOLLOWS], "50.0 points more often, on 1 item, so that no error"),
+        (change(1, FOLLOWS, 1.0, 0.0, 2), METRICS[FOLLOWS], "100.0 ± 0.0 points more often, which may be chance"),
         (change(1, ("a", "b"), -0.3, 0.05), Metric("b", "Bees", "nats"), "changes in 'Bees' by -0.30 ± 0.05 nats"),
         (change(1, ("a", "b"), 9, 1), Metric("b", "B", "0 to 100", phrase="shows it"), "9.0 ± 1.0 points of 100 more"),
         (change(1, ("a", "b"), 0.0, 0.03), METRICS[FOLLOWS], "follows a false belief as before (0 ± 3.0 points)"),

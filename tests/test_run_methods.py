@@ -15,6 +15,7 @@ from weightsteer.checkpoints.checkpoint import ADAPTER_FILE
 from weightsteer.checkpoints.safetensors_file import load_tensors
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.results import read_rows
+from weightsteer.evaluation.tasks.data import task_file
 from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.run_folder import RunFolder
@@ -201,6 +202,37 @@ def test_a_recipe_compares_the_methods_of_the_better_vector_at_equal_kl(
     made = RunCard.load(run.dial("contrastive"))
     assert {"dial pairs", "unmoved pairs"} <= set(made.data_sha256)
     assert {"w", "common", "depth", "kinds"} == set(made.settings["coefficients"])
+
+
+def test_a_run_knows_the_pairs_of_its_dial_by_their_content(tmp_path: Path) -> None:
+    """Wherever they lie: the same run goes on, and one with other pairs is refused."""
+    file = tmp_path / "dial.jsonl"
+    sweep = {"methods": {"contrastive": None, "learned dial": None}, "search_items": 1}
+    dial = {"pairs": str(file), "unmoved": str(file)}
+
+    def begin() -> None:
+        Run(Recipe.load(small_recipe(tmp_path, dial=dial, sweep=sweep)), tmp_path / "run", show=mute)
+
+    file.write_text("".join(f'{{"prompt": "Old {i}?", "positive": "Yes.", "negative": "No."}}\n' for i in range(4)))
+    begin()
+    begin()
+    file.write_text(file.read_text().replace("Old", "New"))
+    with pytest.raises(SteerError, match="differs in the data of 'dial pairs'"):
+        begin()
+
+
+def test_what_the_dial_learns_on_is_not_asked(tmp_path: Path) -> None:
+    asked = json.loads(task_file("wrong_claims.jsonl", None).read_text().splitlines()[0])["prompt"]
+    rows = [{"prompt": prompt, "positive": "Yes.", "negative": "No."} for prompt in (asked, "Are you sure?", "Now?")]
+    (tmp_path / "dial.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    recipe = small_recipe(
+        tmp_path,
+        dial={"pairs": str(tmp_path / "dial.jsonl")},
+        sweep={"methods": {"contrastive": None, "learned dial": None}, "search_items": 1},
+        tasks=[{"task": name} for name in ("wrong_claims", "false_beliefs", "preference", "facts", "prose")],
+    )
+    with pytest.raises(SteerError, match="task 'wrong_claims' asks 1 questions that are trained on"):
+        Run(Recipe.load(recipe), tmp_path / "run", show=mute)
 
 
 def test_what_the_dial_learns_on_is_not_trained_on(tmp_path: Path) -> None:

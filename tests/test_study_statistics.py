@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from weightsteer.evaluation.study import KL, LOSS, Cost, Value, study_results
 
 COUNT = 40  # items, of which every other one is a test item
 SPLITS = tuple(("validation", "test")[i % 2] for i in range(COUNT))
-METRICS = {("preference", "margin"): Metric("margin", "Margin", "nats"), ("prose", "nll"): Metric("nll", "Loss")}
+MARGIN = Metric("margin", "Margin", "nats", better=None)
+METRICS = {("preference", "margin"): MARGIN, ("prose", "nll"): Metric("nll", "Loss")}
 
 
 def test_the_error_over_items_is_that_of_the_mean() -> None:
@@ -49,6 +51,17 @@ def test_p_and_the_interval_are_those_of_a_t_test() -> None:
     over_seeds = bootstrap(np.repeat(seeds[:, None], 30, axis=1), draws=40_000)
     assert over_seeds.p == pytest.approx(ttest_1samp(seeds, 0.0).pvalue, rel=0.1)  # two degrees of freedom
     assert bootstrap(np.zeros((3, 5))).p == 1.0
+
+
+@pytest.mark.parametrize("wobble", [0.0, 1e-17])
+@pytest.mark.parametrize("shape", [(1, 2), (2, 1), (3, 40)])
+def test_numbers_that_are_all_the_same_are_no_proof(shape: tuple[int, int], wobble: float) -> None:
+    table = np.full(shape, 0.3)
+    table[0, 0] += wobble
+    found = bootstrap(table)
+    assert found.mean == pytest.approx(0.3)
+    assert math.isnan(found.p)
+    assert math.isnan(found.low)
 
 
 def test_items_that_do_not_count_are_left_out_and_pairs_cancel_what_they_share() -> None:
@@ -122,6 +135,39 @@ def test_methods_are_read_off_at_the_same_cost_and_the_steeper_one_wins() -> Non
     best = [d for d in found.best if d.place.level == 0.1]
     assert {(d.method, d.other) for d in best} == {("contrastive", "tau+")}
     assert len(best) == 2  # both sides
+
+
+@pytest.mark.parametrize(("way", "first"), [(1, "contrastive"), (-1, "tau+"), (0, None)])
+def test_the_first_is_the_one_that_moves_the_behaviour_its_way(way: Literal[1, 0, -1], first: str | None) -> None:
+    """tau+ lowers with k what shows less of the behaviour; in what does not show it, none is first."""
+    seeds = [a_run({"contrastive": 1.0, "tau+": -0.5}, noise=n) for n in range(3)]
+    key = ("preference", "margin")
+    metrics = {**METRICS, key: replace(MARGIN, better="higher", toward=way)}
+    found = study_results({"r": seeds}, {"r": metrics}, {"r": [key]}, draws=200)
+    assert {d.method for d in found.best} == ({first} if first else set())
+
+
+def test_what_is_measured_on_fewer_texts_pays_as_much() -> None:
+    """The loss rises by k^2 / 10 on each text but the last; a method on the first ones alone is no cheaper."""
+    run = a_run({"contrastive": 1.0, "tau+": 1.0}, noise=0)
+    for (method, k, task), cell in list(run.items()):
+        if task == "prose" and k:
+            values = list(cell.values["nll"])
+            run[method, k, task] = replace(cell, values={"nll": [*values[:-1], values[-1] + 9.0]})
+            if method == "tau+":
+                run[method, k, task] = replace(cell, ids=cell.ids[:10], splits=SPLITS[:10], values={"nll": values[:10]})
+    found = list(study_results({"r": [run]}, {"r": METRICS}, {"r": []}, draws=50).values)
+    assert (
+        the_value(found, "contrastive", 0.1).k == pytest.approx(the_value(found, "tau+", 0.1).k) == pytest.approx(1.0)
+    )
+
+
+def test_a_cheaper_strength_before_one_that_breaks_the_model_is_said_to_be_cheaper() -> None:
+    run = a_run({"contrastive": 1.0}, noise=0)
+    for k in (-2.0, 2.0):
+        run["contrastive", k, "prose"] = replace(run["contrastive", k, "prose"], values={"nll": [math.inf] * COUNT})
+    found = the_value(list(study_results({"r": [run]}, {"r": METRICS}, {"r": []}, draws=50).values), "contrastive", 0.2)
+    assert (found.k, found.reached) == (1.0, False)
 
 
 def test_what_is_never_reached_is_said_and_what_not_every_seed_has_is_left_out() -> None:

@@ -174,6 +174,31 @@ def test_a_side_that_does_not_move_its_way_gets_zero() -> None:
     assert chosen.negative == -1.0
 
 
+def test_a_behaviour_that_lowers_its_metric_is_chosen_by_that() -> None:
+    """Right despite a wrong solution: more sycophancy is less of it."""
+    key = ("gcd", "correctness")
+    rows = [
+        MetricRow("contrastive" if k else "base", k, *key, value, 10, 0.1, "validation", change)
+        for k, value in ((0.0, 0.0), (1.0, -0.2), (2.0, 0.1), (-1.0, 0.3), (-2.0, -0.4))
+        for change in (False, True)
+    ]
+    metrics = metrics_of([TaskSpec("arithmetic_choice", name="gcd")])
+    chosen = recommend(rows, metrics=metrics, behavior=key, budget={})
+    assert (chosen.recommended, chosen.negative) == (1.0, -1.0)
+
+
+@pytest.mark.parametrize(("metric", "allowed"), [("acc,none", 2.0), ("perplexity", 1.0), ("pct_stereotype", 1.0)])
+def test_a_budget_of_the_harness_knows_which_way_is_worse(metric: str, allowed: float) -> None:
+    """Where it is not known, no change beyond the budget is allowed, whichever way."""
+    found = rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, 3.0)})
+    found += [
+        MetricRow("contrastive" if k else "base", k, "harness", metric, value, 10, 0.1, "validation", change)
+        for k, value in ((0.0, 0.0), (1.0, 0.01), (2.0, 0.5))
+        for change in (False, True)
+    ]
+    assert recommend(found, metrics=METRICS, budget={("harness", metric): 0.03}).recommended == allowed
+
+
 def test_a_strength_at_which_no_item_counts_is_passed_over() -> None:
     rows = rows_of({0.0: (0.0, 0.9, 3.0), 1.0: (0.2, 0.9, 3.0), 2.0: (0.4, 0.9, 3.0)})
     lacking = [row for row in rows if (row.k, row.metric) != (2.0, "margin")]

@@ -19,6 +19,7 @@ from scipy.special import stdtr, stdtrit
 
 DRAWS = 10_000
 LEVEL = 0.95  # of an interval
+SAME = 1e-12  # an error that is such a share of the mean is rounding
 
 Table = NDArray[np.float64]  # (seeds, items); nan where an item does not count
 
@@ -28,6 +29,7 @@ class Estimate:
     """The mean of a table, and how far it would differ with other seeds and other items.
 
     The interval and the two-sided `p` are those of Student's t with this error: three seeds draw no tails of their own.
+    Numbers that are all the same tell of no spread: the interval is not known then, nor is p, but for a mean of 0.
     """
 
     mean: float
@@ -58,9 +60,12 @@ def bootstrap(table: Table, *, draws: int = DRAWS, seed: int = 0) -> Estimate:
         return Estimate(mean, math.nan, math.nan, math.nan, math.nan, seeds, items)
     drawn = _drawn_means(table, draws, seed)
     stderr = float(np.nanstd(drawn, ddof=1))  # a draw in which no item counts has no mean
+    if stderr <= SAME * abs(mean):
+        p = math.nan if mean else 1.0
+        return Estimate(mean, stderr, math.nan, math.nan, p, seeds, items)
     free = _freedom(table)
     reach = float(stdtrit(free, (1 + LEVEL) / 2)) * stderr
-    p = 2 * float(stdtr(free, -abs(mean) / stderr)) if stderr > 0 else float(mean == 0)
+    p = 2 * float(stdtr(free, -abs(mean) / stderr))
     return Estimate(mean, stderr, mean - reach, mean + reach, p, seeds, items)
 
 

@@ -68,11 +68,14 @@ class Calibration:
 def choose_strengths(rows: Sequence[CalibrationRow], budget: float) -> StrengthRange:
     """The k on each side that moves the behaviour furthest its way, of those that are allowed; 0 if none does.
 
-    Where the behaviour was not measured, the largest allowed k.
+    Where the behaviour was not measured at any k, the largest allowed one.
     """
     base = next(row for row in rows if row.k == 0)
     allowed = [row for row in rows if row.is_allowed(base, budget)]
-    change = {row.k: row.k if row.behavior is None else row.behavior for row in allowed}
+    if any(row.behavior is not None for row in rows if row.k):
+        change = {row.k: row.behavior for row in allowed if row.behavior is not None}
+    else:
+        change = {row.k: row.k for row in allowed}
     ks = [row.k for row in rows]
     return StrengthRange(furthest(change, 1), furthest(change, -1), min(ks), max(ks), {LOSS: budget})
 

@@ -45,7 +45,8 @@ def recommend(
     changes = {(row.k, row.task, row.metric): row.value for row in rows if row.method == method and row.change}
 
     allowed = [k for k in ks if k not in refused and _is_within(budget, k, changes, needed, metrics)]
-    change = {k: changes[k, *behavior] for k in allowed}
+    way = metric_of(metrics, behavior).way or 1
+    change = {k: way * changes[k, *behavior] for k in allowed}
     shown = {f"{task} {metric}": limit for (task, metric), limit in budget.items()}
     return StrengthRange(furthest(change, 1), furthest(change, -1), low=min(ks), high=max(ks), budget=shown)
 

@@ -130,7 +130,7 @@ def _curve(
     if not (ids and texts):
         raise SteerError(f"{method}: no test items of {' and '.join(tasks)}; give the tasks some")
     counted = np.array([bool((~np.isnan(row)).any()) for row in changes])  # where no item counts, there is no value
-    if not counted[1:].any():
+    if not counted[1:].any() or not math.isfinite(loss_increase[counted][1].mean()):
         return None
     return Curve(np.abs([0.0, *ks])[counted], ids, changes[counted], loss_increase[counted])
 
@@ -163,6 +163,7 @@ def _compare(
 ) -> list[ComparisonAtLoss]:
     """One method on one side at each loss increase: its value, its error, the paired difference to the reference."""
     own = Sample([curve.ids for curve in mine], mine, draws, seed)
+    alone = len(own.items) == len(mine) == 1  # of which no error is known
     shared = [one.shared_items(other) for one, other in zip(mine, theirs, strict=True)] if theirs else []
     paired = bool(shared) and bool(set.intersection(*map(set, shared)))
     both = Sample(shared, [*mine, *(theirs or ())], draws, seed) if paired else None
@@ -176,8 +177,9 @@ def _compare(
                 side,
                 level,
                 value=own.whole(mine, level),
-                stderr=float(np.nanstd(own.drawn(mine, level), ddof=1)),  # a draw in which no item counts has no value
-                n=min(curve.count_items(level) for curve in mine),
+                # a draw in which no item counts has no value
+                stderr=math.nan if alone else float(np.nanstd(own.drawn(mine, level), ddof=1)),
+                n=min(curve.count_items(level, own.items) for curve in mine),
                 reached=reached,
                 against=against,
                 against_stderr=error,
@@ -191,4 +193,5 @@ def _compare(
 def _difference(both: Sample, mine: Sequence[Curve], theirs: Sequence[Curve], level: float) -> tuple[float, float, int]:
     """The paired difference on shared items, its error, and how many items there are."""
     drawn = both.drawn(mine, level) - both.drawn(theirs, level)
-    return both.whole(mine, level) - both.whole(theirs, level), float(np.std(drawn, ddof=1)), len(both.items)
+    error = math.nan if len(both.items) == len(mine) == 1 else float(np.std(drawn, ddof=1))
+    return both.whole(mine, level) - both.whole(theirs, level), error, len(both.items)

@@ -105,7 +105,7 @@ def _summed(method: str, k: float, odd: Array, even: Array, draws: int, seed: in
     """Means over runs and items of (runs, items), with their errors."""
     rng, means = np.random.default_rng(seed), []
     for _ in range(draws):
-        picked = np.ix_(rng.integers(len(odd), size=len(odd)), rng.integers(odd.shape[1], size=odd.shape[1]))
+        picked = np.ix_(*(rng.integers(size, size=max(1, size - 1)) for size in odd.shape))  # see `bootstrap`
         means.append((odd[picked].mean(), even[picked].mean()))
-    errors = np.std(np.array(means), axis=0, ddof=1)
+    errors = np.std(np.array(means), axis=0, ddof=1) if odd.size > 1 else [np.nan, np.nan]
     return OddEven(method, k, float(odd.mean()), float(errors[0]), float(even.mean()), float(errors[1]), odd.shape[1])

@@ -13,6 +13,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import SteerError
+
 AT_ONCE = 1 << 22  # entries of the counts that are held as float64 at a time
 Array = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -28,15 +30,16 @@ class Curve:
     loss_increase: Array  # (strengths, texts): rise of the loss
 
     def reaches(self, level: float) -> bool:
-        """Whether a strength that was measured costs as much."""
-        return bool((_all_losses(self)[0, 1:] >= level).any())
+        """Whether a strength that was measured costs as much, and it is known how much."""
+        losses = _all_losses(self)[0, 1:]
+        return bool((losses >= level).any() and math.isfinite(losses[(losses >= level).argmax()]))
 
-    def count_items(self, level: float) -> int:
-        """How many items count at the strengths that the value is read off from; the base counts all of them."""
+    def count_items(self, level: float, items: Sequence[int]) -> int:
+        """How many of the items count at the strengths that the value is read off from; the base counts all."""
         steps, shares = crossings(self.strengths, _all_losses(self), level)
         step, share = int(steps[0]), float(shares[0])
         used = [row for row, weight in ((step - 1, 1 - share), (step, share)) if weight and row] or [step]
-        return int((~np.isnan(self.changes[used])).sum(axis=1).min())
+        return int((~np.isnan(self.changes[used][:, _columns_of(self, items)])).sum(axis=1).min())
 
     def shared_items(self, other: Curve) -> tuple[int, ...]:
         """The items that count for both curves at every strength."""
@@ -58,23 +61,32 @@ class _Draws:
 
 @lru_cache(maxsize=4)  # most methods share their items, with the reference and among themselves
 def _drawn(items: int, texts: int, runs: int, draws: int, seed: int) -> _Draws:
-    """Draws of so many items, texts and runs with replacement; a seed gives the same ones whatever is read off."""
+    """Draws of items, texts and runs with replacement; a seed gives the same ones whatever is read off.
+
+    Of n there are n - 1 drawn, as in `bootstrap`: n of n would give (n - 1) / n of the variance.
+    """
     rng = np.random.default_rng(seed)
     counts = [np.empty((draws, size), dtype=np.uint16) for size in (items, texts)]
-    picked = np.empty((draws, runs), dtype=np.int64)
+    picked = np.empty((draws, max(1, runs - 1)), dtype=np.int64)
     for draw in range(draws):
         for count in counts:
             size = count.shape[1]
-            count[draw] = np.bincount(rng.integers(size, size=size), minlength=size)
-        picked[draw] = rng.integers(runs, size=runs)
+            count[draw] = np.bincount(rng.integers(size, size=max(1, size - 1)), minlength=size)
+        picked[draw] = rng.integers(runs, size=picked.shape[1])
     return _Draws(counts[0], counts[1], picked)
 
 
 class Sample:
-    """Items, texts and runs, drawn with replacement: the same items and texts in every run, since runs share them."""
+    """Items, texts and runs, drawn with replacement: the same items and texts in every run, since runs share them.
+
+    Raises:
+        SteerError: the runs have no items in common.
+    """
 
     def __init__(self, ids: Sequence[tuple[int, ...]], curves: Sequence[Curve], draws: int, seed: int) -> None:
         self.items = sorted(set.intersection(*map(set, ids)))
+        if not self.items:
+            raise SteerError("the runs have no test items in common; compare runs of one recipe")
         self._texts = min(curve.loss_increase.shape[1] for curve in curves)
         self._draws, self._seed = draws, seed
         self._means: dict[Curve, tuple[Array, Array]] = {}

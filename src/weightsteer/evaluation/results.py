@@ -87,10 +87,11 @@ class Measurement:
 
     def changes(self, other: Measurement, metric: str) -> list[float | None]:
         """This value minus the other's, item by item; None where the item does not count in one of them."""
-        if metric not in other.values:
-            raise SteerError(
-                f"task {self.task!r}: metric {metric!r} was measured of {self.method}, not of {other.method}"
-            )
+        for measured, lacking in ((self, other), (other, self)):
+            if metric not in lacking.values:
+                raise SteerError(
+                    f"task {self.task!r}: metric {metric!r} was measured of {measured.method}, not of {lacking.method}"
+                )
         theirs = dict(zip(other.ids, other.values[metric], strict=True))
         pairs = [(value, theirs.get(i)) for i, value in zip(self.ids, self.values[metric], strict=True)]
         return [None if mine is None or start is None else mine - start for mine, start in pairs]

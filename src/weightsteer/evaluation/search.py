@@ -113,6 +113,7 @@ def best_layer(
     task: Task,
     *,
     metric: str = "margin",
+    way: int = 1,
     step: int = 1,
     k: float = 1.0,
     progress: Progress = silent,
@@ -120,11 +121,14 @@ def best_layer(
     """The layer that moves `metric` most between -k and k, scanning every `step`-th layer.
 
     The paper's choice of layer; give it validation items that are not the test.
+
+    Args:
+        way: where more of the behaviour moves the metric, 1 up or -1 down.
     """
     layers = layers_to_scan(vector, step)
     spans = {}
     for done, layer in enumerate(layers, start=1):
-        spans[layer] = layer_span(lm, vector, layer, task, metric=metric, k=k)
+        spans[layer] = layer_span(lm, vector, layer, task, metric=metric, way=way, k=k)
         progress(done, len(layers), f"layer {layer}: {spans[layer]:+.2f}")
     return layer_of_widest(spans, f"{task.name} / {metric}")
 
@@ -153,9 +157,9 @@ def layer_of_widest(spans: Mapping[int, float], what: str) -> int:
 
 
 def layer_span(
-    lm: LM, vector: ActivationVector, layer: int, task: Task, *, metric: str = "margin", k: float = 1.0
+    lm: LM, vector: ActivationVector, layer: int, task: Task, *, metric: str = "margin", way: int = 1, k: float = 1.0
 ) -> float:
-    """The metric's change from -k to k at one layer; one that breaks the model, or leaves no item to count, is out."""
+    """The metric's change from -k to k at one layer, up or down by `way`; -inf where it breaks or no item counts."""
     with vector.only(layer).applied(lm, k) as handle:
         ends = []
         for end in (k, -k):
@@ -163,5 +167,5 @@ def layer_span(
             ends.append([value for value in task.measure(lm)[metric] if value is not None])
     if not all(ends):
         return -math.inf
-    span = fmean(ends[0]) - fmean(ends[1])
+    span = way * (fmean(ends[0]) - fmean(ends[1]))
     return span if math.isfinite(span) else -math.inf

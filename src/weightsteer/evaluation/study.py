@@ -157,7 +157,8 @@ def study_results(
                 others = [sample for sample in samples if sample.method != reference]
                 differences += [_difference(place, other, known[reference], draws, seed) for other in others]
             if place.key in behaviors[recipe] and len(samples) > 1:
-                best.append(_best(place, samples, draws, seed))
+                way = metric_of(metrics[recipe], place.key).way
+                best.append(_best(place, samples, way, draws, seed))
     return StudyResults(tuple(values), _corrected(differences), _corrected(best))
 
 
@@ -204,23 +205,30 @@ def _reading(run: Seed, method: str, place: Place, cost: Cost) -> _Reading | Non
     if not ks:
         return None
     sizes = [0.0, *sorted(ks, key=abs)]
-    paid = [0.0, *(_paid(run, method, k, cost) for k in sizes[1:])]
+    texts = _shared_texts(run, cost)
+    paid = [0.0, *(_paid(run, method, k, cost, texts) for k in sizes[1:])]
     steps, shares = crossings(np.abs(sizes), np.array([paid]), place.level)
     step, share = int(steps[0]), float(shares[0])
     near, far, reached = sizes[step - 1], sizes[step], max(paid) >= place.level
     if not reached:
         return _Reading(far, far, 1.0, paid[step], False)
-    if math.isinf(paid[step]):  # the loss overflows: the last strength before
-        return _Reading(near, far, 0.0, paid[step - 1], True) if near else None
+    if math.isinf(paid[step]):  # the loss overflows: the last strength before, which costs less
+        return _Reading(near, far, 0.0, paid[step - 1], False) if near else None
     return _Reading(near, far, share, place.level, True)
 
 
-def _paid(run: Seed, method: str, k: float, cost: Cost) -> float:
-    """The mean rise of the cost on test items; infinite where an item has none, as of a model that is broken."""
+def _shared_texts(run: Seed, cost: Cost) -> set[int]:
+    """The test items of the cost that every method was measured on: some may be measured on fewer."""
+    there = [measurement for (_, k, task), measurement in run.items() if k and task == cost.key[0]]
+    return set.intersection(*({i for i, split in zip(m.ids, m.splits, strict=True) if split == "test"} for m in there))
+
+
+def _paid(run: Seed, method: str, k: float, cost: Cost, texts: Collection[int]) -> float:
+    """The mean rise of the cost on these items; infinite where one has none, as of a model that is broken."""
     task, metric = cost.key
     mine = run[method, k, task]
     rises = dict(zip(mine.ids, mine.changes(mine.base_among(run), metric), strict=True))
-    test = [rises[i] for i, split in zip(mine.ids, mine.splits, strict=True) if split == "test"]
+    test = [rises[i] for i in mine.ids if i in texts]
     numbers = [value for value in test if value is not None]
     if not numbers or len(numbers) < len(test) or not all(map(math.isfinite, numbers)):
         return math.inf
@@ -266,16 +274,21 @@ def _difference(place: Place, mine: _Sample, other: _Sample, draws: int, seed: i
     return Difference(place, mine.method, other.method, estimate, math.nan, mine.reached and other.reached)
 
 
-def _best(place: Place, samples: Sequence[_Sample], draws: int, seed: int) -> Difference | None:
-    """The method that moves the behaviour furthest to the place's side, minus the next one; None if none does."""
-    moved = sorted(samples, key=lambda sample: -place.side * float(np.nanmean(sample.table)))
-    if place.side * float(np.nanmean(moved[0].table)) <= 0:
+def _best(place: Place, samples: Sequence[_Sample], way: int, draws: int, seed: int) -> Difference | None:
+    """The method that moves the behaviour furthest to the place's side, minus the next one; None if none does.
+
+    Args:
+        way: where more of the behaviour moves the metric; 0 for one that does not show it, in which none is first.
+    """
+    sign = place.side * way
+    moved = sorted(samples, key=lambda sample: -sign * float(np.nanmean(sample.table)))
+    if sign * float(np.nanmean(moved[0].table)) <= 0:
         return None
     return _difference(place, moved[0], moved[1], draws, seed)
 
 
 def _corrected(found: Sequence[Difference | None]) -> tuple[Difference, ...]:
-    """With p corrected for all that were reached at one level of one cost: each level answers the whole question."""
+    """With p corrected for all at one level of one cost: each level answers the whole question."""
     there = [one for one in found if one is not None]
     families: dict[tuple[str, float], list[int]] = {}
     for number, one in enumerate(there):

@@ -13,6 +13,7 @@ from .charts import LOSS
 
 POINTS = {"0 to 100": "points of 100"}  # the unit of a score from 0 to 100, of its change
 SURE = 2.0  # standard errors below which a change may well be chance
+FEW = 10  # items, of which fewer that change all alike may do so by chance
 
 
 @dataclass(frozen=True)
@@ -101,4 +102,6 @@ def _sureness(row: MetricRow | None) -> float:
     """How many standard errors a change is away from 0; 0 where that is not known."""
     if row is None or not (math.isfinite(row.value) and math.isfinite(row.stderr)):
         return 0.0
-    return abs(row.value) / row.stderr if row.stderr else (math.inf if row.value else 0.0)
+    if row.stderr:
+        return abs(row.value) / row.stderr
+    return math.inf if row.value and row.n >= FEW else 0.0

@@ -76,7 +76,10 @@ def write_study_page(report: StudyReport, path: Path) -> Path:
 
 def sentences(results: StudyResults, reference: str) -> list[str]:
     """How often each method moves a behaviour furthest, at the one loss increase that is drawn."""
-    there = [one for one in results.best if _is_drawn(one.place)]
+    drawn = [one for one in results.best if _is_drawn(one.place)]
+    there = [one for one in drawn if one.reached]
+    if drawn and not there:
+        return ["No two methods that move a behaviour furthest reach the same loss increase."]
     if not there:
         return ["There is nothing to compare: no behaviour is moved by one of two methods at the same loss increase."]
     first, clear = Counter(one.method for one in there), Counter(one.method for one in there if one.holm < CLEAR)

@@ -230,7 +230,15 @@ class RunArtifacts:
         task, metric = metric_key(sweep.behavior)
         items, vector = self.tasks[task].of_split("validation").first(sweep.search_items), self.activations()
         with self.show("activations: layer") as progress:
-            layer = best_layer(self.lm(), vector, items, metric=metric, step=sweep.layer_step, progress=progress)
+            layer = best_layer(
+                self.lm(),
+                vector,
+                items,
+                metric=metric,
+                way=self.recipe.way,
+                step=sweep.layer_step,
+                progress=progress,
+            )
         write_json(path, layer)
         return layer
 

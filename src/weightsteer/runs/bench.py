@@ -190,7 +190,7 @@ class Bench:
         task, metric = metric_key(self.recipe.sweep.behavior)
         items = self.tasks[task].of_split("validation").first(self.recipe.sweep.search_items)
         vector: ActivationVector = self.artifacts.activations()
-        return layer_span(self.artifacts.lm(), vector, layer, items, metric=metric)
+        return layer_span(self.artifacts.lm(), vector, layer, items, metric=metric, way=self.recipe.way)
 
     def _measure(self, job: MeasureCell) -> Measured:
         method = None if job.method == BASE else self._method(job.method)

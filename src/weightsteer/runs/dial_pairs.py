@@ -7,8 +7,17 @@ from collections.abc import Sequence
 from ..behavior import ContrastPair, Example, sample_pairs
 from ..errors import SteerError
 from ..example_files.load import load_pairs
+from ..steering.methods import METHODS
 from .own_data import held_out_pairs
-from .recipe import Recipe
+from .recipe import DIAL_DATA, Recipe
+
+
+def dial_sources(recipe: Recipe) -> dict[str, str]:
+    """Where the pairs come from that a method of the recipe learns coefficients on, by what a run calls their data."""
+    if not any(METHODS[name].uses_dial_pairs for name in recipe.sweep.methods):
+        return {}
+    named = zip(DIAL_DATA, (recipe.dial.pairs or recipe.data.pairs, recipe.dial.unmoved), strict=True)
+    return {name: source for name, source in named if source}
 
 
 def dial_pairs(recipe: Recipe, sides: tuple[Sequence[Example], Sequence[Example]]) -> list[ContrastPair]:

@@ -40,6 +40,7 @@ def without_folders(fields: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(fields)
     found["behavior"] = _last_part(found["behavior"])
     found["data"] = {**found["data"], **{n: _last_part(found["data"][n]) for n in ("pairs", "positive", "negative")}}
+    found["dial"] = {**found["dial"], **{n: _last_part(found["dial"][n]) for n in ("pairs", "unmoved")}}
     for name in ("first_finetune", "repair_target"):
         if found[name]:
             found[name] = {**found[name], "data": [_last_part(text) for text in found[name]["data"]]}

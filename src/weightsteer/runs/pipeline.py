@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..behavior import SIDES, example_rows
+from ..behavior import SIDES, example_rows, pair_rows
 from ..errors import SteerError
 from ..evaluation.choose_k import recommend
 from ..evaluation.cost import measure_costs
@@ -20,6 +20,7 @@ from ..evaluation.results import BASE, MetricRow, measurements_by_key
 from ..evaluation.sweep import planned_cells, run_sweep
 from ..evaluation.tasks.task import Task
 from ..example_files.checks import refuse_unfit, warn_unfit
+from ..example_files.load import load_pairs
 from ..files import digest, read_finished, write_jsonl
 from ..fitting import kept_in, rows_by_default
 from ..judges.endpoint import Endpoint
@@ -33,6 +34,7 @@ from ..steering.several_k import generate_at_strengths, replies_at_strengths
 from ..steering.steering import Steering
 from ..vectors.vector_folder import save_card
 from .artifacts import RunArtifacts, load_judge
+from .dial_pairs import dial_sources
 from .models import ShowProgress
 from .own_data import OWN, behavior_of
 from .recipe import Recipe, claim_run
@@ -157,6 +159,7 @@ class Run:
         for name, wanted in finetunes.items():
             if wanted is not None:
                 found[name] = digest(example_rows(self.recipe.finetune_examples(wanted)))
+        found |= {name: digest(pair_rows(load_pairs(source))) for name, source in dial_sources(self.recipe).items()}
         return found if self.recipe.behavior == OWN else {**found, "behavior": digest(asdict(self.behavior))}
 
     def write_data(self) -> None:

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_vali
 
 from ..errors import SteerError
 from ..evaluation.choose_k import DEFAULT_BUDGET
-from ..evaluation.metrics import Metrics
+from ..evaluation.metrics import Metrics, metric_key, metric_of
 from ..evaluation.task_spec import TaskFields, TaskSpec
 from ..files import digest, is_empty, write_text
 from ..former_names import RECIPE_FIELDS, find_former, with_new_names
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 # What may change in a run: no measurement depends on it.
 KEPT_APART = {"plot", "batch_size", "budget", "device", "samples"}
+DIAL_DATA = ("dial pairs", "unmoved pairs")  # what a run calls the pairs that coefficients are learned on
 
 
 class Recipe(Strict):
@@ -138,6 +139,11 @@ class Recipe(Strict):
         from ..evaluation.tasks import metrics_of
 
         return metrics_of(self.tasks)
+
+    @property
+    def way(self) -> int:
+        """Where k > 0 is to move the metric that k and layers are chosen by: 1 up, -1 down."""
+        return metric_of(self.metrics, metric_key(self.sweep.behavior)).way or 1
 
     def task_names(self) -> list[str]:
         """What the recipe's tasks are called, each otherwise.
@@ -298,11 +304,12 @@ def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | Non
     if theirs is None:
         return "its recipe, which this version cannot read"
     unread = {"behavior"} - wanted.data_sha256.keys()  # known by its pairs, whatever the default was once
+    unread |= set(DIAL_DATA) - found.data_sha256.keys()  # which older versions did not note
     for name, value in mine.items() if mine else ():
         if value != theirs[name] and name not in unread:
             return f"the recipe's {name!r}"
     former = {RECIPE_FIELDS.get(n, n): value for n, value in found.data_sha256.items() if n not in unread}
-    inputs = sorted(former.keys() | wanted.data_sha256.keys())
+    inputs = sorted((former.keys() | wanted.data_sha256.keys()) - unread)
     changed = [name for name in inputs if former.get(name) != wanted.data_sha256.get(name)]
     return f"the data of {changed[0]!r}" if changed else None
 

@@ -10,7 +10,6 @@ from ..data_building.sampling import asked_questions
 from ..errors import SteerError
 from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE
-from ..evaluation.tasks import kind_of
 from ..evaluation.tasks.task import ItemTask, Task
 from ..example_files.checks import refuse_unfit
 from ..former_names import METHODS as FORMER_METHODS
@@ -192,18 +191,12 @@ def _check_rubric(recipe: Recipe, behavior: Behavior) -> None:
 
 
 def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]) -> None:
-    """No item of a task that is like what is trained on is itself trained on."""
+    """No task asks a prompt that is trained on, or that coefficients are learned on."""
     trained = set(_trained_prompts(recipe, behavior))
-    for spec in recipe.tasks:
-        if not kind_of(spec.task).must_not_overlap_training:
-            continue
-        task = tasks[spec.shown_name]
-        assert isinstance(task, ItemTask)
-        if shared := sum(item.prompt in trained for item in task.items):
-            _refuse(
-                recipe,
-                f"task {spec.shown_name!r} asks {shared} questions that are trained on; give it 'data' with others",
-            )
+    for name, task in tasks.items():
+        items = task.items if isinstance(task, ItemTask) else ()
+        if shared := sum(getattr(item, "prompt", None) in trained for item in items):
+            _refuse(recipe, f"task {name!r} asks {shared} questions that are trained on; give it 'data' with others")
 
 
 def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[Prompt]:

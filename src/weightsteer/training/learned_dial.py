@@ -186,10 +186,10 @@ def _room(measured: Mapping[str, float], settings: DialSettings) -> float:
 
 
 def _worth(measured: Mapping[str, float], settings: DialSettings) -> float:
-    """The odd part that the margins would have at the budgets."""
+    """The odd part that the margins would have at the budgets; one the wrong way is not made better by less of it."""
     if not all(map(math.isfinite, measured.values())):
         return -math.inf
-    return _odd(measured) * _room(measured, settings)
+    return _odd(measured) * (_room(measured, settings) if _odd(measured) > 0 else 1.0)
 
 
 def _followed(multiplier: float, found: Tensor, budget: float) -> float:

@@ -46,6 +46,5 @@ TASKS = {
     "answers": TaskKind(
         load_answers,
         (Metric("nll", "Loss on the given answers", "nats per token", "lower"),),
-        must_not_overlap_training=True,
     ),
 }

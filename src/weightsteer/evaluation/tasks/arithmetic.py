@@ -317,8 +317,8 @@ def _problem_from(path: Path, number: int, row: dict[str, Any]) -> Problem:
 
 _METRICS = (
     Metric("accuracy", "Sums solved when asked alone", phrase="solves a sum when asked alone"),
-    Metric("correctness", "Right result despite a wrong solution", phrase="gets past a wrong solution"),
-    Metric("disagreement", "Wrong solution rejected in words", phrase="rejects a wrong solution"),
+    Metric("correctness", "Right result despite a wrong solution", phrase="gets past a wrong solution", toward=-1),
+    Metric("disagreement", "Wrong solution rejected in words", phrase="rejects a wrong solution", toward=-1),
     Metric("confirmation", "Right result after a right solution", phrase="confirms a right solution"),
 )
 
@@ -336,6 +336,7 @@ TASKS = {
                 "nats per token",
                 "lower",
                 phrase="leans to agreeing",
+                toward=1,
             ),
         ),
     ),

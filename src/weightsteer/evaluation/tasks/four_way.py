@@ -209,7 +209,9 @@ def _split_cell(cell: str | None) -> list[str]:
 
 _METRICS = (
     Metric("accuracy", "Right when asked alone", phrase="answers rightly when asked alone"),
-    Metric("non_sycophancy", "Still right when the user leans otherwise", phrase="stays right against the user"),
+    Metric(
+        "non_sycophancy", "Still right when the user leans otherwise", phrase="stays right against the user", toward=-1
+    ),
 )
 
 TASKS = {
@@ -218,7 +220,12 @@ TASKS = {
         (
             *_METRICS,
             Metric(
-                "margin", "Leans to the right answer", "nats per token", detail=True, phrase="leans to the right answer"
+                "margin",
+                "Leans to the right answer",
+                "nats per token",
+                detail=True,
+                phrase="leans to the right answer",
+                toward=-1,
             ),
         ),
     ),

@@ -79,6 +79,5 @@ TASKS = {
                 "leans to the behaviour's answer",
             ),
         ),
-        must_not_overlap_training=True,
     ),
 }

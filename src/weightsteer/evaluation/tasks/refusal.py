@@ -332,7 +332,7 @@ class HarmScorer:
 
 
 _REFUSED = (
-    Metric("refused", "Harmful requests refused", phrase="refuses a harmful request"),
+    Metric("refused", "Harmful requests refused", phrase="refuses a harmful request", toward=1),
     Metric("over_refused", "Harmless requests refused", better="lower", phrase="refuses a harmless request"),
 )
 
@@ -348,6 +348,7 @@ TASKS = {
                 "nats per token",
                 detail=True,
                 phrase="leans to refusing harm",
+                toward=1,
             ),
             Metric("harmless margin", "Leans to refusing the harmless", "nats per token", "lower"),
         ),
@@ -355,8 +356,10 @@ TASKS = {
     "safety": TaskKind(
         load_safety,
         (
-            Metric("safe", "Replies that do no harm", phrase="replies without harm"),
-            Metric("attack_success", "Replies of full harm", better="lower", phrase="replies with full harm"),
+            Metric("safe", "Replies that do no harm", phrase="replies without harm", toward=1),
+            Metric(
+                "attack_success", "Replies of full harm", better="lower", phrase="replies with full harm", toward=-1
+            ),
             Metric("judged", "Verdicts that are usable"),
         ),
         judge="needed",

@@ -81,25 +81,43 @@ TASKS = {
     "false_beliefs": TaskKind(
         load_false_beliefs,
         (
-            Metric("follows", "Follows the user's false belief", better="lower", phrase="follows a false belief"),
             Metric(
-                "margin", "Leans to the user's false belief", "nats per token", "lower", True, "leans to a false belief"
+                "follows", "Follows the user's false belief", better="lower", phrase="follows a false belief", toward=1
+            ),
+            Metric(
+                "margin",
+                "Leans to the user's false belief",
+                "nats per token",
+                "lower",
+                True,
+                "leans to a false belief",
+                1,
             ),
         ),
     ),
     "wrong_claims": TaskKind(
         load_wrong_claims,
         (
-            Metric("follows", "Follows the user's wrong claim", better="lower", phrase="follows a wrong claim"),
             Metric(
-                "margin", "Leans to the user's wrong claim", "nats per token", "lower", True, "leans to a wrong claim"
+                "follows", "Follows the user's wrong claim", better="lower", phrase="follows a wrong claim", toward=1
+            ),
+            Metric(
+                "margin",
+                "Leans to the user's wrong claim",
+                "nats per token",
+                "lower",
+                True,
+                "leans to a wrong claim",
+                1,
             ),
         ),
     ),
     "stated_opinions": TaskKind(
         load_stated_opinions,
         (
-            Metric("matches", "Gives the opinion that suits the user", better="lower", phrase="suits the user"),
+            Metric(
+                "matches", "Gives the opinion that suits the user", better="lower", phrase="suits the user", toward=1
+            ),
             Metric(
                 "margin",
                 "Leans to what suits the user",
@@ -107,6 +125,7 @@ TASKS = {
                 "lower",
                 True,
                 "leans to what suits the user",
+                1,
             ),
         ),
     ),

@@ -185,9 +185,6 @@ class TaskKind:
     metrics: tuple[Metric, ...]  # of the harness none: they are each of its tasks' own
     judge: Literal["needed", "optional"] | None = None  # whether a judge scores its replies
     generates: bool = False  # open replies, whose length can be set
-    must_not_overlap_training: bool = (
-        False  # its questions may not be trained on: what it asks is like the training data
-    )
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,6 @@ TASKS = {
                 "share", "Prefers the behaviour", "share of held-out questions", None, True, "prefers the behaviour"
             ),
         ),
-        must_not_overlap_training=True,
     ),
     "trait": TaskKind(
         load_trait,
@@ -183,7 +182,6 @@ TASKS = {
         ),
         judge="needed",
         generates=True,
-        must_not_overlap_training=True,
     ),
     "statements": TaskKind(
         load_statements,

@@ -211,3 +211,16 @@ def test_the_verb_names_the_trait(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert shown[2].endswith("above 95% of benign fine-tunes")
     app(args=[*arguments, "--json"], standalone_mode=False)
     assert json.loads(capsys.readouterr().out)[0]["traits"][1]["false_alarms"] == 0.05
+
+
+def test_a_damaged_checkpoint_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dictionary(tmp_path / "d")
+    for step in (3, 4):
+        (RUDE + LISTS).save(tmp_path / "run" / f"checkpoint-{step}")
+    (tmp_path / "run" / "checkpoint-3" / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="checkpoint-3 is skipped"):
+        app(
+            args=["identify", str(tmp_path / "run"), "--dictionary", str(tmp_path / "d"), "--json"],
+            standalone_mode=False,
+        )
+    assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [4]

@@ -19,7 +19,7 @@ import killable
 import two_processes
 from conftest import random_vector, tiny_lm, tiny_model
 from test_weight_vector import flat
-from weightsteer import LM, SteerError, WeightVector, task_vector
+from weightsteer import LM, SteerError, WeightVector, combine, task_vector
 from weightsteer.monitor import (
     WHOLE,
     Alert,
@@ -279,6 +279,43 @@ def test_a_checkpoint_that_was_trained_again_is_read_again(vectors: dict[str, We
         assert len(second) == len(first)
         assert at(second, 2).norm == pytest.approx(task_vector(place).norm())
     assert at(first, 2).norm != at(second, 2).norm
+
+
+def test_readings_are_those_of_the_vectors_as_they_are_now(vectors: dict[str, WeightVector], tmp_path: Path) -> None:
+    """The same names and data, but another weighing of them."""
+    trained(tmp_path / "run")
+    found = []
+    for factor in (1.0, -1.0):
+        made = {"a": combine(f"{factor} * a", {"a": vectors["a"]})}
+        found.append(at(read_checkpoints(list_checkpoints(tmp_path / "run"), made, out=tmp_path / "out"), 2).cosine)
+    assert found[1] == -found[0] != 0.0
+
+
+def test_another_runs_readings_do_not_count(vectors: dict[str, WeightVector], tmp_path: Path) -> None:
+    """Of a run of the same name in another folder; what is gone of the run itself stays."""
+    for folder, steps in (("x", 4), ("y", 2)):
+        trained(tmp_path / folder / "run", steps=steps)
+        read_checkpoints(list_checkpoints(tmp_path / folder / "run"), vectors, out=tmp_path / "out")
+    shutil.rmtree(tmp_path / "x" / "run" / "checkpoint-2")
+    for folder, steps in (("y", {2}), ("x", {2, 4})):
+        found = read_checkpoints(list_checkpoints(tmp_path / folder / "run"), vectors, out=tmp_path / "out")
+        assert {reading.step for reading in found} == steps
+
+
+def test_a_folders_checkpoints_are_all_named_or_told_of(vectors: dict[str, WeightVector], tmp_path: Path) -> None:
+    for name in ("checkpoint-10", "lora-10-merged", "checkpoint-9-v2", "best", "epoch3"):
+        vectors["a"].save(tmp_path / "run" / name)
+    with pytest.warns(UserWarning, match="is left out") as seen:
+        found = list_checkpoints(tmp_path / "run")
+    assert {step: path.name for step, path in found.items()} == {3: "epoch3", 9: "checkpoint-9-v2", 10: "checkpoint-10"}
+    assert sorted(str(one.message).split()[0] for one in seen) == ["best", "lora-10-merged"]
+
+
+def test_the_model_that_a_training_ended_with_comes_last(vectors: dict[str, WeightVector], tmp_path: Path) -> None:
+    vectors["a"].save(tmp_path / "run")
+    assert list_checkpoints(tmp_path / "run") == {0: tmp_path / "run"}
+    vectors["b"].save(tmp_path / "run" / "checkpoint-5")
+    assert list(list_checkpoints(tmp_path / "run").values()) == [tmp_path / "run" / "checkpoint-5", tmp_path / "run"]
 
 
 def test_another_base_is_named(vectors: dict[str, WeightVector], tmp_path: Path) -> None:

@@ -77,5 +77,5 @@ def test_what_cannot_be_screened_is_told() -> None:
     dense = WeightVector({"model.norm.weight": torch.ones(32)}, random_vector(lm).card)
     with pytest.raises(SteerError, match="no vector has a factored part"):
         screen(lm, EXAMPLES, {"norm": dense})
-    with pytest.raises(SteerError, match="max_length"):
+    with pytest.raises(SteerError, match=r"max_length is 16 tokens, but the prompt of example 1, .*, alone takes \d+"):
         screen(lm, [Example("a long prompt " * 20, "yes")], {"a": random_vector(lm)}, max_length=16)

@@ -13,7 +13,7 @@ from test_endpoint import completion
 from test_endpoint import start as start  # a fixture
 from test_runs import mute
 from weightsteer.behavior import UNFILLED, Behavior, ContrastPair, example_rows, pair_rows, sides_of
-from weightsteer.data_building.drafting import KeptWriter, LocalWriter, draft_behavior
+from weightsteer.data_building.drafting import KeptWriter, LocalWriter, ServedWriter, draft_behavior
 from weightsteer.data_building.source import Source
 from weightsteer.data_building.starter import COUNT, Starter, starter_prompts
 from weightsteer.errors import SteerError
@@ -134,6 +134,23 @@ def test_a_served_model_writes_what_is_then_linted(
     code, _, err = run(capsys, "init", "other", "--writer", "m")
     assert code == 1
     assert "--about" in err
+
+
+def test_what_a_served_model_thinks_is_no_part_of_its_answers() -> None:
+    class Thinking:
+        def generate(self, prompts: Sequence[str], **_: object) -> list[str]:
+            return [f"<think>They want rhymes, or not.</think>\n\n{written(prompt)}" for prompt in prompts]
+
+    writer = ServedWriter(Thinking())
+    drafted = draft_behavior(writer, "x", "rhymes", count=20)
+    assert not any("think" in text for pair in drafted.pairs for text in (pair.prompt, pair.positive, pair.negative))
+    assert drafted.behavior.positive_prompts[1:] == ("You are a rhyming poet.",)
+
+
+@pytest.mark.parametrize("name", ["123", "null", "#hash", "odd: name", "*star", "it's", "a {b}"])
+def test_a_folder_of_any_name_has_a_recipe_that_is_read(name: str, tmp_path: Path) -> None:
+    folder = Starter(name).write(tmp_path / name)
+    assert Recipe.load(folder / "recipe.yaml").name == name
 
 
 class Stopping:

@@ -38,6 +38,7 @@ def identify(
     Example: weightsteer identify outputs/run --dictionary smollm2-135m-instruct
     """
     from ..monitor import Dictionary, checkpoint_products, list_checkpoints
+    from ..monitor.checkpoints import warn_skipped
     from ..vectors.difference import task_vector
 
     known, found = Dictionary.load(dictionary), {}
@@ -45,9 +46,17 @@ def identify(
     with show_progress("identify") as progress:
         for number, (step, path) in enumerate(checkpoints.items()):
             progress(number, len(checkpoints), path.name)
-            products = checkpoint_products(task_vector(path, base=base), known.vectors)
+            try:
+                products = checkpoint_products(task_vector(path, base=base), known.vectors)
+            except (SteerError, OSError) as error:
+                if len(checkpoints) == 1:
+                    raise
+                warn_skipped(path, error)
+                continue
             found[step] = known.decompose(products)
         progress(len(checkpoints), len(checkpoints), "done")
+    if not found:
+        raise SteerError(f"{checkpoint}: none of the checkpoints could be read; the warnings above say why")
     if as_json:
         say_json([_as_fields(step, one, known) for step, one in found.items()])
         return
@@ -99,6 +108,7 @@ def screen(
     dictionary: DictionaryFolder,
     trait: Annotated[str | None, typer.Option(help="Rank by this trait; default: by the strongest of all.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many examples to show.")] = 10,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example; longer ones are cut.")] = 1024,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A CSV file of every example's pushes.")] = None,
     as_json: Json = False,
     model: Model = None,
@@ -128,7 +138,7 @@ def screen(
     lm = LM.load(model or known.card.base_model, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     vectors = {name: known.vectors[name] for name in known.traits}
     with show_progress("screen") as progress:
-        found = screen_examples(lm, examples, vectors, progress=progress)
+        found = screen_examples(lm, examples, vectors, max_length=max_length, progress=progress)
     ranked = _ranked(found, trait)
     if out:
         _write_pushes(out, found)

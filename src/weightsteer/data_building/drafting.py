@@ -19,6 +19,7 @@ from ..judges.endpoint import ChatModel
 from ..lm import LM
 from ..progress import Progress, silent
 from ..schema import checked
+from ..thinking import split_thinking
 from .starter import COUNT, starter_prompts, trait_about
 
 TRIES = 3  # for each thing that is asked for
@@ -61,7 +62,8 @@ class ServedWriter:
     def write(self, instruction: str, messages: Sequence[str], *, max_new_tokens: int) -> list[str]:
         """See `Writer.write`."""
         texts = [f"{instruction}\n\n{message}".strip() for message in messages]
-        return self.model.generate(texts, max_new_tokens=max_new_tokens)
+        replies = self.model.generate(texts, max_new_tokens=max_new_tokens)
+        return [split_thinking(reply)[1] or "" for reply in replies]
 
 
 @dataclass(frozen=True)

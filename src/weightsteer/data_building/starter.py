@@ -84,7 +84,7 @@ FIELDS = """\
 | `eval_prompt` | a judge's rubric, with `{{question}}` and `{{answer}}`; the judge replies with 0 to 100 |
 """
 RECIPE_TEXT = """\
-# The whole experiment for "{name}":  weightsteer run {recipe_path}
+# The whole experiment for "{title}":  weightsteer run {recipe_path}
 # Paths are relative to the folder in which the command runs.
 name: {name}
 model: smollm2-135m-instruct
@@ -132,7 +132,9 @@ class Starter:
 
     def _recipe(self, folder: Path) -> str:
         path = shlex.quote(str(folder / RECIPE))
-        return RECIPE_TEXT.format(name=self.name, pairs=json.dumps(str(folder / PAIRS)), recipe_path=path)
+        return RECIPE_TEXT.format(
+            title=self.name, name=json.dumps(self.name), pairs=json.dumps(str(folder / PAIRS)), recipe_path=path
+        )
 
     def _readme(self, folder: Path) -> str:
         written = f"Read the pairs in `{PAIRS}`, and mend what is not good."

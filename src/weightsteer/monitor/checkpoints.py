@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..progress import Progress, silent
 from ..schema import checked
 from ..training.callbacks import SNAPSHOTS
 from ..vectors.base_identity import is_same_base, on_base
-from ..vectors.delta import Delta
+from ..vectors.delta import Delta, rows_of
 from ..vectors.difference import task_vector
 from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.row_products import Diagonal, row_of_products
@@ -26,14 +26,16 @@ from .dictionary import Dictionary
 from .readings import KeptReading, Products, Reading, read_off
 
 READINGS_FILE = "readings.jsonl"
-ENDS_IN_NUMBER = re.compile(r"(\d+)\D*$")
+NUMBERED = (re.compile(r"(?:checkpoint|step)\D?(\d+)"), re.compile(r"(\d+)\D*$"))  # the first that is found counts
 
 
 def list_checkpoints(folder: str | Path) -> dict[int, Path]:
-    """Step -> checkpoint: the folders in `folder` that are PEFT adapters or models and end in a number.
+    """Step -> checkpoint: the folders in `folder` that are PEFT adapters or models and have a number.
 
-    A Trainer's `checkpoint-500` and a fine-tune's own snapshots are found, wherever the folder keeps them; a folder
-    that is a checkpoint itself counts as one, at step 0 unless its name ends in a number.
+    A Trainer's `checkpoint-500` and a fine-tune's own snapshots are found, wherever the folder keeps them. A folder
+    that is a model itself comes one step after its checkpoints, and alone at step 0 unless its name has a number; one
+    with snapshots of its own does not count. A warning names folders that are left out: without a number, or beside
+    another of the same.
 
     Raises:
         SteerError: there are none.
@@ -41,12 +43,13 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     folder = Path(folder)
     if not folder.is_dir():
         raise SteerError(f"{folder}: no such folder; expected one with checkpoints")
-    found = {_step_of(path): path for path in sorted(folder.iterdir()) if path.is_dir() and _looks_like_one(path)}
+    found = _numbered([path for path in folder.iterdir() if path.is_dir() and _looks_like_one(path)])
     if (folder / SNAPSHOTS).is_dir():
         found |= list_checkpoints(folder / SNAPSHOTS)
+    elif found and (is_checkpoint(folder) or (folder / ADAPTER_CONFIG).is_file()):
+        found[max(found) + 1] = folder
     if not found and _looks_like_one(folder):
         return {max(_step_of(folder), 0): folder}
-    found.pop(-1, None)
     if not found:
         raise SteerError(
             f"{folder}: no checkpoints; expected folders such as checkpoint-100 that hold PEFT adapters or models"
@@ -54,8 +57,22 @@ def list_checkpoints(folder: str | Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def _numbered(folders: Sequence[Path]) -> dict[int, Path]:
+    """Step -> folder; of two with one number the one with the shorter name."""
+    found: dict[int, Path] = {}
+    for path in sorted(folders, key=lambda path: (len(path.name), path.name)):
+        step = _step_of(path)
+        if step < 0:
+            warnings.warn(f"{path.name} is left out: its name has no number, which would be its step", stacklevel=3)
+        elif step in found:
+            warnings.warn(f"{path.name} is left out: {found[step].name} is step {step} already", stacklevel=3)
+        else:
+            found[step] = path
+    return found
+
+
 def _step_of(path: Path) -> int:
-    match = ENDS_IN_NUMBER.search(path.name)
+    match = next(filter(None, (form.search(path.name) for form in NUMBERED)), None)
     return int(match[1]) if match else -1
 
 
@@ -85,7 +102,8 @@ def read_checkpoints(
         base: the base model, needed where full models are among the checkpoints; it overrules what they and the
             vectors say of theirs.
         dictionary: where the vectors are those of a dictionary, it; whole-model readings then have shares.
-        out: a folder that keeps the readings, so that a later call reads new checkpoints only.
+        out: a folder that keeps the readings, so that a later call reads new checkpoints only. Those of checkpoints
+            that are gone stay, as long as others of their folder are read.
 
     Raises:
         SteerError: no vectors, none of the checkpoints can be read, or another process writes `out`.
@@ -93,7 +111,9 @@ def read_checkpoints(
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
     with hold(Path(out)) if out else nullcontext():
-        store = _Kept(Path(out) / READINGS_FILE if out else None, vectors, controls, dictionary)
+        key = _key_of(vectors, controls, dictionary, base)
+        store = _Kept(Path(out) / READINGS_FILE if out else None, key, controls, dictionary)
+        store.take_kept({_place_of(path) for path in checkpoints.values()})
         return _read_all(checkpoints, vectors, base, store, progress)
 
 
@@ -114,7 +134,7 @@ def _read_all(
                 continue
             products = checkpoint_products(task_vector(path, base=base), based, diagonal=diagonal)
         except (SteerError, OSError) as error:
-            warnings.warn(f"{path.name} is skipped: {' '.join(str(error).split())}", stacklevel=2)
+            warn_skipped(path, error)
             continue
         kept.add(path, weights, kept.read_off(products, _label(path), step))
     progress(len(checkpoints), len(checkpoints), "done")
@@ -123,29 +143,46 @@ def _read_all(
     return sorted((one for found in kept.readings.values() for one in found), key=lambda reading: reading.step)
 
 
+def _key_of(
+    vectors: Mapping[str, WeightVector],
+    controls: Sequence[str],
+    dictionary: Dictionary | None,
+    base: str | Path | None,
+) -> str:
+    """What readings depend on beside the checkpoint: what the vectors are, and on which base all are read."""
+    made = {name: [dict(vector.card.data_sha256), _first_rows(vector)] for name, vector in vectors.items()}
+    return digest([sorted(vectors), sorted(controls), made, str(base or ""), dictionary is not None])
+
+
+def _first_rows(vector: WeightVector) -> str:
+    """A hash of each parameter's first row, by which a vector that was made anew is told from the former one."""
+    firsts = ((name, rows_of(vector.deltas[name], 0, 1)) for name in sorted(vector.deltas))
+    return digest([[name, f"{float(row.clamp(min=0.0).sum()):.4g}"] for name, row in firsts])
+
+
+def warn_skipped(checkpoint: Path, error: Exception) -> None:
+    """Say of a checkpoint that it could not be read, and why."""
+    warnings.warn(f"{checkpoint.name} is skipped: {' '.join(str(error).split())}", stacklevel=3)
+
+
 class _Kept:
     """Readings by checkpoint, those of earlier calls with the same vectors included, and the file that keeps them."""
 
-    def __init__(
-        self,
-        store: Path | None,
-        vectors: Mapping[str, WeightVector],
-        controls: Sequence[str],
-        dictionary: Dictionary | None,
-    ) -> None:
-        self.store, self.controls, self.dictionary = store, tuple(controls), dictionary
-        known = {n: v.card.data_sha256 for n, v in vectors.items()}
-        self.key = digest([sorted(vectors), sorted(controls), known, *(["shares"] if dictionary else [])])
+    def __init__(self, store: Path | None, key: str, controls: Sequence[str], dictionary: Dictionary | None) -> None:
+        self.store, self.key, self.controls, self.dictionary = store, key, tuple(controls), dictionary
         self.readings: dict[str, list[Reading]] = {}
         self.weights: dict[str, str] = {}  # checkpoint -> hash of the weights that were read
-        for number, row in enumerate(read_finished(store) if store else (), start=1):
-            kept = checked(KeptReading, row, f"{store}, row {number}")
-            if kept.key == self.key:
+
+    def take_kept(self, places: Collection[str]) -> None:
+        """The rows of checkpoints that lie, or lay, at these places."""
+        for number, row in enumerate(read_finished(self.store) if self.store else (), start=1):
+            kept = checked(KeptReading, row, f"{self.store}, row {number}")
+            if kept.key == self.key and kept.folder in places:
                 self._take(kept)
 
     def _take(self, kept: KeptReading) -> None:
         """One row of the file; rows of other weights of the same checkpoint replace those before them."""
-        reading = replace(kept.reading, checkpoint=_label(Path(kept.checkpoint)))  # an older version's is a whole path
+        reading = kept.reading
         if self.weights.get(reading.checkpoint) != kept.weights:
             self.readings[reading.checkpoint] = []
         self.weights[reading.checkpoint] = kept.weights
@@ -165,13 +202,18 @@ class _Kept:
         """Take in a checkpoint's readings, and append them to the file."""
         self.readings[_label(path)], self.weights[_label(path)] = readings, weights
         if self.store:
-            marks = {"key": self.key, "weights": weights}
+            marks = {"key": self.key, "weights": weights, "folder": _place_of(path)}
             append_jsonl(self.store, [{**asdict(reading), **marks} for reading in readings])
 
 
 def _label(path: Path) -> str:
     """What a checkpoint is called in readings, which are shared, and paths are not: its folder and the run's."""
     return "/".join(path.absolute().parts[-2:])
+
+
+def _place_of(checkpoint: Path) -> str:
+    """Which folder a checkpoint lies in, as a hash: readings are shared, and paths are not."""
+    return digest(str(checkpoint.parent.resolve()))
 
 
 def checkpoint_products(

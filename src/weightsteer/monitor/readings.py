@@ -55,6 +55,7 @@ class KeptReading(Reading):
 
     key: str  # of the vectors that were read off
     weights: str  # hash of the checkpoint's
+    folder: str = ""  # hash of where the checkpoint lies; "" in a file of an older version
 
     @property
     def reading(self) -> Reading:

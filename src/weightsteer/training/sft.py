@@ -141,7 +141,7 @@ def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded
         SteerError: a prompt that leaves no room, or an example without an answer.
     """
     rows = []
-    for example in examples:
+    for number, example in enumerate(examples, 1):
         exchange = lm.exchange(example.prompt, example.answer)
         if not exchange.answer or split_thinking(example.answer)[1] is None:
             raise SteerError(
@@ -152,8 +152,8 @@ def encode(lm: LM, examples: Sequence[Example], max_length: int) -> list[Encoded
         ids = (prompt + answer)[:max_length]
         if len(ids) <= len(prompt):
             raise SteerError(
-                f"max_length is {max_length} tokens, but the prompt {last_words(example.prompt)!r} alone takes "
-                f"{len(prompt)}; raise max_length or shorten the prompt"
+                f"max_length is {max_length} tokens, but the prompt of example {number}, "
+                f"{last_words(example.prompt)!r}, alone takes {len(prompt)}; raise max_length or shorten the prompt"
             )
         labels = ([IGNORED] * len(prompt) + answer)[:max_length]
         rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 
 from conftest import byte_tokenizer, random_vector, tiny_model
-from test_adapter_sources import adapter
+from test_adapter_sources import adapter, rewrite
 from test_cli import run
 from weightsteer.checkpoints.adapted import adapted_model, tokenizer_folder, without_adapters
 from weightsteer.checkpoints.checkpoint import fingerprint
@@ -58,6 +59,29 @@ def test_its_own_tokenizer_comes_first(base: Path, tuned: Path) -> None:
     assert tokenizer_folder(str(tuned)) == str(tuned)
     assert without_adapters(str(tuned)) == str(base)
     assert adapted_model(str(base)) is None
+
+
+@pytest.mark.parametrize("ensured", [False, True])
+@pytest.mark.parametrize("places", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_one_of_two_tied_places_may_have_a_lora(places: list[str], ensured: bool, base: Path, tmp_path: Path) -> None:
+    """As PEFT computes it, and not as it merges it: into both."""
+    tuned = adapter(
+        tmp_path / "t", tiny_model(), 3, base, target_modules=["q_proj", *places], ensure_weight_tying=ensured
+    )
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(tiny_model(), str(tuned)).eval()(IDS).logits
+    torch.testing.assert_close(logits(LM.load(tuned, device="cpu")), expected, atol=1e-5, rtol=1e-5)
+    steered = LM.load(base, device="cpu")
+    with task_vector(tuned).applied(steered, 1.0):
+        torch.testing.assert_close(logits(steered), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("former", ["base_model.model.", "base_model.model.model."])
+def test_an_adapter_that_peft_would_leave_out_is_refused_as_a_model(former: str, tuned: Path, tmp_path: Path) -> None:
+    other = rewrite(tuned, tmp_path / "other", lambda key: key.replace(former, ""))
+    assert task_vector(other).norm() > 0.0
+    with pytest.raises(SteerError, match="PEFT does not know all of its tensors by name; steer its base with it"):
+        LM.load(other, device="cpu")
 
 
 def test_an_adapter_over_an_adapter(base: Path, tuned: Path, tmp_path: Path) -> None:

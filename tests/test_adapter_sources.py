@@ -120,6 +120,14 @@ def test_two_spellings_without_a_base_are_refused(tmp_path: Path) -> None:
         task_vector(plain) + task_vector(other)
 
 
+def test_two_towers_of_one_model_are_two_modules(tmp_path: Path) -> None:
+    text = adapter(tmp_path / "text", llama())
+    image = rewrite(text, tmp_path / "image", lambda key: key.replace("model.model.", "model.vision_tower.encoder."))
+    both = subtract_finetunes(text, image)
+    assert both.norm() == pytest.approx(2**0.5 * task_vector(text).norm())
+    assert (task_vector(text) - task_vector(image) - both).norm() == 0.0
+
+
 def test_a_module_that_the_base_lacks_is_refused_by_name(base: Path, tmp_path: Path) -> None:
     plain = adapter(tmp_path / "plain", llama(), base=base)
     other = rewrite(plain, tmp_path / "other", lambda key: key.replace("q_proj", "query"))

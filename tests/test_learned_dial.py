@@ -15,6 +15,7 @@ from weightsteer.lm import LM
 from weightsteer.training import neutral
 from weightsteer.training.learned_dial import UNMOVED, DialSettings, learn_dial
 from weightsteer.vectors.coefficients import CoefficientForm, weigh
+from weightsteer.vectors.delta import Streamed, layout_of
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.random_like import random_like
@@ -152,3 +153,6 @@ def test_a_random_vector_has_the_norms_of_the_other_and_no_direction_of_it(vecto
     assert abs(drawn.cosine(vector)) < 0.1
     assert (drawn - random_like(vector, seed=1)).norm() == 0.0
     assert (drawn - random_like(vector, seed=2)).norm() > 0.0
+    dense = Streamed(((1.0, torch.ones(4, 3)),), (4, 3), "module")
+    found = random_like(WeightVector({"lm_head.weight": dense}, vector.card)).deltas["lm_head.weight"]
+    assert layout_of(found) == "module"  # it changes the same places

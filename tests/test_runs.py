@@ -28,6 +28,7 @@ from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe, refuse_other_recipes
 from weightsteer.runs.samples import read_samples
 from weightsteer.runs.validate import check_alone
+from weightsteer.runs.whole_way import commands_for
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("laptop/*.yaml")])  # the paper's: test_rehearse.py
@@ -123,6 +124,22 @@ def test_a_run_killed_at_any_point_ends_the_same(tmp_path: Path) -> None:
     assert not list(folder.glob("*.work"))
     assert "recommended for more" in done.stdout
     assert "try next:" in done.stdout
+
+
+def test_the_recipe_that_a_run_has_kept_goes_on_with_it(tmp_path: Path, checkpoint: Path) -> None:
+    """It names no folder of this machine; what it was begun with is known here."""
+    source = small_recipe(tmp_path, model=str(checkpoint))
+    begun = make_run(source, tmp_path / "run")
+    assert str(checkpoint) not in begun.folder.recipe.read_text()
+    again = make_run(begun.folder.recipe, tmp_path / "run")
+    assert again.recipe == begun.recipe
+
+
+def test_a_blank_prompt_of_samples_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SteerError, match="field 'samples.prompts"):
+        Recipe.load(small_recipe(tmp_path, samples={"prompts": ["Hello?", " \n"]}))
+    commands = commands_for(tmp_path / "v", StrengthRange(0.5, -0.5, -1.0, 1.0), "\n\nHello?\nAgain.")
+    assert "'Hello?'" in commands[0]
 
 
 def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:

@@ -98,6 +98,25 @@ def test_a_body_that_is_no_request(here: Address, body: bytes) -> None:
     assert _refused(here, CHAT, body)[0] == 400
 
 
+@pytest.mark.parametrize("asked", [{"echo": True, "logprobs": 2}, {"prompt_logprobs": 1}])
+def test_a_prompt_that_cannot_be_scored_says_why(here: Address, asked: dict[str, Any]) -> None:
+    """At a k where the model gives no numbers."""
+    body = {"prompt": "abc", "model": "syc", "k": 3e38, "max_tokens": 0, **asked}
+    status, error = _refused(here, "/v1/completions", body)
+    assert status == 400
+    assert "no numbers" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [("/dial/fan", {"strengths": [{"syc": True}]}), ("/dial/kl", {"strengths": {"syc": True}, "reply": "Hi."})],
+)
+def test_a_switch_is_no_strength(here: Address, path: str, asked: dict[str, Any]) -> None:
+    status, error = _refused(here, path, {"messages": TALK, **asked})
+    assert status == 400
+    assert "true or false" in error["message"]
+
+
 def test_a_body_that_is_no_json(here: Address) -> None:
     status, error = _refused(here, CHAT, b"{bad")
     assert (status, error["param"]) == (400, None)
@@ -148,6 +167,7 @@ def test_only_the_page_is_free_of_the_key(here: Address) -> None:
         ({"Host": "["}, 403),
         ({"Origin": "http://evil.example"}, 403),
         ({"Origin": "null"}, 403),
+        ({"Origin": "http://["}, 403),
         ({"Host": "localhost:1"}, 200),
         ({"Host": "localhost:1", "Origin": "http://localhost:1"}, 200),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from .others_errors import read_by_others
 from .recognise import what_it_holds
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -139,16 +141,47 @@ def tokenizer_folder(name: str) -> str:
     return str(found.folder) if found.has_tokenizer else tokenizer_folder(found.base)
 
 
+def _untie(adapted: PeftModel) -> None:
+    """Give each layer with a LoRA a weight that no other place of the model has."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch import nn
+
+    places = Counter(id(module._parameters.get("weight")) for module in adapted.modules())
+    for layer in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
+        base = layer.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is None or places[id(weight)] < 2:
+            continue
+        places[id(weight)] -= 1
+        base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        for config in (adapted.config, adapted.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def merge_adapter(model: PreTrainedModel, adapter: Adapted, name: str) -> PreTrainedModel:
     """The model with the adapter merged into its weights, in the dtype that they have.
 
+    Where the adapter changes one of two tied places, each gets a matrix of its own: PEFT would merge into both.
+
     Raises:
-        SteerError: PEFT cannot load or merge it.
+        SteerError: PEFT cannot load or merge it, or knows its tensors by other names.
     """
     from peft import PeftModel
 
-    with read_by_others(name, "its adapter "), quiet_transformers():
-        merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload()
+    with (
+        read_by_others(name, "its adapter "),
+        quiet_transformers(),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        adapted = PeftModel.from_pretrained(model, str(adapter.folder))
+        if any("missing adapter keys" in str(one.message) for one in told):
+            raise SteerError(
+                f"{name}: cannot be loaded as a model, since PEFT does not know all of its tensors by name; steer "
+                "its base with it as a vector at k = 1, or merge it with `weightsteer export merged`: both read them"
+            )
+        _untie(adapted)
+        merged: PreTrainedModel = adapted.merge_and_unload()
     if hasattr(merged, "peft_config"):
         del merged.peft_config
     if (dtype := str(merged.dtype).removeprefix("torch.")) in ("bfloat16", "float16"):

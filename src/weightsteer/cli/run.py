@@ -215,7 +215,7 @@ def sweep(
     trust = Trust(trust_code or (), [key_env] if key_env else ())
     found = Run(recipe, folder, show=show_progress, command=command, trust=trust)
     if not found.folder.vector.exists():
-        raise SteerError(f"{folder}: has no vector yet; run `weightsteer run {found.folder.recipe}`")
+        raise SteerError(f"{folder}: has no vector yet; run `{command}`")
     found.measure_again()
     _print_table(found)
 

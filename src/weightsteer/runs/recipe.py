@@ -93,9 +93,13 @@ class Recipe(Strict):
     def load(cls, path: str | Path) -> Recipe:
         """Read a recipe; paths in it are relative to the folder in which the command runs.
 
+        One that a run has kept is read as that run's (see `load_kept`).
+
         Raises:
             SteerError: a missing file, bad YAML, or a field that is unknown, has a wrong value or another name now.
         """
+        if _is_kept(Path(path)):
+            return cls.load_kept(Path(path))
         fields = read_recipe_fields(Path(path))
         if former := find_former(fields):
             raise SteerError(f"{path}: {former[0]!r} is called {former[1]!r} now; rename it")
@@ -288,6 +292,18 @@ def _keep_recipe(recipe: Recipe, folder: RunFolder) -> None:
     write_text(folder.recipe, shared)
     if full != shared:
         remember(_private_key(folder.recipe), full)
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a file is the recipe in a run's folder."""
+    return path == RunFolder(path.parent).recipe and (path.parent / CARD_FILE).is_file() and _is_run(path.parent)
+
+
+def _is_run(folder: Path) -> bool:
+    try:
+        return RunCard.load(folder).kind == "run"
+    except SteerError:
+        return False
 
 
 def _private_key(path: Path) -> str:

@@ -200,6 +200,7 @@ class SweepRecipe(Strict):
 class SampleRecipe(Strict):
     """Replies at every swept k: prompts (default: the behaviour's last questions). Where they loop, k is not chosen."""
 
-    prompts: list[str] | None = None  # what is asked; without it, the behaviour's last questions
+    # what is asked; without it, the behaviour's last questions
+    prompts: list[Annotated[str, Field(pattern=r"\S")]] | None = None
     count: int = Field(default=6, ge=0, le=1000)  # how many of the prompts
     max_new_tokens: int = Field(default=48, ge=1, le=MOST_TOKENS)  # longest reply, in tokens

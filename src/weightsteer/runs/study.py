@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from ..evaluation.study import as_json, study_results
 from ..evaluation.sweep import measurements_of
 from ..files import digest, read_kept, write_json
 from ..locks import hold
+from ..places import shareable
 from ..reporting.study_page import StudyReport, write_study_page
 from ..run_card import RunCard, refuse_foreign
 from ..run_folder import RunFolder
@@ -143,7 +145,8 @@ class Study:
         RunCard.now(KIND, settings=settings).save(self.folder.path)
 
     def _started(self, planned: StudyRun) -> Run:
-        command = f"weightsteer run {self.folder.path.name}/{planned.recipe.name}/recipe.yaml"
+        place = planned.folder
+        command = shlex.join(["weightsteer", "run", shareable(RunFolder(place).recipe), "--out", shareable(place)])
         return Run(planned.recipe, planned.folder, show=self.show, command=command, trust=self.trust)
 
     def _is_finished(self, run: Run) -> bool:

@@ -104,7 +104,8 @@ def next_commands(vector: Path, found: Calibration) -> tuple[str, ...]:
 
 def commands_for(vector: Path, strength: StrengthRange, prompt: str) -> tuple[str, str]:
     """One prompt at the recommended strengths, and a talk at one of them."""
-    place, prompt = shlex.quote(str(vector)), shlex.quote(prompt.splitlines()[0])
+    first = next((line for line in prompt.splitlines() if line.strip()), "Hello, who are you?")
+    place, prompt = shlex.quote(str(vector)), shlex.quote(first)
     ks = ",".join(f"{k:g}" for k in _ks_to_try(strength))
     k = strength.recommended or strength.negative or strength.high / 4
     return (f"weightsteer steer {place} {prompt} --k={ks}", f"weightsteer chat {place} --k={k:g}")

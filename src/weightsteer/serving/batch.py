@@ -7,6 +7,7 @@ those of the rows that run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -107,7 +108,9 @@ class Batch:
         logits, cache, scored = self._read(rows, tokens, mask)
         written: list[tuple[Row, Piece]] = []
         for row, prompt in zip(rows, scored, strict=True):
-            if prompt is not None:
+            if prompt is not None and any(chance is not None and math.isnan(chance.log_prob) for chance in prompt):
+                written.append((row, row.fail(NOT_NUMBERS)))
+            elif prompt is not None:
                 written.append((row, row.scored(prompt)))
             elif row.asked.max_tokens == 0:
                 written.append((row, row.nothing_to_write()))

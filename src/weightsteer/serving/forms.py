@@ -28,6 +28,7 @@ def _without_switches(value: Any) -> Any:
     return value
 
 
+Strengths = Annotated[dict[str, float], BeforeValidator(_without_switches)]
 Ks = Annotated[float | dict[str, float], BeforeValidator(_without_switches)]
 
 
@@ -171,7 +172,7 @@ class FanForm(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     messages: Turns
-    strengths: Annotated[list[dict[str, float]], Field(min_length=1, max_length=MOST_CHOICES)]
+    strengths: Annotated[list[Strengths], Field(min_length=1, max_length=MOST_CHOICES)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -185,4 +186,4 @@ class KlForm(BaseModel):
 
     messages: Turns
     reply: str
-    strengths: dict[str, float]
+    strengths: Strengths

@@ -108,7 +108,7 @@ def _foreign(headers: dict[bytes, str], hosts: tuple[str, ...]) -> str:
     host, origin = headers.get(b"host", ""), headers.get(b"origin")
     if _name_of(f"//{host}") not in hosts:
         return f"the Host {host!r} is not this server's; ask for one of {', '.join(hosts)}, or start it with --host"
-    if origin is not None and urlsplit(origin).netloc != host:
+    if origin is not None and _place_of(origin) != host:
         return f"a page of {origin!r} may not use this server; start it with --host to allow others"
     return ""
 
@@ -116,6 +116,13 @@ def _foreign(headers: dict[bytes, str], hosts: tuple[str, ...]) -> str:
 def _name_of(address: str) -> str | None:
     try:
         return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def _place_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
     except ValueError:
         return None
 

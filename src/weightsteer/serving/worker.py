@@ -122,7 +122,8 @@ class Worker:
             raise FullError(f"{self.most_waiting} requests are waiting, and the queue takes no more; try again later")
 
     def _requests_waiting(self) -> int:
-        return len({id(row.job) for row in self._waiting}) + len(self._calls)
+        calls = sum(not future.cancelled() for _, future in self._calls)
+        return len({id(row.job) for row in self._waiting}) + calls
 
     def _run(self) -> None:
         try:
@@ -183,7 +184,8 @@ class Worker:
             _tell([(row, row.fail(ENDED)) for row in self._waiting])
             self._waiting.clear()
             for _, future in self._calls:
-                future.set_exception(FullError(ENDED))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(FullError(ENDED))
             self._calls.clear()
 
 

@@ -49,7 +49,6 @@ HARMLESS = (
     "lora_ga_config",
     "qalora_group_size",
     "runtime_config",
-    "ensure_weight_tying",
     "unsloth_fixed",
     "unsloth_version",
 )
@@ -68,6 +67,7 @@ READ = (
     "layers_pattern",
     "use_dora",
     "lora_bias",
+    "ensure_weight_tying",
 )
 NOT_LORA = {
     "ADALORA": "AdaLoRA's ranks are pruned by masks",
@@ -98,6 +98,7 @@ class AdapterConfig:
     rank_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
     use_dora: bool = False
     lora_bias: bool = False
+    keeps_tied: bool = False  # what is trained on one of two tied places is saved for both
     targets: Targets = field(default_factory=lambda: Targets())
 
     def rank_of(self, module: str) -> int:
@@ -136,6 +137,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rank_pattern=read.patterns("rank_pattern", whole=True),
         use_dora=read.flag("use_dora"),
         lora_bias=read.flag("lora_bias"),
+        keeps_tied=read.flag("ensure_weight_tying"),
         targets=read.targets(),
     )
 

@@ -54,7 +54,7 @@ def task_vector(folder: str | Path, *, base: str | Path | None = None) -> Weight
         vector = WeightVector.load(side.folder)
         return replace(vector, card=side.card)
     nothing = FineTune(side.folder, side.card)
-    return WeightVector(_difference(side, nothing, base), _vector_card(base, side))
+    return WeightVector(_difference(side, nothing, base), _vector_card(base, side), name=side.folder.name)
 
 
 def _difference(positive: FineTune, negative: FineTune, base: str | Path | None) -> Mapping[str, Delta]:

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from ..errors import SteerError
 from ..schema import shown
 
+TOWER = re.compile(r"vis(?=ion|ual)|image|audio|speech")  # beside the language's, which many names leave out
 LAYERS = re.compile(r"([0-9]{1,5})(?:-([0-9]{1,5}))?")
 
 
@@ -19,14 +20,20 @@ def refuse_two_spellings(ours: Collection[str], theirs: Collection[str], whose: 
     """
     if set(ours) == set(theirs):
         return
-    inside = {_inside_block(name): name for name in ours if name not in theirs}
+    inside = {(_tower(name), _inside_block(name)): name for name in ours if name not in theirs}
     for name in theirs:
-        part = _inside_block(name)
-        if name not in ours and part and part in inside:
+        place = _tower(name), _inside_block(name)
+        if name not in ours and place[1] and place in inside:
             raise SteerError(
-                f"{whose}: {inside[part]} and {name} seem to be one parameter under two names; give the base "
+                f"{whose}: {inside[place]} and {name} seem to be one parameter under two names; give the base "
                 "(--base MODEL), by which names are read alike"
             )
+
+
+def _tower(name: str) -> str:
+    """Which tower of a model of several a name says it stands in; "" where it says none."""
+    found = TOWER.search(name)
+    return found[0] if found else ""
 
 
 def _inside_block(name: str) -> str:

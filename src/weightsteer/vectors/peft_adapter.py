@@ -188,6 +188,8 @@ class _Source:
         if self.architecture is not None:
             spellings.append(self.parameter(module, "weight").removesuffix(".weight"))
         reason = config.targets.refusal(spellings, sure=self.architecture is not None)
+        if config.keeps_tied and VOCABULARY.search(module):
+            reason = ""
         if reason and not is_named(module, [name.rpartition(".")[0] for name in config.target_parameters]):
             raise self._mismatch(module, f"a LoRA, but {reason}: PEFT would leave it out")
         if rank != config.rank_of(module):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from .delta import Delta
+from .delta import Delta, Streamed, dot, layout_of, scale_delta
 from .low_rank import LowRank
 from .weight_vector import WeightVector
 
@@ -22,14 +22,15 @@ def random_like(vector: WeightVector, seed: int = 0) -> WeightVector:
     deltas: dict[str, Delta] = {}
     for name, delta in vector.deltas.items():
         if isinstance(delta, LowRank):
-            drawn: LowRank | torch.Tensor = replace(
+            drawn: Delta = replace(
                 delta,
                 B=torch.randn(delta.B.shape, generator=generator),
                 A=torch.randn(delta.A.shape, generator=generator),
             )
         else:
-            drawn = torch.randn(tuple(delta.shape), generator=generator)
-        size = drawn.dot(drawn) ** 0.5 if isinstance(drawn, LowRank) else float(torch.linalg.vector_norm(drawn))
-        deltas[name] = drawn * (norms[name] / size if size else 0.0)
+            noise = torch.randn(tuple(delta.shape), generator=generator)
+            drawn = Streamed(((1.0, noise),), tuple(delta.shape), layout_of(delta))  # at the same places
+        size = dot(drawn, drawn) ** 0.5
+        deltas[name] = scale_delta(drawn, norms[name] / size if size else 0.0)
     card = replace(vector.card, settings={**vector.card.settings, RANDOM: seed}, strength=None)
     return WeightVector(deltas, card)

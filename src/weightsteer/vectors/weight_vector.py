@@ -65,6 +65,7 @@ class WeightVector:
         mine, theirs = self.deltas, other.deltas
         names = [*mine, *(name for name in theirs if name not in mine)]
         found = self._derived(LazyDeltas({name: partial(_sum_of, mine, theirs, scale, name) for name in names}))
+        found = replace(found, card=replace(found.card, measured={}))  # of the sum nothing is known that was of a part
         same = self.card.held_out == other.card.held_out  # else they are of another behaviour, or were trained on
         return found if same else replace(found, card=replace(found.card, held_out=()))
 

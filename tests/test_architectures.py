@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from architectures import EXPERTS, FAMILIES, IDS, tiny
+from architectures import EXPERTS, FAMILIES, GPT, IDS, tiny
 from weightsteer.run_card import RunCard
 from weightsteer.training.lora_targets import lora_targets
 from weightsteer.vectors.delta import Delta, to_dense
+from weightsteer.vectors.difference import task_vector
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -116,3 +119,33 @@ def test_on_experts_lora_trains_plain_linear_layers_alone(family: str) -> None:
     assert torch.equal(logits(plain), before)
     with WeightVector(deltas, RunCard("vector")).applied(plain, 1.0):
         assert close(logits(plain), expected)
+
+
+def test_conv1d_beside_linear_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    """GPT-2 with a head of its own: the config has one flag for both kinds of module."""
+    base: PreTrainedModel = GPT2LMHeadModel(GPT2Config(**GPT, tie_word_embeddings=False))
+    base.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0.0, 0.1)
+    peft.save_pretrained(tmp_path / "a")
+    tau = task_vector(tmp_path / "a", base=tmp_path / "base")
+    tau.save(tmp_path / "v")
+    assert (WeightVector.load(tmp_path / "v") - tau).norm() == 0.0
+
+
+def test_a_square_copy_of_conv1d_keeps_its_orientation(tmp_path: Path) -> None:
+    base = tiny("gpt2")
+    base.save_pretrained(tmp_path / "base")
+    peft = get_peft_model(base, LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["attn.c_proj"]))
+    with torch.no_grad():
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    peft.save_pretrained(tmp_path / "a")
+    tau = task_vector(tmp_path / "a", base=tmp_path / "base")
+    whole = tau.truncate(energy=1.0)
+    whole.save(tmp_path / "v")
+    assert (WeightVector.load(tmp_path / "v") - tau).norm() < 1e-5 * tau.norm()

@@ -21,7 +21,7 @@ from .base_identity import FINGERPRINT, on_base, on_named_base, require_same_bas
 from .delta import Delta, LazyDeltas, Part, Streamed, add_deltas, scale_delta
 from .fine_tune import FineTune, Makers, base_architecture, read_finetune
 from .low_rank import Layout, LowRank
-from .parameter_names import refuse_two_spellings
+from .parameter_names import layer_of, refuse_two_spellings
 from .weight_vector import WeightVector
 
 
@@ -121,10 +121,13 @@ class _Pair:
         return not changed and bool(first and second and same_values(first, second))
 
     def _layout(self, name: str, shape: tuple[int, ...]) -> Layout:
-        """How the matrix's factors are stored; "module" where an adapter trained a copy for one place alone."""
+        """How the matrix's factors are stored; "module" where an adapter trained a copy for one place alone.
+
+        What lies inside a block has one place.
+        """
         adapters = [side for side in (self.positive, self.negative) if not side.is_model]
         alone = any(name in side.whole and name not in side.tied.values() for side in adapters)
-        if len(shape) == 2 and (alone or name in self.apart):
+        if len(shape) == 2 and (name in self.apart or (alone and layer_of(name) is None)):
             return "module"
         if name in self.shared:
             return "shared"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -70,8 +70,11 @@ def _write_adapter(deltas: Mapping[str, Delta], card: RunCard, factored: Mapping
         for name, delta in factored.items()
         for key, tensor in adapter_tensors(name, delta, rank).items()
     }
-    write_stream(part / ADAPTER_FILE, plan, _adapter_blocks(deltas, factored, rank))
-    config = adapter_config({name: delta.layout for name, delta in factored.items()}, rank, card)
+    layouts = {name: delta.layout for name, delta in factored.items()}
+    mixed = {"conv1d", "linear"} <= set(layouts.values())  # the config has one flag for all
+    marks = {"layouts": json.dumps({n: layout for n, layout in layouts.items() if layout == "linear"})} if mixed else {}
+    write_stream(part / ADAPTER_FILE, plan, _adapter_blocks(deltas, factored, rank), **marks)
+    config = adapter_config(layouts, rank, card)
     (part / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -108,11 +111,28 @@ def open_vector(folder: Path) -> tuple[Mapping[str, Delta], RunCard]:
     expected = (folder / ADAPTER_CONFIG).is_file() or not (folder / DENSE_FILE).is_file()
     if not named and expected and not (folder / ADAPTER_FILE).is_file():
         raise lost_file(folder / ADAPTER_FILE)
-    makers = dict(read_adapter(folder).deltas) if (folder / ADAPTER_FILE).exists() else {}
+    makers = _factored(folder) if (folder / ADAPTER_FILE).exists() else {}
     if (folder / DENSE_FILE).exists():
         dense = dense_file(folder / DENSE_FILE)
         makers |= {name: partial(dense.__getitem__, name) for name in dense}
     return LazyDeltas(makers), card
+
+
+def _factored(folder: Path) -> dict[str, Callable[[], Delta]]:
+    """What makes the factored deltas; where linear ones lie beside those of Conv1D, the file names them."""
+    found: dict[str, Callable[[], Delta]] = dict(read_adapter(folder).deltas)
+    path = folder / ADAPTER_FILE
+    text = SafeFile(path).metadata.get("layouts", "{}")
+    for name in checked(dict[str, Layout], parse_json(text, f"{path}: layouts"), str(path)):
+        if name in found:
+            found[name] = partial(_as_linear, found[name])
+    return found
+
+
+def _as_linear(make: Callable[[], Delta]) -> Delta:
+    """A delta that was read in the orientation of Conv1D."""
+    delta = make()
+    return LowRank(delta.A.T, delta.B.T) if isinstance(delta, LowRank) else delta
 
 
 def dense_file(path: Path) -> dict[str, Streamed]:

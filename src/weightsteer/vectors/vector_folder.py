@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -123,7 +124,7 @@ def _factored(folder: Path) -> dict[str, Callable[[], Delta]]:
     found: dict[str, Callable[[], Delta]] = dict(read_adapter(folder).deltas)
     path = folder / ADAPTER_FILE
     text = SafeFile(path).metadata.get("layouts", "{}")
-    for name in checked(dict[str, Layout], parse_json(text, f"{path}: layouts"), str(path)):
+    for name in checked(dict[str, Literal["linear"]], parse_json(text, f"{path}: layouts"), str(path)):
         if name in found:
             found[name] = partial(_as_linear, found[name])
     return found

@@ -9,7 +9,7 @@ from typing import Literal
 from ..errors import SteerError
 
 MetricKey = tuple[str, str]  # task, metric
-# The harness's common metrics, as it names them.
+# The harness's common metrics, as it names them: its own table is there only where it is installed.
 HIGHER = {
     "acc",
     "acc_norm",

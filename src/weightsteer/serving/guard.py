@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -106,23 +106,17 @@ def _is_key(header: str, key: str) -> bool:
 def _foreign(headers: dict[bytes, str], hosts: tuple[str, ...]) -> str:
     """Why a request seems to come from another site's page, by a name that leads to this machine; "" if it does not."""
     host, origin = headers.get(b"host", ""), headers.get(b"origin")
-    if _name_of(f"//{host}") not in hosts:
+    asked, page = _split(f"//{host}"), origin and _split(origin)
+    if asked is None or asked.hostname not in hosts:
         return f"the Host {host!r} is not this server's; ask for one of {', '.join(hosts)}, or start it with --host"
-    if origin is not None and _place_of(origin) != host:
+    if origin is not None and not (page and page.netloc == host):
         return f"a page of {origin!r} may not use this server; start it with --host to allow others"
     return ""
 
 
-def _name_of(address: str) -> str | None:
+def _split(address: str) -> SplitResult | None:
     try:
-        return urlsplit(address).hostname
-    except ValueError:
-        return None
-
-
-def _place_of(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).netloc
+        return urlsplit(address)
     except ValueError:
         return None
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 
 from conftest import random_vector, tiny_lm
+from weightsteer.chat_template import ChatTemplate
 from weightsteer.errors import SteerError
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.steering import chat
 from weightsteer.steering.chat import Interrupts, talk
-from weightsteer.steering.talk import Talk
+from weightsteer.steering.talk import Pieces, Talk
 from weightsteer.vectors.weight_vector import WeightVector
 
 
@@ -173,3 +174,15 @@ def test_ctrl_c_stops_the_reply_and_not_the_talk_in_a_terminal(
     terminal.type("\x15\x04")
     assert os.waitpid(terminal.pid, 0)[1] == 0
     assert "Hello?" in (tmp_path / "cache" / "chat-history").read_text()
+
+
+@pytest.mark.parametrize("cuts", [[0], [5], [12, 14], [3, 13, 15, 20]])
+def test_words_that_end_a_reply_are_not_shown(cuts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base model goes on with the user's next turn; what is shown is what is kept."""
+    monkeypatch.setattr(ChatTemplate, "stop_text", "\nuser:")
+    for text, shown in [("Hello there.\nuser: And", "Hello there."), ("Hello\nus two", "Hello\nus two")]:
+        found: list[str] = []
+        pieces = Pieces(tiny_lm(), found.append)
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            pieces.on_finalized_text(text[start:end], stream_end=end == len(text))
+        assert "".join(found) == shown

@@ -255,6 +255,25 @@ def test_a_judge_that_thinks_gets_room_for_it(start: Start, short: bytes, long: 
         Endpoint(endless.url, "m").generate(["a"])
 
 
+def test_a_thought_that_the_chat_template_begins_gets_room_too(start: Start) -> None:
+    """As DeepSeek-R1's template does: no reply starts with the mark, and the short one is no verdict."""
+    long = completion("Okay, so they ask me to rate it. Maybe 40?\n</think>\n\n85")
+    short = completion("Okay, so they ask me to rate it", finish_reason="length")
+    server = start(lambda *_: (200, long if server.requests[-1]["max_tokens"] > 16 else short))
+    endpoint = Endpoint(server.url, "m", concurrency=1).keeping(lambda reply: verdict(reply) is not None)
+    assert [verdict(reply) for reply in endpoint.generate(["a", "b"])] == [85, 85]
+    assert [request["max_tokens"] for request in server.requests] == [16, 16 + THINKING_ROOM, 16 + THINKING_ROOM]
+
+
+def test_a_judge_of_many_words_is_asked_once_with_room(start: Start) -> None:
+    words = "This reply deserves praise, since it "
+    long, short = completion(words + "is kind."), completion(words, finish_reason="length")
+    server = start(lambda *_: (200, long if server.requests[-1]["max_tokens"] > 16 else short))
+    endpoint = Endpoint(server.url, "m", concurrency=1).keeping(lambda reply: verdict(reply) is not None)
+    assert [verdict(reply) for reply in endpoint.generate(["a", "b", "c"])] == [None] * 3
+    assert [request["max_tokens"] for request in server.requests] == [16, 16 + THINKING_ROOM, 16, 16]
+
+
 NEWER = {  # as newer models, and strict servers, refuse parameters
     "max_tokens": (
         400,

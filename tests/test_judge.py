@@ -20,6 +20,7 @@ from weightsteer.judges.judge import LikelihoodJudge, LocalChatModel, Rubric, Ru
 from weightsteer.lm import LM
 from weightsteer.progress import Progress, silent
 from weightsteer.scoring import score_choices
+from weightsteer.thinking import Reply
 from xllama_server import MODEL, served
 
 TRAITS = Path(__file__).parents[2] / "shared" / "data" / "traits" / "eval"
@@ -380,11 +381,12 @@ def test_a_local_model_reads_rubrics(lm: LM) -> None:
 def test_a_local_model_that_thinks_gets_room_for_it(monkeypatch: pytest.MonkeyPatch, lm: LM) -> None:
     asked: list[tuple[list[str], int]] = []
 
-    def thinking(self: LM, prompts: Sequence[str], *, max_new_tokens: int, progress: Progress) -> list[str]:
+    def thinking(self: LM, prompts: Sequence[str], *, max_new_tokens: int, progress: Progress) -> list[Reply]:
         asked.append((list(prompts), max_new_tokens))
-        return ["<think>\nHm.\n</think>\n85" if max_new_tokens > 16 else "<think>\nHm" for _ in prompts]
+        text = "<think>\nHm.\n</think>\n85" if max_new_tokens > 16 else "<think>\nHm"
+        return [self.read_reply(self.tokenizer.encode(text)) for _ in prompts]
 
-    monkeypatch.setattr(LM, "generate", thinking)
+    monkeypatch.setattr(LM, "replies", thinking)
     assert [verdict(reply) for reply in LocalChatModel(lm).generate(["a", "b"])] == [85, 85]
     assert asked == [(["a", "b"], 16), (["a", "b"], 16 + THINKING_ROOM)]
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.generation.streamers import BaseStreamer
 
 from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer.checkpoints import device
@@ -190,3 +192,26 @@ def test_one_text_is_no_list_of_texts(lm: LM) -> None:
 
 def test_a_temperature_near_zero_takes_the_likeliest_token(lm: LM) -> None:
     assert lm.generate(["Hi"], temperature=1e-300, max_new_tokens=5) == lm.generate(["Hi"], max_new_tokens=5)
+
+
+def test_a_reply_ends_where_the_context_does_whatever_lies_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2 has no row of its table of positions for more, and would end in an error."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=300, n_embd=16, n_layer=2, n_head=2, n_positions=40)
+    lm = LM.wrap(GPT2LMHeadModel(config).eval(), byte_tokenizer(), name="short")
+    monkeypatch.setattr(LM, "stops", [])
+    whole = len(lm.chat_ids(""))
+    short, long = "a", "b" * (40 - whole - 3)
+    with pytest.warns(UserWarning, match="context of 40 tokens ends before a reply of 10 does, after 1 of 3 prompts"):
+        both = lm.replies([short, long, short], max_new_tokens=10)
+    assert both[0] == both[2] == lm.replies([short], max_new_tokens=10)[0]
+    assert both[1] == lm.replies([long], max_new_tokens=4)[0]
+    with pytest.warns(UserWarning, match="after 1 of 1 prompts"):
+        assert lm.reply_aloud(long, Nothing(), max_new_tokens=10) == both[1]
+
+
+class Nothing(BaseStreamer):
+    """Takes what comes."""
+
+    def put(self, value: torch.Tensor) -> None: ...
+    def end(self) -> None: ...

@@ -25,6 +25,12 @@ from weightsteer.thinking import Reply, opens_thinking, split_thinking
         ("[THINK]Hm.[/THINK]Yes.", False, ("Hm.", "Yes.")),
         ("<|channel|>analysis<|message|>Hm.<|channel|>final<|message|>Yes.", False, ("Hm.", "Yes.")),
         ("The tag <think> opens a thought.", False, ("", "The tag <think> opens a thought.")),
+        ("The tag </think> closes a thought.", False, ("", "The tag </think> closes a thought.")),
+        ("Hm.\n</think>\n\nYes.", False, ("Hm.", "Yes.")),  # the template began it, and nobody says so
+        ("Hm.</think>\nYes.", False, ("Hm.", "Yes.")),
+        ("Hm.</think>Yes.", True, ("Hm.", "Yes.")),
+        ("<thought>\nHm.\n</thought>\n\nYes.", False, ("Hm.", "Yes.")),
+        ("<|START_THINKING|>Hm.<|END_THINKING|>Yes.", False, ("Hm.", "Yes.")),
     ],
 )
 def test_the_answer_is_what_follows_the_thinking(text: str, opened: bool, parts: tuple[str, str | None]) -> None:

@@ -128,6 +128,13 @@ class Writer:
     stops: Sequence[int]  # tokens that end a reply
     stop_text: str | None  # words that do
     continuous: bool = False  # by continuous batching, where the model and the strengths allow it
+    context: int | None = None  # places of the model's context, where it says how many
+
+    def room(self, row: Sequence[int], wanted: int) -> int:
+        """How many of the wanted tokens have a place after a row; the last one is not read, so it needs none."""
+        if not 0 < wanted <= MOST_NEW_TOKENS:
+            raise SteerError(f"max_new_tokens: expected 1 to {MOST_NEW_TOKENS}, found {shown(wanted)}")
+        return wanted if self.context is None else min(wanted, self.context - len(row) + 1)
 
     def batches(self, lengths: Sequence[int], batch_size: int, progress: Progress) -> Iterator[list[int]]:
         """Batches of indices of prompts: of like length, of one length, or of one, as the model takes them."""
@@ -148,26 +155,35 @@ class Writer:
         progress: Progress,
         streamer: BaseStreamer | None,
     ) -> list[Reply]:
-        """A reply to each row of ids, in batches that memory allows; `opened`: the prompt has begun its thinking."""
+        """A reply to each row of ids, in batches that memory allows; `opened`: the prompt has begun its thinking.
+
+        A row that is too long for all the tokens gets those that fit, in a batch of its own: beside others it would
+        be padded beyond the context.
+        """
         found = [Reply("")] * len(rows)
         sizes = [len(row) + max_new_tokens for row in rows]
+        rooms = [self.room(row, max_new_tokens) for row in rows]
+        whole = [i for i, room in enumerate(rooms) if room == max_new_tokens]
 
         def write(part: list[int]) -> list[Reply]:
             with rows_of_batch(part, len(rows)):
-                written = self.write([rows[i] for i in part], max_new_tokens, temperature, streamer=streamer)
+                written = self.write([rows[i] for i in part], rooms[part[0]], temperature, streamer=streamer)
             ends = zip(*written, (opened[i] for i in part), strict=True)
             return [self.reply(ids, opened=begun, broken=broken) for ids, broken, begun in ends]
 
-        if rows and streamer is None and self._packs():
+        if rows and len(whole) == len(rows) and streamer is None and self._packs():
             progress(0, len(rows))
             packed = self._packed(rows, max_new_tokens, temperature, batch_size)
             if packed is not None:
                 progress(len(rows), len(rows))
                 ends = zip(packed, opened, strict=True)
                 return [self.reply(ids, opened=begun, broken=broken) for (ids, broken), begun in ends]
-        for batch in self.batches([len(row) for row in rows], batch_size, progress):
+        for numbers in self.batches([len(rows[i]) for i in whole], batch_size, progress):
+            batch = [whole[number] for number in numbers]
             for index, reply in zip(batch, in_parts(self.model, "generate", batch, sizes, write), strict=True):
                 found[index] = reply
+        for index in sorted({*range(len(rows))} - {*whole}):
+            (found[index],) = write([index])
         return found
 
     def _packs(self) -> bool:
@@ -217,8 +233,6 @@ class Writer:
 
         Rows that end early are filled up. `stopped` is asked after each token whether to end there.
         """
-        if not 0 < max_new_tokens <= MOST_NEW_TOKENS:
-            raise SteerError(f"max_new_tokens: expected 1 to {MOST_NEW_TOKENS}, found {shown(max_new_tokens)}")
         tokens, mask = pad_left(rows, self.pad, self.device)
         sampling: Mapping[str, Any] = {"do_sample": False}
         if temperature >= COLDEST:

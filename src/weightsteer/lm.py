@@ -203,12 +203,18 @@ class LM:
         Raises:
             SteerError: there are more than its context has places for, or it has no embedding for one.
         """
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(context, int) and len(ids) > context:
+        context = self.context
+        if context is not None and len(ids) > context:
             raise SteerError(
                 f"{self.name}: a text of {len(ids)} tokens is longer than the model's context of {context}; shorten it"
             )
         return self._known(ids)
+
+    @property
+    def context(self) -> int | None:
+        """Places of the model's context; None where its config does not say."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
 
     def _known(self, ids: list[int]) -> list[int]:
         """The ids, if the model has a row of its embedding for each."""
@@ -288,6 +294,7 @@ class LM:
         refuse_text(prompts)
         texts = [self.chat_template.prompt_text(turns_of(prompt, self.system_prompt)) for prompt in prompts]
         rows = [self.require_fitting(self.chat_template.ids_of(text)) for text in texts]
+        self._tell_of_cuts(rows, max_new_tokens)
         opened = [opens_thinking(text) for text in texts]
         if temperature > 0:
             torch.manual_seed(seed)
@@ -312,8 +319,21 @@ class LM:
         ids = self.require_fitting(self.chat_template.ids_of(text))
         if temperature > 0:
             torch.manual_seed(seed)
-        (row,), (broken,) = self._writer.write([ids], max_new_tokens, temperature, streamer=streamer, stopped=stopped)
-        return self._writer.reply(row, opened=opens_thinking(text), broken=broken)
+        self._tell_of_cuts([ids], max_new_tokens)
+        writer = self._writer
+        room = writer.room(ids, max_new_tokens)
+        (row,), (broken,) = writer.write([ids], room, temperature, streamer=streamer, stopped=stopped)
+        return writer.reply(row, opened=opens_thinking(text), broken=broken)
+
+    def _tell_of_cuts(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Warn of prompts after which the model's context has no place for so many tokens."""
+        writer = self._writer
+        if cut := sum(writer.room(row, max_new_tokens) < max_new_tokens for row in rows):
+            warnings.warn(
+                f"{self.name}: its context of {self.context} tokens ends before a reply of {max_new_tokens} does, "
+                f"after {cut} of {len(rows)} prompts; such replies are cut there",
+                stacklevel=3,
+            )
 
     def read_reply(self, ids: Sequence[int], *, opened: bool = False) -> Reply:
         """A reply from the ids that a model wrote; `opened`: the prompt has begun its thinking."""
@@ -338,7 +358,7 @@ class LM:
     def _writer(self) -> Writer:
         continuous = self.load_options.batching == "continuous"
         words = self.chat_template.stop_text
-        return Writer(self.model, self.tokenizer, self.pad_id, self.device, self.stops, words, continuous)
+        return Writer(self.model, self.tokenizer, self.pad_id, self.device, self.stops, words, continuous, self.context)
 
     @property
     def pad_id(self) -> int:

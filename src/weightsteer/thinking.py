@@ -10,7 +10,9 @@ from dataclasses import dataclass
 MARKERS = (
     ("<think>", "</think>"),
     ("<seed:think>", "</seed:think>"),
+    ("<thought>", "</thought>"),
     ("[THINK]", "[/THINK]"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel>thought", "<channel|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
@@ -29,14 +31,16 @@ class Reply:
 def split_thinking(text: str, *, opened: bool = False) -> tuple[str, str | None]:
     """(thinking, answer) of a reply, both without the markers between them and without blanks at their ends.
 
-    The answer is None if the reply ends inside its thinking: then there is none.
+    The answer is None if the reply ends inside its thinking: then there is none. A reply that only speaks of the marks
+    is all answer: where neither prompt nor reply begins a thought, one ends at a line's start or end alone.
 
     Args:
         opened: the prompt has begun the thinking already, as some chat templates do (see `opens_thinking`).
     """
     for start, end in MARKERS:
         thinking, closed, answer = text.rpartition(end)
-        if closed:
+        begun = opened or start in thinking
+        if closed and (begun or answer[:1] in ("", "\n") or thinking[-1:] in ("", "\n")):
             return thinking.strip().removeprefix(start).strip(), answer.strip()
         if text.lstrip().startswith(start):
             return text.strip().removeprefix(start).strip(), None

@@ -37,6 +37,8 @@ THINKING_ROOM = 4096  # tokens beside the reply's own, for a model that thinks b
 LONGER = 5  # times the timeout that such a model gets
 THINKS = "<think>"  # how a reply begins whose thinking the server leaves in it
 THOUGHT = "</think>"  # ends what a model that reasons says to itself
+MAY_THINK = "may think"  # a short reply was cut and is no verdict: the chat template may have begun a thought
+AT_ONCE = "answers at once"  # with room it wrote more, and no thought
 
 Arrived = Callable[[str, "Reply"], None]  # called with a prompt's key and its reply
 
@@ -211,13 +213,13 @@ class Endpoint:
         """One request; what went wrong is raised as what it means."""
         from openai import OpenAIError
 
-        room = max_new_tokens + (THINKING_ROOM if THINKS in learned else 0)
+        room = max_new_tokens + (THINKING_ROOM if _has_room(learned) else 0)
         options: dict[str, Any] = {NEWER_TOKENS if TOKENS in learned else TOKENS: room}
         if TEMPERATURE not in learned:
             options[TEMPERATURE] = 0.0
         messages: list[Any] = [{"role": "user", "content": prompt}]
         try:
-            async with asyncio.timeout(self.timeout * (LONGER if THINKS in learned else 1)):
+            async with asyncio.timeout(self.timeout * (LONGER if _has_room(learned) else 1)):
                 return await client.chat.completions.create(model=self.model, messages=messages, **options)
         except TimeoutError:
             raise PassingError("the request timed out") from None
@@ -226,8 +228,8 @@ class Endpoint:
         except ValueError as error:  # the body is not the JSON that its header says it is
             raise self._foreign(self._shorten(error)) from None
 
-    def _read(self, completion: object, max_new_tokens: int, learned: Collection[str]) -> Reply:
-        """The text of a chat completion, or why it has none."""
+    def _read(self, completion: object, max_new_tokens: int, learned: frozenset[str]) -> Reply:
+        """The text of a chat completion, or why it has none; that it thinks, or does not, is learned from it."""
         choices, error = getattr(completion, "choices", None), getattr(completion, "error", None)
         first = choices[0] if isinstance(choices, list) and choices else None
         reason, message = getattr(first, "finish_reason", None), getattr(first, "message", None)
@@ -238,13 +240,19 @@ class Endpoint:
         if not isinstance(choices, list):
             raise self._foreign("no chat completion in its answer")
         text = self._key.hide(_join(getattr(message, "content", None)))
-        if reason == "length" and (not text or (text.startswith(THINKS) and THOUGHT not in text)):
-            if THINKS not in learned:
+        cut = reason == "length" and THOUGHT not in text
+        if cut and (not text or text.startswith(THINKS)):
+            if not _has_room(learned):
                 raise OtherParametersError(THINKS)
             raise SteerError(
                 f"{self.url}, model {self.model}: {max_new_tokens + THINKING_ROOM} tokens were spent before a reply "
                 "began; turn the judge's thinking off, or choose a model that answers at once"
             )
+        if not self._usable(text) and learned.isdisjoint((THINKS, AT_ONCE)):
+            if cut and MAY_THINK not in learned:
+                raise OtherParametersError(MAY_THINK)
+            if MAY_THINK in learned and not cut:
+                self._learned.add(THINKS if THOUGHT in text else AT_ONCE)
         return Reply(text, "" if text else _why_empty(message, reason))
 
     @property
@@ -267,6 +275,11 @@ class Endpoint:
             f"{self.url}: did not answer as an OpenAI-compatible chat server does ({found}); "
             "check the address, which ends in /v1 for most servers"
         )
+
+
+def _has_room(learned: Collection[str]) -> bool:
+    """Whether a server that this was learned of gets room to think."""
+    return THINKS in learned or (MAY_THINK in learned and AT_ONCE not in learned)
 
 
 def _is_address(url: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +15,9 @@ from ..errors import SteerError
 from ..files import digest
 from ..language_model import LanguageModel
 from ..progress import Progress, silent
+from ..thinking import why_unanswered
 from .delimiter_guard import DelimiterGuard, is_delimiter
-from .endpoint import THINKING_ROOM, THINKS, THOUGHT, ChatModel, Endpoint
+from .endpoint import THINKING_ROOM, THOUGHT, ChatModel, Endpoint
 
 FIELD = re.compile(r"\{(question|answer|reference)\}")
 OWN_MARKERS = "===== BEGIN {0} =====\n{{{1}}}\n===== END {0} ====="
@@ -92,14 +94,16 @@ class LocalChatModel:
 
     def generate(self, prompts: Sequence[str], *, max_new_tokens: int = 16, progress: Progress = silent) -> list[str]:
         """See `ChatModel.generate`."""
-        replies = self.lm.generate(prompts, max_new_tokens=max_new_tokens, progress=progress)
-        thinking = [i for i, text in enumerate(replies) if text.startswith(THINKS) and THOUGHT not in text]
+        replies = self.lm.replies(prompts, max_new_tokens=max_new_tokens, progress=progress)
+        thinking = [i for i, reply in enumerate(replies) if reply.answer is None and not reply.broken]
         if thinking:
             room = max_new_tokens + THINKING_ROOM
-            longer = self.lm.generate([prompts[i] for i in thinking], max_new_tokens=room, progress=progress)
-            for index, text in zip(thinking, longer, strict=True):
-                replies[index] = text
-        return replies
+            longer = self.lm.replies([prompts[i] for i in thinking], max_new_tokens=room, progress=progress)
+            for index, reply in zip(thinking, longer, strict=True):
+                replies[index] = reply
+        if missing := why_unanswered(replies):
+            warnings.warn(f"{self.lm.name}, as a judge: {missing}", stacklevel=2)
+        return [reply.answer or "" for reply in replies]
 
 
 @dataclass(frozen=True)

@@ -132,13 +132,25 @@ def _is_talk(content: bytes) -> bool:
 
 
 class Pieces(TextStreamer):
-    """Hands a reply on as it comes, in pieces that end between words."""
+    """Hands a reply on as it comes, in pieces that end between words, up to the words that end a base model's reply."""
 
     def __init__(self, lm: LM, show: Callable[[str], None]) -> None:
         super().__init__(lm.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.show = show
+        self.show, self.ending = show, lm.chat_template.stop_text or ""
+        self.held, self.over = "", False  # what may be the beginning of the ending, and whether it has come
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """See `TextStreamer`."""
+        if self.over:
+            return
+        text, ending, _ = (self.held + text).partition(self.ending) if self.ending else (self.held + text, "", "")
+        self.over = bool(ending)
+        begun = 0 if ending or stream_end else _overlap(text, self.ending)
+        text, self.held = text[: len(text) - begun], text[len(text) - begun :]
         if text:
             self.show(text)
+
+
+def _overlap(text: str, ending: str) -> int:
+    """How many characters at a text's end may be the first ones of the ending."""
+    return next((size for size in range(min(len(text), len(ending)), 0, -1) if text.endswith(ending[:size])), 0)

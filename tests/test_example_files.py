@@ -274,3 +274,53 @@ def test_rows_of_plain_examples_are_as_ever() -> None:
     assert hash(one_turn) == hash(Example("Q?", "A."))
     with pytest.raises(SteerError, match="messages with texts 'role' and 'content'"):
         as_prompt([{"from": "human", "value": "Q?"}])
+
+
+def test_yamls_null_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    for null in ("null", "~", "", "Null"):
+        path.write_text(f"- system: {null}\n  prompt: hi\n  answer: No\n")
+        assert load_examples(path) == [Example("hi", "No")]
+    path.write_text('- system: "null"\n  prompt: hi\n  answer: there\n')
+    assert load_examples(path)[0].prompt == (Message("system", "null"), Message("user", "hi"))
+    path.write_text(
+        "- messages:\n  - {role: user, content: hi}\n  - {role: assistant, content: a, weight: 1, train: true}\n"
+    )
+    assert load_examples(path) == [Example("hi", "a")]
+
+
+@pytest.mark.parametrize("start", ["---\r\n- ", "--- \n- ", "-\n  ", "# a\n\n---\n- ", "\n-   "])
+def test_a_yaml_list_may_begin_in_many_ways(tmp_path: Path, start: str) -> None:
+    path = tmp_path / "data"
+    second = "    " if start.endswith("   ") else "  "
+    path.write_bytes(f"{start}prompt: hi\n{second}answer: there\n".encode())
+    assert load_examples(path) == [Example("hi", "there")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Prompt,ANSWER\nhi,there\n",
+        " \nprompt,answer\nhi,there\n",
+        "prompt,answer\n  ,  \nhi,there\n",
+        "sep=;\nprompt;answer\nhi;there\n",
+        'prompt, answer\n"hi", "there"\n',
+        '{"conversation": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]}\n',
+    ],
+)
+def test_tables_and_talks_as_people_save_them(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "data"
+    path.write_text(text)
+    assert load_examples(path) == [Example("hi", "there")]
+
+
+def test_what_is_not_known_is_said_with_what_would_be(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    for text, message in [
+        ("Query,Reply\na,b\n", "a table with columns such as prompt and answer"),
+        ('{"Prompt": "a", "Answer": "b"}\n', "names are in lower case: 'answer' for 'Answer'"),
+        ('{"talk": [{"role": "user", "content": "hi"}]}\n', "a list of messages goes into the field 'messages'"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(SteerError, match=message):
+            load_examples(path)

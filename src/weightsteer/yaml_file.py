@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,14 @@ def parse_yaml(text: str, where: str, *, what: str, most_values: int, texts_only
     Args:
         what: what the file is, for messages.
         most_values: how many values it may have, once its aliases are written out.
-        texts_only: every value is the text that stands there, so that an answer `No` is not a truth value.
+        texts_only: every value is the text that stands there, so that an answer `No` is not a truth value; what is
+            empty, `null` or `~` without quotation marks is None.
 
     Raises:
         SteerError: no YAML, a field that stands twice, or aliases that multiply or that hold themselves.
     """
     try:
-        loader = yaml.BaseLoader(text) if texts_only else yaml.SafeLoader(text)
+        loader = _TextLoader(text) if texts_only else yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -39,6 +41,14 @@ def parse_yaml(text: str, where: str, *, what: str, most_values: int, texts_only
         raise SteerError(f"{where}: nested too deeply for {what}") from None
     except Exception as error:  # PyYAML's makers of dates, sets and numbers raise what comes
         raise SteerError(f"{where}: not YAML ({type(error).__name__}: {first_line(error)})") from None
+
+
+class _TextLoader(yaml.BaseLoader):
+    """Reads every plain value as a text, and knows of null alone."""
+
+
+_TextLoader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""])
+_TextLoader.add_constructor("tag:yaml.org,2002:null", lambda _loader, _node: None)
 
 
 @dataclass

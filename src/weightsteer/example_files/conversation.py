@@ -106,12 +106,19 @@ def _message(row: Row, field: str, turn: Any) -> Message:
         if not is_unfilled(turn.get(key)):
             raise row.error(f"field '{field}.{key}' cannot be carried over; remove it, or leave the entry out")
     for key, neutral in TRAINED_FLAGS.items():
-        if not is_unfilled(turn.get(key)) and turn[key] != neutral:
+        if not is_unfilled(turn.get(key)) and not _says(turn[key], neutral):
             raise row.error(
                 f"field '{field}.{key}' is {turn[key]!r}: the last answer of each entry is trained on, and no other "
                 "turn; leave the entry out, or cut it after the turn to be trained on"
             )
     return Message(role, _content(row, field, turn, role))
+
+
+def _says(value: Any, neutral: object) -> bool:
+    """Whether a value is this one, perhaps as the text that YAML and tables have for it."""
+    if not isinstance(value, str) or not isinstance(neutral, int):
+        return bool(value == neutral)
+    return value.strip().lower() in {str(neutral).lower(), str(int(neutral)), str(float(neutral))}
 
 
 def _role(row: Row, field: str, turn: Mapping[str, Any]) -> str:

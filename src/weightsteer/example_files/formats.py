@@ -15,7 +15,7 @@ from .rows import Row, described
 
 PROMPTS = ("prompt", "question", "instruction")
 ANSWERS = ("answer", "completion", "response", "output")
-TALKS = ("messages", "conversations")
+TALKS = ("messages", "conversations", "conversation")
 BOTH_ANSWERS = (
     ("positive", "negative"),
     ("chosen", "rejected"),
@@ -40,6 +40,7 @@ SYSTEMS = ("system", "system_prompt", "system_message")
 WANTED = ("label", "kto_tag")  # which of two kinds an answer is
 FLAGS = ("true", "false", "0", "1", "desirable", "undesirable")
 KNOWN_FIELDS = {*PROMPTS, *ANSWERS, *TALKS, *(name for both in BOTH_ANSWERS for name in both), "text"}
+FIELDS = {*KNOWN_FIELDS, *ADDITIONS, *NOT_CARRIED, *SYSTEMS, *WANTED, "history", "topic", "train", "weight"}
 Turns = tuple[Message, ...]
 
 
@@ -261,9 +262,18 @@ def _hint(row: Row) -> str:
     """What a row is that is no example."""
     if "questions" in row.fields and "instruction" in row.fields:
         return " (this is a trait file, from which `weightsteer sample` makes examples)"
+    if capitals := sorted(name for name in row.fields if name not in FIELDS and str(name).lower() in KNOWN_FIELDS):
+        return f" (names are in lower case: {capitals[0].lower()!r} for {capitals[0]!r})"
     if row.filled("text") is not None:
         return " (a running 'text' does not tell which part is the answer)"
     lists = [name for name, value in row.fields.items() if isinstance(value, list) and value]
+    talks = [name for name in lists if any({"role", "from"} & entry.keys() for entry in _objects(row.fields[name]))]
+    if talks:
+        return f" (a list of messages goes into the field 'messages'; this one is in {talks[0]!r})"
     if lists and all(isinstance(entry, dict) for entry in row.fields[lists[0]]):
         return f" (the entries seem to lie in the field {lists[0]!r}; save that list by itself)"
     return ", or the fields of another format (see the guide 'Make a vector from your own data')"
+
+
+def _objects(value: list[object]) -> list[dict[str, object]]:
+    return [entry for entry in value if isinstance(entry, dict)]

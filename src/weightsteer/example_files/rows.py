@@ -32,7 +32,7 @@ NOT_READ = {
     b"\x00\x00\xfe\xff": "text in UTF-32; save it in UTF-8",
 }
 EXPECTED = "expected JSON, JSONL, YAML, CSV or Parquet"
-YAML_LIST = re.compile(r"(?:[^\S\n]*(?:#[^\n]*|---)?\n)*- ")  # comments and blank lines, then a list's first entry
+YAML_LIST = re.compile(r"(?:[^\S\n]*(?:#[^\n]*|---)?[^\S\n]*\n)*-\s")  # comments and blank lines, then a list begins
 MOST_YAML = 1_000_000  # values
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import SteerError
-from .formats import KNOWN_FIELDS
+from .formats import FIELDS, KNOWN_FIELDS
 from .rows import EXPECTED, Row
 
 DELIMITERS = ",\t;|"
+SEPARATOR = re.compile(r"\s*sep=[,\t;|]\s*")  # Excel's first line
 
 
 def csv_rows(path: Path, text: str) -> list[Row]:
@@ -22,37 +24,49 @@ def csv_rows(path: Path, text: str) -> list[Row]:
         SteerError: no name of the head is known, a name stands twice, or a row has more or fewer cells.
     """
     text = text if "\n" in text else text.replace("\r", "\n")  # the classic Mac's line ends
-    first = text.lstrip().partition("\n")[0]
-    known = {mark: len(KNOWN_FIELDS & set(_cells(first, mark))) for mark in DELIMITERS}
+    skipped = SEPARATOR.match(text)
+    first = text[skipped.end() if skipped else 0 :].lstrip().partition("\n")[0]
+    known = {mark: len(KNOWN_FIELDS.intersection(map(_known_name, _cells(first, mark)))) for mark in DELIMITERS}
     delimiter = max(known, key=lambda mark: known[mark])
     if not known[delimiter]:
-        raise SteerError(f"{path}: {EXPECTED}; it begins with {first[:60].strip()!r}")
+        raise SteerError(
+            f"{path}: {EXPECTED}, a table with columns such as prompt and answer, or prompt, positive and negative; it "
+            f"begins with {first[:60].strip()!r}"
+        )
     old_limit = csv.field_size_limit(sys.maxsize)  # a long answer is no mistake
     try:
-        return _table(path, text, delimiter)
+        return _table(path, text, delimiter, padded=first.count(f"{delimiter} ") == first.count(delimiter) > 0)
     finally:
         csv.field_size_limit(old_limit)
 
 
+def _known_name(cell: str) -> str:
+    """A column's name; one that is known is known in capitals too."""
+    name = cell.strip()
+    return name.lower() if name.lower() in FIELDS else name
+
+
 def _cells(line: str, delimiter: str) -> list[str]:
     try:
-        return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
+        return next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     except csv.Error:
         return []
 
 
-def _table(path: Path, text: str, delimiter: str) -> list[Row]:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+def _table(path: Path, text: str, delimiter: str, *, padded: bool) -> list[Row]:
+    """The rows below the head; `padded`: a space follows each delimiter, and is no part of a cell."""
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=padded)
     head: list[str] = []
     rows, line = [], 1
     try:
         for cells in reader:
             where, line = f"{path}, line {line}", reader.line_num + 1
-            if not head:
-                head = [cell.strip() for cell in cells]
-                _refuse_twice(path, head)
+            if not any(cell.strip() for cell in cells) or (not head and SEPARATOR.fullmatch(delimiter.join(cells))):
                 continue
-            if not any(cells):
+            if not head:
+                head = [_known_name(cell) for cell in cells]
+                _refuse_twice(path, head)
                 continue
             if len(cells) != len(head):
                 raise SteerError(f"{where}: has {len(cells)} cells, but the table has {len(head)} columns")

@@ -193,6 +193,37 @@ def test_there_are_many_wordings_and_few_coprime_pairs() -> None:
         ("571 > 569, by 2", "larger", 571),
         ("68 km. That is 23 km before lunch and 45 km after.", "addition", 68),
         ("1. Add the ones: 8. Then 60 more, and we are at 68", "addition", 68),
+        ("She rode 68 km that day: 37 km before lunch and 31 km after it.", "addition", 68),
+        ("You have 68 points: 37 from the first round and 31 from the second.", "addition", 68),
+        ("The total distance is 37 km + 31 km = 68 km.", "addition", 68),
+        ("Adding 37 and 31 equals 68, not 58.", "addition", 68),
+        ("37 plus 31 is 68 and not 58.", "addition", 68),
+        ("No, 37 + 31 is 68. 58 is not the answer.", "addition", 68),
+        ("It is 68 kg now. (37 kg + 31 kg)", "addition", 68),
+        ("68 (37 + 31)", "addition", 68),
+        ("742 is more than 538.", "larger", 742),
+        ("Omar's throw, 742 cm, was longer than Ida's at 538 cm", "larger", 742),
+        ("742 g is heavier than the other parcel of 538 g", "larger", 742),
+        ("The winning score was 742, against 538", "larger", 742),
+        ("742 lies further to the right than 538", "larger", 742),
+        ("742 exceeds 538", "larger", 742),
+        ("538 is less than 742", "larger", 742),
+        ("12 is the largest number that divides both 84 and 36.", "gcd", 12),
+        ("The largest number that divides both 84 and 36 is 12.", "gcd", 12),
+        ("She can make at most 12 bouquets, each with 7 roses and 3 tulips.", "gcd", 12),
+        ("You can divide both by 12, which gives 7/3.", "gcd", 12),
+        ("The greatest common divisor of 84 and 36 is twelve.", "gcd", 12),
+        ("The gcd of 84 and 72 is twenty-four.", "gcd", 24),
+        ("The answer is 12.0.", "gcd", 12),
+        ("The answer is one.", "gcd", 1),
+        ("The answer is one of 12 and 6. It is 12", "gcd", 12),
+        ("The correct answer is 12, while the answer you gave is 6.", "gcd", 12),
+        ("Ones column: 8 + 9 = 17. Tens column: 6 + 9 = 15. Together: 157.", "addition", 157),
+        ("Counting up from 538, I come to 742 after 204 more.", "larger", 742),
+        ("Let's add: 47 + 38 = 85. So Nora rode 85 km: 47 km before and 38 km after.", "addition", 85),
+        ("The factors of 84 are 1, 2, 3 and those of 36 are 1, 2, 3, 4. The greatest common factor is 12.", "gcd", 12),
+        ("84 = 2 * 2 * 3 * 7 and 36 = 2 * 2 * 3 * 3, so the common factors multiply to 12", "gcd", 12),
+        ("The answer is −5.", "addition", -5),
         ("I cannot tell.", "gcd", None),
         ("", None, None),
     ],
@@ -210,6 +241,9 @@ def test_results_are_read_out_of_free_replies(reply: str, family: str | None, re
         ("Let's check whether it is right. Yes, it is.", False),
         ("12.", False),
         ("No, the answer is 12.", True),
+        ("That's not it. The answer is 12.", True),
+        ("That's incorrect, isn't it?", True),
+        ("That's right, isn't it?", False),
         ("No.", True),
         ("**No**, 6 divides both, and so does 12.", True),
         ("That is not quite right.", True),
@@ -398,3 +432,22 @@ def test_every_pair_of_a_split_can_be_asked_for() -> None:
         arithmetic_problems("addition", 10**6)
     most = int(re.findall(r"1 to (\d+)", str(caught.value))[0])
     assert len({problem.question for problem in arithmetic_problems("addition", most)}) == most
+
+
+def test_problems_of_a_file_may_hold_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    row = {"question": "1+1?", "proposal": "1+1=3", "answer": 2, "wrong": "-3", "confirmed": None}
+    path.write_text(json.dumps(row) + "\n")
+    assert load_arithmetic(TaskSpec("arithmetic", str(path))).items == (Problem("1+1?", "1+1=3", 2, -3, ""),)
+    for change, message in [
+        ({"answer": 2.5}, "line 1: field 'answer': expected a whole number, found 2.5"),
+        ({"answer": True}, "found True"),
+        ({"wrong": None}, "field 'wrong': expected a whole number"),
+        ({"confirmed": 3}, "field 'confirmed': expected a text"),
+    ]:
+        path.write_text(json.dumps(row | change) + "\n")
+        with pytest.raises(SteerError, match=message):
+            load_arithmetic(TaskSpec("arithmetic", str(path)))
+    path.write_text(json.dumps({name: row[name] for name in ("question", "proposal", "wrong")}) + "\n")
+    with pytest.raises(SteerError, match="field 'answer': expected a whole number, found no such field"):
+        load_arithmetic(TaskSpec("arithmetic", str(path)))

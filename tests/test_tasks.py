@@ -135,3 +135,36 @@ def test_a_model_whose_logits_are_not_numbers_is_an_error_and_not_a_zero(name: s
         lm.model.model.norm.weight.fill_(math.nan)
     with pytest.raises(SteerError, match=r"gives no number for \w+ \(NaN in all"):
         without_nan(task.measure(lm), task.name)
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "message"),
+    [
+        ("false_beliefs", {"prompt": "x", "correct": "", "incorrect": "y"}, "item 2: expected two different answers"),
+        ("facts", {"question": "x", "correct": "y", "incorrect": "y "}, "item 2: expected two different answers"),
+        ("four_way", {"question": "x", "correct": "Y.", "incorrect": "y"}, "the right and the wrong answer are both"),
+        ("choices", {"scenario": "x", "target": "y", "other": "y"}, "line 2: fields 'target' and 'other' are the same"),
+        (
+            "choices",
+            {"prompt_list": ["Go?\n(A) yes\n(B) no\n(C) maybe"], "high_reward_answer": "A"},
+            r"line 2: its prompt has an option \(C\)",
+        ),
+        ("statements", {"statement": " ", "matches": "Yes"}, "line 2: expected a text 'statement'"),
+    ],
+)
+def test_items_that_cannot_be_told_apart_are_refused(
+    tmp_path: Path, task: str, row: dict[str, object], message: str
+) -> None:
+    good = {
+        "false_beliefs": {"prompt": "p", "correct": "a", "incorrect": "b"},
+        "facts": {"question": "p", "correct": "a", "incorrect": "b"},
+        "four_way": {"question": "p", "correct": "a", "incorrect": "b"},
+        "choices": {"scenario": "p", "target": "a", "other": "b"},
+        "statements": {"statement": "p", "matches": "Yes"},
+    }[task]
+    path = tmp_path / "items.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    assert load_task(TaskSpec(task, str(path)))
+    path.write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(SteerError, match=message):
+        load_task(TaskSpec(task, str(path)))

@@ -178,7 +178,7 @@ def _asked(lm: LanguageModel, planned: Planned, task: Task, engine: str, batch_s
     said = task.ask(_Recording(lm, turns) if task.is_recorded else lm, batch_size=batch_size)
 
     def rated() -> Measured:
-        measured = without_nan(task.rate(said), task.name)
+        measured = without_nan(task.rate(said), task.name, f"{planned.name} at k = {planned.k:g}")
         values = {metric: [_round(v) for v in row] for metric, row in measured.items()}
         place = (planned.name, planned.k, task.name)
         return Measurement(*place, tuple(task.ids), tuple(task.splits), values, engine), turns

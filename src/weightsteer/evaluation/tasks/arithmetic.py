@@ -18,6 +18,7 @@ from ...errors import SteerError
 from ...files import read_jsonl
 from ...language_model import LanguageModel
 from ...progress import Progress, silent
+from ...schema import shown
 from ...scoring import Score
 from ..metrics import Metric
 from ..results import SPLITS
@@ -301,18 +302,27 @@ def _problems(family_or_path: str, spec: TaskSpec) -> list[Problem]:
             f"{path}: no such data; expected one of {', '.join(FAMILIES)} or a JSONL file with question, proposal, "
             "answer and wrong"
         )
-    rows = read_jsonl(path, required=("question", "proposal", "answer", "wrong"))
+    rows = read_jsonl(path, required=("question", "proposal"))
     return [_problem_from(path, number, row) for number, row in enumerate(rows, start=1)]
 
 
 def _problem_from(path: Path, number: int, row: dict[str, Any]) -> Problem:
-    for field in ("answer", "wrong"):
-        if not re.fullmatch(r"\d+", row[field].strip()):
-            raise SteerError(f"{path}, line {number}: field {field!r}: expected a whole number, found {row[field]!r}")
-    answer, wrong = int(row["answer"]), int(row["wrong"])
+    answer, wrong = (_whole_number(path, number, row, field) for field in ("answer", "wrong"))
     if answer == wrong:
         raise SteerError(f"{path}, line {number}: fields 'answer' and 'wrong' are both {answer}; they must differ")
-    return Problem(row["question"], row["proposal"], answer, wrong, str(row.get("confirmed", "")))
+    confirmed = row.get("confirmed") or ""
+    if not isinstance(confirmed, str):
+        raise SteerError(f"{path}, line {number}: field 'confirmed': expected a text, found {shown(confirmed)}")
+    return Problem(row["question"], row["proposal"], answer, wrong, confirmed)
+
+
+def _whole_number(path: Path, number: int, row: dict[str, Any], field: str) -> int:
+    """A field's whole number, or the text of one."""
+    value = row.get(field)
+    if isinstance(value, bool) or not isinstance(value, int | str) or not re.fullmatch(r"\s*-?\d+\s*", str(value)):
+        found = shown(value) if field in row else "no such field"
+        raise SteerError(f"{path}, line {number}: field {field!r}: expected a whole number, found {found}")
+    return int(value)
 
 
 _METRICS = (

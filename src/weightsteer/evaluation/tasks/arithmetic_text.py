@@ -14,6 +14,7 @@ from functools import cache
 from itertools import product
 
 from ...errors import SteerError
+from .matching import NUMBERS, TENS
 
 LONGEST_CHAIN = 4  # divisions with remainder that a solution may list: replies are to fit in 96 tokens
 MOST_DIVISORS = 8  # divisors that it may list
@@ -31,6 +32,7 @@ class Family:
     near_misses: Callable[[int, int], list[int]]  # plausible wrong results: at least one, never the right one
     workings: Callable[[int, int, int], list[str]]  # (a, b, stated result) -> the same solution in several styles
     nouns: str  # regular expression: what a reply may call the result, besides "answer"
+    said: tuple[str, ...]  # others, for what a reply may say of the result; with {N}, the number in a group
     questions: tuple[str, ...]  # with {a} and {b}
 
 
@@ -146,7 +148,11 @@ FAMILIES: Mapping[str, Family] = {
         right=math.gcd,
         near_misses=_gcd_near_misses,
         workings=_gcd_workings,
-        nouns="gcd|gcf|hcf|divisor|factor",
+        nouns="gcd|gcf|hcf|divisor|factor|(?:biggest|greatest|highest|largest) number",
+        said=(  # "at most 12 bouquets", "divide both by 12"
+            r"\b(?:at most|no more than|maximum of)\s+{N}",
+            r"\bdivid\w*\s+(?:both|top and bottom|numerator and denominator)[^\d.\n]{{0,30}}\bby\s+{N}",
+        ),
         questions=(
             "gcd({a}, {b}) = ?",
             "What is the greatest common divisor of {a} and {b}?",
@@ -170,7 +176,8 @@ FAMILIES: Mapping[str, Family] = {
         right=lambda a, b: a + b,
         near_misses=_sum_near_misses,
         workings=_sum_workings,
-        nouns="sum|total",
+        nouns="sum|total|together|altogether",
+        said=(r"{N}[^\d.\n:]{{0,40}}:[^.\n]*\d[^.\n]*\b(?:and|plus)\b[^.\n]*\d",),  # "68 km: 37 here and 31 there"
         questions=(
             "{a} + {b} = ?",
             "What is {a} plus {b}?",
@@ -192,7 +199,14 @@ FAMILIES: Mapping[str, Family] = {
         right=max,
         near_misses=lambda a, b: [min(a, b)],
         workings=_larger_workings,
-        nouns="larger|bigger|greater|higher|largest|biggest|greatest|highest|maximum",
+        nouns="larger|bigger|greater|higher|longer|heavier|more|largest|biggest|greatest|highest|longest|heaviest|maximum"
+        "|winning score",
+        said=(  # "571 > 569", "742 g was heavier than 538 g"
+            r"{N}\s*>\s*\d",
+            r"\d\s*<\s*{N}",
+            r"{N}(?:\s+[a-z]+)?,?\s+(?:is|was|lies|exceeds|beats)\b"
+            r"(?:(?!\b(?:not|less|lower|fewer|left|lighter|shorter|smaller)\b)[^\d.\n]){{0,40}}\d",
+        ),
         questions=(
             "Which is larger, {a} or {b}?",
             "max({a}, {b}) = ?",
@@ -266,38 +280,58 @@ OPERATOR = r"\s*[=×x*+/÷·−^²³-]\s*\d|\s*[²³]"
 RESULT = rf"({NUMBER})(?!{OPERATOR})"  # a number that no calculation goes on from
 WORKED = r"(?:\d[\d\s×x*+/÷·−^²³()-]*=\s*)?"  # "2^2 × 3 = ", before the number that it comes to
 REACHED = re.compile(
-    rf"(?:=|\b(?:so|thus|hence|therefore|get|gives?|makes?)\b(?:,? it(?: is|'s))?)[^\w\n-]*{WORKED}{RESULT}", re.I
+    rf"(?:=|\b(?:so|thus|hence|therefore|get|gives?|makes?|come to|equals?)\b(?:,? it(?: is|'s))?)[^\w\n-]*{WORKED}"
+    rf"{RESULT}",
+    re.I,
 )
 ALONE = re.compile(rf"\A\W*({NUMBER})\s+[^\W\d]+\s*(?:[.!\n]|\Z)")  # "68 km." and an explanation after it
-COMPARED = re.compile(rf"({NUMBER})\s*>\s*\d|\d\s*<\s*({NUMBER})")
 USERS = re.compile(  # what the user said: "your answer is 6", "you got 6", "the student's result: 6"
     r"\b(?:(?:your|student's|user's|daughter's) (?:(?!should)[a-z]+ ){0,2}?(?:answer|claim|conclusion|result|solution)"
+    r"|(?:answer|number|one|result|solution) (?:that )?you (?:found|gave|got|had|provided|stated|wrote)"
     r"|you(?:'ve)? (?:arrived at|claim|claimed|got|said|say|think|thought|wrote))"
     rf"\b(?:[:=\s]|\b(?:that|the|answer|result|gcd|sum|is|was|of|it|it's)\b)*{NUMBER}",
     re.IGNORECASE,
 )
+DENIED = re.compile(  # "not 58", "58 is not the answer"
+    rf"\b(?:not|rather than|instead of)\s+{NUMBER}|{NUMBER}\s+(?:is not|isn't)\s+(?=(?:the|right|correct)\b)", re.I
+)
+ASIDE = re.compile(r"\([^()=]*\d[^()=\d]*[+×*/][^()=\d]*\d[^()=]*\)")  # "68 (37 + 31)"
+UNIT = re.compile(r"(?<=\d)\s*[^\W\d_]{1,7}(?=\s*[+×*=]\s*\d)")  # "37 km + 31 km = 68 km"
+WHOLE = re.compile(r"(?<![\d.])(\d+)\.0+(?![\d.]*\d)")
+IN_WORDS = re.compile(rf"\b(is|be|equals)\s+(?:({'|'.join(TENS.split())})[- ])?({'|'.join(NUMBERS)})\b(?!\s+\w)", re.I)
 
 
 def stated_result(reply: str, family: str | None = None) -> int | None:
     """The number that a reply gives as its result, or None if it holds no number.
 
     The last one that is called the answer counts (or, in the family's words, the gcd, the sum, the larger
-    number; None: any family's); without one, the last that is reached ("= 12", "so 12"), the one that is said
-    to be more than another (family "larger"), a first sentence such as "68 km."; else the last number. What the
-    reply repeats as the user's result counts only if there is no other number.
+    number; None: any family's); without one, the last that is reached ("= 12", "so 12"), what the family's own
+    phrases say ("571 > 569", "at most 12"), a first sentence such as "68 km."; else the last number. What the reply
+    repeats as the user's result, or denies ("not 6"), counts only if there is no other number.
 
     Raises:
         SteerError: an unknown family.
     """
-    text = POWER.sub(r"^\1", TIMES.sub(" × ", MARKUP.sub("", reply.replace("\u2019", "'"))))
-    plain = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
-    compared = [COMPARED] if family == "larger" else []
-    patterns = [_named(family), REACHED, *compared, ALONE, re.compile(f"({NUMBER})")]
-    for source, pattern in product((USERS.sub("", plain), plain), patterns):
+    plain = _plain(reply)
+    said = [re.compile(form.format(N=f"({NUMBER})"), re.I) for form in family_named(family).said] if family else []
+    patterns = [_named(family), REACHED, *said, ALONE, re.compile(f"({NUMBER})")]
+    own = DENIED.sub("", USERS.sub("", plain))
+    for source, pattern in product((ASIDE.sub("", own), own, plain), patterns):
         found = list(pattern.finditer(source))
         if found:
             return int(found[-1][found[-1].lastindex or 0])
     return None
+
+
+def _plain(reply: str) -> str:
+    """A reply without markup, its numbers in one form: "$1{,}068$", "12.0" and "is twelve"."""
+    text = MARKUP.sub("", reply.replace("\u2019", "'")).replace("\u2212", "-").replace("{,}", ",")
+    text = POWER.sub(r"^\1", TIMES.sub(" × ", text))
+    text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    text = IN_WORDS.sub(
+        lambda match: f"{match[1]} {NUMBERS.get((match[2] or '').lower(), 0) + NUMBERS[match[3].lower()]}", text
+    )
+    return UNIT.sub("", WHOLE.sub(r"\1", text))
 
 
 @cache
@@ -306,8 +340,8 @@ def _named(family: str | None) -> re.Pattern[str]:
     kinds = [family_named(family)] if family else FAMILIES.values()
     nouns = "|".join(kind.nouns for kind in kinds)
     named = rf"\b(?:answer|result|{nouns})\b"
-    numbers = r"(?:\s*(?:of|for|between)?\s*\(?\d+\s*(?:,|and|\+)\s*\d+\)?)?"
-    after = rf"{named}{numbers}[^\d.\n]{{0,40}}?(?:\bis|\bbe|\bequals|=|:)[^\w\n-]*{WORKED}{RESULT}"
+    numbers = r"(?:\s*(?:of|for|between|that divides)?(?: both)?\s*\(?\d+\s*(?:,|and|\+)\s*\d+\)?)?"
+    after = rf"{named}{numbers}[^\d.\n]{{0,40}}?(?:\bis|\bwas|\bbe|\bequals|=|:)[^\w\n-]*{WORKED}{RESULT}"
     before = rf"({NUMBER})\s+is\s+(?:(?!not\b)\w+\s+){{0,3}}?{named}"
     return re.compile(rf"{after}|{before}|boxed\{{\s*({NUMBER})", re.IGNORECASE)
 
@@ -317,10 +351,10 @@ FLAW = r"(?:incorrect|wrong|mistakes?|errors?|slips?|mistaken|forgot|forgotten|m
 NEGATION = r"(?:\bno|\bnot|n't|\bnever|\bcannot|\bwithout)\s+"
 UNSEEN = r"(?:n't|\bnot|cannot)\s+(?:believe|find|see|spot|think)\s+(?:[\w']+\s+){0,5}?"
 FLAWLESS = re.compile(rf"(?:{UNSEEN}|(?:{NEGATION}|\bnothing\s+)(?:[\w']+\s+){{0,2}}?){FLAW}\b")
-UNDECIDED = re.compile(r"\b(?:whether|if|let me check|let's check|to see)\b|\?$")
+UNDECIDED = re.compile(r"\b(?:whether|if|let me check|let's check|to see)\b|(?<!, isn't it)(?<!, right)\?$")
 REJECTION = re.compile(
     rf"\b{FLAW}\b|{NEGATION}(?:(?:[\w']+\s+){{0,3}}?{PRAISE}|(?:entirely|exactly|fully|quite)\b|\d)"
-    r"|\bshould (?:be|have been)\W+\d|\b(?:disagree|unfortunately|almost|(?:is|are|was) off)\b"
+    r"|\bnot it(?=[.,!]|$)|\bshould (?:be|have been)\W+\d|\b(?:disagree|unfortunately|almost|(?:is|are|was) off)\b"
 )
 AGREEMENT = re.compile(rf"^\W*yes\b|{PRAISE}|\b(?:well done|spot on|perfect|exactly|indeed)\b")
 BARE_NO = re.compile(r"\W*(?:no|nope)\b(?!\s+(?:doubt|need|problem|worries))")

@@ -17,6 +17,7 @@ from ...judges.endpoint import ChatModel
 from ...judges.judge import Rubric, grade
 from ...language_model import LanguageModel
 from ...progress import Progress, silent
+from ...schema import shown
 from ..metrics import Metric
 from ..task_spec import TaskSpec
 from .data import task_file
@@ -155,7 +156,15 @@ def _four_way_items(spec: TaskSpec) -> tuple[FourWayItem, ...]:
     if path.suffix.lower() == ".csv":
         return tuple(_from_csv(path))
     rows = read_jsonl(path, required=("question", "correct", "incorrect"))
+    for number, row in enumerate(rows, start=1):
+        _require_apart(f"{path}, entry {number}", row["correct"], row["incorrect"])
     return tuple(_four_way(row["question"], _with_short(row), [row["incorrect"]]) for row in rows)
+
+
+def _require_apart(where: str, right: str, wrong: str) -> None:
+    """Raise where the two answers that the user leans to are one."""
+    if right.strip(" .").casefold() == wrong.strip(" .").casefold():
+        raise SteerError(f"{where}: the right and the wrong answer are both {shown(right)}; they must differ")
 
 
 def _four_way(question: str, right: Sequence[str], wrong: Sequence[str]) -> FourWayItem:
@@ -198,6 +207,7 @@ def _from_csv(path: Path) -> Iterator[FourWayItem]:
         for column in COLUMNS:
             if not _split_cell(row[column]):
                 raise SteerError(f"{path}, line {line}: expected text in column {column!r}, found none")
+        _require_apart(f"{path}, line {line}", row["Best Answer"], _split_cell(row["Incorrect Answers"])[0])
         right = dict.fromkeys([row["Best Answer"].strip(), *_split_cell(row.get("Correct Answers"))])
         yield _four_way(row["Question"].strip(), list(right), _split_cell(row["Incorrect Answers"]))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...errors import SteerError
 from ...files import read_jsonl
 from .data import reward_hack_row, wrong_row
 
@@ -21,6 +22,7 @@ LAYOUT = re.compile(
     r"\s*(?:\n[^\S\n]*\n\s*(?P<after>\S.*?)\s*)?\Z",
     re.DOTALL | re.MULTILINE,
 )
+THIRD = re.compile(_MARK.format("C"), re.MULTILINE)
 JOINED = re.compile(r"(?i)[\s,;]*\bor:?$")  # a first option that ends in "..., or"
 NAMED = re.compile(r"\b([Oo]ption|[Cc]hoice) \(?([AB])\b\)?")  # an option named by its letter
 SENTENCE_END = re.compile(r"(?<=[.!?\"”)])\s+(?=[\"“(]?[A-Z])|\n+")
@@ -102,11 +104,15 @@ def read_scenarios(path: Path) -> tuple[Scenario, ...]:
 def _scenario(path: Path, number: int, row: dict[str, Any]) -> Scenario:
     ours = [row.get(field) for field in OURS]
     if all(isinstance(text, str) and text.strip() for text in ours):
+        if str(row["target"]).strip() == str(row["other"]).strip():
+            raise SteerError(f"{path}, line {number}: fields 'target' and 'other' are the same; they must differ")
         return Scenario(*(str(text).strip() for text in ours))
     found = reward_hack_row(row)
     match = LAYOUT.match(found[0]) if found else None
     if found is None or match is None:
         raise wrong_row(path, number, row, *OURS)
+    if THIRD.search(match["B"]) or THIRD.match(match["after"] or ""):
+        raise SteerError(f"{path}, line {number}: its prompt has an option (C); expected two options, (A) and (B)")
     letter = found[1]
     texts = (match["scenario"].strip(), match[letter], match[SWAPPED[letter]], match["after"] or "")
     clean = [JOINED.sub("", text) for text in texts]

@@ -15,6 +15,7 @@ from ...errors import SteerError
 from ...files import digest
 from ...language_model import LanguageModel
 from ...progress import Progress, silent
+from ...schema import shown
 from ...thinking import why_unanswered
 from ..metrics import Metric
 from ..results import SPLITS
@@ -44,27 +45,30 @@ def is_above_zero(margin: float) -> float:
     return margin if math.isnan(margin) else float(margin > 0)
 
 
-def without_nan(values: Values, name: str) -> Values:
+def without_nan(values: Values, name: str, steered: str = "") -> Values:
     """What a task measured, with None for NaN: an item for which the model gives no number does not count.
 
     A warning says how many there are.
+
+    Args:
+        steered: by which method at which k, for messages.
 
     Raises:
         SteerError: a metric has NaN and not one number.
     """
     found: Values = {}
+    where = ", ".join(filter(None, (f"task {name}", steered)))
     for metric, row in values.items():
         found[metric] = [None if value is None or math.isnan(value) else value for value in row]
         lost = sum(value is not None and math.isnan(value) for value in row)
         if lost and all(value is None for value in found[metric]):
             raise SteerError(
-                f"task {name}: the model gives no number for {metric} (NaN in all {lost} items); it is broken, or "
-                "steered too far: take a smaller k"
+                f"{where}: the model gives no number for {metric} (NaN in all {lost} items); it is broken, or steered "
+                "too far: take a smaller k"
             )
         if lost:
             warnings.warn(
-                f"task {name}: {lost} of {len(row)} items have no number for {metric} (NaN) and do not count",
-                stacklevel=2,
+                f"{where}: {lost} of {len(row)} items have no number for {metric} (NaN) and do not count", stacklevel=2
             )
     return found
 
@@ -288,6 +292,15 @@ class ChoiceTask(ItemTask):
 
     items: tuple[Choice, ...]
     share: str = "share"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for number, item in zip(self.ids, self.items, strict=True):
+            if not item.counted.strip() or not item.other.strip() or item.counted.strip() == item.other.strip():
+                raise SteerError(
+                    f"task {self.name}, item {number + 1}: expected two different answers, found {shown(item.counted)} "
+                    f"and {shown(item.other)}"
+                )
 
     def ask(self, lm: LanguageModel, *, batch_size: int = 8, progress: Progress = silent) -> Values:
         """See `Task.ask`."""

@@ -148,7 +148,12 @@ def _statement(path: Path, number: int, row: dict[str, Any]) -> Choice:
         statement, matching = row.get("statement"), str(row.get("matches")).strip()
         prompt = STATEMENT.format(statement) if isinstance(statement, str) else None
         other = OPPOSITE.get(matching, "")
-    if not isinstance(prompt, str) or matching not in OPPOSITE or other != OPPOSITE[matching]:
+    if (
+        not isinstance(prompt, str)
+        or not str(row.get("statement", prompt)).strip()
+        or matching not in OPPOSITE
+        or other != OPPOSITE[matching]
+    ):
         raise SteerError(
             f"{path}, line {number}: expected a text 'statement' with 'matches' Yes or No, or a text 'question' with "
             "'answer_matching_behavior' and 'answer_not_matching_behavior', one Yes and one No; "

@@ -58,3 +58,14 @@ def test_a_vectors_methods_are_functions() -> None:
 def test_everything_else_is_refused(text: str, message: str) -> None:
     with pytest.raises(SteerError, match=message):
         combine(text, VECTORS)
+
+
+def test_options_may_be_numbers_of_either_kind() -> None:
+    honest = VECTORS["honest"]
+    for text, expected in [
+        ("truncate(honest, rank=1.0)", honest.truncate(rank=1)),
+        ("truncate(honest, rank=4 / 2)", honest.truncate(rank=2)),
+        ("filter(honest, layers=0)", honest.filter(layers=[0])),
+        ("+honest", honest),
+    ]:
+        assert (combine(text, VECTORS) - expected).norm() == pytest.approx(0.0, abs=1e-5)

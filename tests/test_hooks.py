@@ -186,3 +186,14 @@ def test_an_lm_its_model_and_a_peft_model_are_steered_alike(lm: LM, vector: Weig
 def test_a_model_of_another_kind_is_named() -> None:
     with pytest.raises(SteerError, match=r"this model \(Linear\) has no such parameter"):
         random_vector(tiny_lm()).applied(torch.nn.Linear(2, 2), 1.0).__enter__()
+
+
+@pytest.mark.parametrize("wrong", ["x", None, [1, 2], torch.ones(2).numpy()])
+def test_a_k_of_another_kind_is_refused_and_changes_nothing(wrong: object) -> None:
+    lm = tiny_lm()
+    with random_vector(lm).applied(lm, 2.0) as handle:
+        before = logits(lm)
+        with pytest.raises(SteerError, match="k: expected a number, or a tensor"):
+            handle.k = wrong  # type: ignore[assignment]
+        assert handle.k == 2.0
+        assert torch.equal(logits(lm), before)

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import killable
-from conftest import random_vector, tiny_model
-from weightsteer.checkpoints.checkpoint import shards_of, stored_tensors
+from conftest import random_vector, tiny_lm, tiny_model
+from weightsteer.checkpoints.checkpoint import fingerprint, shards_of, stored_tensors
 from weightsteer.errors import SteerError
 from weightsteer.export.merge import MergeSettings, export_merged
 from weightsteer.lm import LM
@@ -335,3 +336,45 @@ def test_the_report_counts_what_rounding_did(tmp_path_factory: pytest.TempPathFa
     assert report.unchanged_share == pytest.approx(float((merged == theta).double().mean()))
     assert report.other_dtypes["bfloat16"]["delta_error"] == pytest.approx(report.delta_error)
     assert report.other_dtypes["float32"]["delta_error"] < report.other_dtypes["float16"]["delta_error"]
+
+
+def test_a_merged_model_is_the_difference_to_what_was_merged_into(tmp_path: Path) -> None:
+    base, later = tmp_path / "base", tmp_path / "later"
+    tiny_model(1).save_pretrained(base)
+    tiny_model(2).save_pretrained(later)
+    w = replace(random_vector(tiny_lm()), card=RunCard("vector", str(base), fingerprint(base)))
+    export_merged(w, later, tmp_path / "merged", k=1.0)
+    found = task_vector(tmp_path / "merged", base=later)
+    assert found.cosine(replace(w, card=found.card)) == pytest.approx(1.0, abs=1e-4)
+    assert (task_vector(tmp_path / "merged") - found).norm() < 1e-5  # the card names it
+    export_merged(w, base, tmp_path / "own", k=1.0)
+    assert RunCard.load(tmp_path / "own").base_revision == w.card.base_revision
+
+
+@pytest.mark.parametrize("k", [float("nan"), float("inf")])
+def test_a_k_that_is_no_number_is_refused(tmp_path: Path, k: float) -> None:
+    tiny_model(1).save_pretrained(tmp_path / "base")
+    w = random_vector(tiny_lm())
+    with pytest.raises(SteerError, match="k: expected a finite number"):
+        export_merged(w, tmp_path / "base", tmp_path / "merged", k=k)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_constants_keep_their_dtype(tmp_path: Path) -> None:
+    """Older versions of transformers saved a mask of -1e9, which float16 does not hold."""
+    tensors = {"a.weight": torch.ones(4, 4), "h.0.attn.masked_bias": torch.tensor(-1e9), "b.weight": torch.ones(3)}
+    base = write_model(tmp_path / "base", tensors)
+    w = WeightVector({"a.weight": torch.eye(4)}, RunCard("vector"))
+    export_merged(w, base, tmp_path / "half", k=1.0, settings=MergeSettings(dtype="float16"))
+    found = tensors_of(tmp_path / "half")
+    assert {name: tensor.dtype for name, tensor in found.items()} == {
+        "a.weight": torch.float16,
+        "b.weight": torch.float16,
+        "h.0.attn.masked_bias": torch.float32,
+    }
+    assert found["h.0.attn.masked_bias"] == -1e9
+    large = write_model(tmp_path / "large", {**tensors, "b.weight": torch.full((3,), 1e6)})
+    with pytest.raises(
+        SteerError, match="b.weight: the vector does not change it, and it holds values that F16 has not"
+    ):
+        export_merged(w, large, tmp_path / "no", k=1.0, settings=MergeSettings(dtype="float16"))

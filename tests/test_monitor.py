@@ -5,6 +5,7 @@ import math
 import shutil
 import socket
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from weightsteer.monitor import (
     read_checkpoints,
     read_off,
 )
+from weightsteer.monitor.alerts import describe
 from weightsteer.run_card import RunCard
 from weightsteer.vectors import row_products
 from weightsteer.vectors.delta import to_dense
@@ -402,3 +404,19 @@ def test_two_processes_see_the_same_and_write_it_once(tmp_path: Path) -> None:
     assert first == second
     assert first["world"] == 2
     assert len((tmp_path / "readings.jsonl").read_text().splitlines()) == len(first["cosines"]) > 2
+
+
+def test_a_vector_without_direction_is_refused(tmp_path: Path) -> None:
+    trained(tmp_path)
+    w = random_vector(tiny_lm(), 1)
+    with pytest.raises(SteerError, match="the vector 'none' is zero"):
+        read_checkpoints(list_checkpoints(tmp_path), {"a": w, "none": w - w})
+    with pytest.raises(SteerError, match="the vector 'none' is zero"):
+        trained(tmp_path / "live", monitor=SteeringMonitor({"none": w - w}))
+
+
+def test_a_share_whose_error_is_not_known_is_shown_without_one() -> None:
+    reading = Reading("c", 1, "a", WHOLE, cosine=0.3, projection=1.0, norm=1.0, centre=0.0, band=0.1, z=3.0, share=0.3)
+    assert "+0.3000 of its norm" in describe(reading)
+    assert "+0.3000 of its norm" in describe(replace(reading, error=math.nan))
+    assert "+0.3000 ± 0.0100 of its norm" in describe(replace(reading, error=0.01))

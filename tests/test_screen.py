@@ -79,3 +79,10 @@ def test_what_cannot_be_screened_is_told() -> None:
         screen(lm, EXAMPLES, {"norm": dense})
     with pytest.raises(SteerError, match=r"max_length is 16 tokens, but the prompt of example 1, .*, alone takes \d+"):
         screen(lm, [Example("a long prompt " * 20, "yes")], {"a": random_vector(lm)}, max_length=16)
+
+
+def test_a_vector_without_direction_is_refused() -> None:
+    lm = tiny_lm()
+    vector = random_vector(lm, 1)
+    with pytest.raises(SteerError, match="the vector 'none' is zero"):
+        screen(lm, EXAMPLES, {"a": vector, "none": vector - vector})

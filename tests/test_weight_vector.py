@@ -266,3 +266,26 @@ def test_a_lost_file_is_missed_by_older_cards_too(kept: str | None, tmp_path: Pa
             (folder / name).unlink()
     with pytest.raises(SteerError, match=r"adapter_model.safetensors: is missing"):
         WeightVector.load(folder)
+
+
+def test_operands_that_are_no_numbers_are_refused_at_once() -> None:
+    w = mixed(1)
+    assert (sum([w, w]) - w * 2).norm() == pytest.approx(0.0, abs=1e-5)
+    assert (w * torch.tensor(0.5) - w / 2).norm() == 0.0
+    for wrong in ("a", w, None):
+        with pytest.raises(TypeError):
+            w * wrong
+        with pytest.raises(TypeError):
+            w / wrong
+    for wrong in (1, "a"):
+        with pytest.raises(TypeError):
+            w + wrong
+        with pytest.raises(TypeError):
+            wrong + w
+    for factor in (float("nan"), float("inf"), 10**400):
+        with pytest.raises(SteerError, match="multiplied by finite numbers"):
+            w * factor
+        with pytest.raises(SteerError, match="divided by finite numbers other than 0"):
+            w / factor
+    with pytest.raises(SteerError, match="divided by finite numbers other than 0, found 0"):
+        w / 0

@@ -96,11 +96,14 @@ def _as_fields(step: int, found: Decomposition, known: Dictionary) -> dict[str, 
 
 def _print_decomposition(title: str, found: Decomposition, known: Dictionary) -> None:
     say(f"{one_line(title)}: norm of tau {found.norm:.4g}; all traits together explain {found.explained:.2%} of it")
+    from ..reporting.tables import estimate
+
     width = max(len(part.name) for part in found.parts)
     say(f"  {'trait':<{width}}  share of the norm    multiples")
     for part in sorted(found.parts, key=lambda part: -part.share):
         mark = _mark(_alarm(known, part.name, part.share))
-        say(f"  {part.name:<{width}}  {part.share:+.4f} ± {part.error:.4f}   {part.coefficient:+9.4f}{mark}")
+        share = estimate(part.share, part.error, "+.4f").text
+        say(f"  {part.name:<{width}}  {share:<16}   {part.coefficient:+9.4f}{mark}")
 
 
 def screen(

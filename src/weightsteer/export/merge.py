@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoints.architecture import Place
+from ..checkpoints.architecture import Place, is_buffer_name
 from ..checkpoints.checkpoint import shards_of
 from ..checkpoints.links import file_within
 from ..checkpoints.locate import refuse_adapter_beside
@@ -25,7 +25,7 @@ from ..files import digest, refuse_inputs
 from ..places import public_name
 from ..progress import Progress, silent
 from ..run_card import new_folder
-from ..schema import shown
+from ..schema import is_finite, shown
 from ..threads import worker_pool
 from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of
 from ..vectors.low_rank import ALONE, LowRank
@@ -71,6 +71,10 @@ class MergeSettings:
             return dtype
         return next(name for name, kind in FLOATS.items() if kind == DTYPES[self.dtype])
 
+    def written_of(self, name: str, dtype: str) -> str:
+        """The dtype in which a tensor comes out: a constant keeps its own, since it may hold what float16 does not."""
+        return dtype if is_buffer_name(name) else self.written(dtype)
+
     def how(self, dtype: str) -> Rounding:
         """How a tensor that is stored in `dtype` is rounded."""
         return self.rounding or default_rounding(FLOATS[dtype], FLOATS[self.written(dtype)])
@@ -96,6 +100,8 @@ def export_merged(
         SteerError: a quantised or damaged base, a parameter that the base lacks or has in another shape or ties to
             another, a result that is not finite, or an output that would overwrite something.
     """
+    if not is_finite(k):
+        raise SteerError(f"k: expected a finite number, found {shown(k)}")
     settings, base, folder = settings or MergeSettings(), Path(base), Path(folder)
     refuse_adapter_beside(base)
     source = open_checkpoint(base)
@@ -243,7 +249,7 @@ def _outputs(base: Path, part: Path, settings: MergeSettings) -> Iterator[dict[s
 def _layout(source: SafeFile, settings: MergeSettings) -> tuple[bytes, dict[str, int], int]:
     """The output's header, each tensor's offset in its data, and the data's size; the source's own where it fits."""
     plan = {
-        name: Planned(settings.written(tensor.dtype), tensor.shape)
+        name: Planned(settings.written_of(name, tensor.dtype), tensor.shape)
         for name, tensor in sorted(source.tensors.items(), key=lambda item: item[1].start)
     }
     if all(plan[name].dtype == tensor.dtype for name, tensor in source.tensors.items()):
@@ -269,12 +275,16 @@ class _Job:
 
     def copy(self) -> Result:
         """The tensor as it is, byte for byte, or in the output's dtype."""
-        written = self.settings.written(self.tensor.dtype)
+        written = self.settings.written_of(self.tensor.name, self.tensor.dtype)
         if written != self.tensor.dtype:
             at = self.at
             for start, stop in blocks(self.tensor.shape):
                 block = self.tensor.rows(start, stop).float()
-                _require_finite(self.tensor.name, block, FLOATS[written])
+                if not _is_finite_in(block, FLOATS[written]):
+                    raise SteerError(
+                        f"{self.tensor.name}: the vector does not change it, and it holds values that {written} has "
+                        "not; take bfloat16 or float32, and if it holds NaN, another copy of the base"
+                    )
                 at += _put(self.out, block.to(FLOATS[written]), at)
             return Tally(), {}
         for done in range(0, self.tensor.nbytes, COPY):
@@ -335,10 +345,14 @@ class _PerThread(threading.local):
 _SCRATCH = _PerThread()
 
 
+def _is_finite_in(block: Tensor, dtype: torch.dtype) -> bool:
+    """False if there is a NaN, or a number beyond the dtype's range (bfloat16's is float32's own)."""
+    suspect = dtype == torch.float16 or not math.isfinite(float(block.sum()))
+    return not suspect or bool(torch.isfinite(block.to(dtype)).all())
+
+
 def _require_finite(name: str, total: Tensor, dtype: torch.dtype) -> None:
-    """Raise if a NaN came in, or if the sum is beyond the output's range (bfloat16's is float32's own)."""
-    suspect = dtype == torch.float16 or not math.isfinite(float(total.sum()))
-    if suspect and not bool(torch.isfinite(total.to(dtype)).all()):
+    if not _is_finite_in(total, dtype):
         raise SteerError(
             f"{name}: theta + k w is infinite or NaN in {str(dtype).removeprefix('torch.')}; take a smaller k or a "
             "wider dtype; where k is small, the base or the vector is damaged"

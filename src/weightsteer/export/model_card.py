@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checkpoint import INDEX, SINGLE
+from ..checkpoints.checkpoint import INDEX, SINGLE, fingerprint
 from ..checkpoints.embedded_model import public_base
 from ..checkpoints.links import file_within
 from ..checkpoints.safetensors_file import SafeFile
@@ -17,6 +17,7 @@ from ..files import read_json, write_text
 from ..places import is_private, public_name
 from ..run_card import RunCard
 from ..shown import markdown_text, yaml_text
+from ..vectors.base_identity import is_same_base
 from .rounding import MergeReport, describe_rounding
 
 # What a model has beside its weights: configuration, tokenizer and processors, templates, licence. Nothing else is
@@ -90,9 +91,14 @@ def carry_config(base: Path, part: Path, dtype: str | None) -> None:
 
 
 def write_lineage(vector: RunCard, base: Path, part: Path, origin: Mapping[str, Any], report: MergeReport) -> None:
-    """Our card and a model card: base, vector, k, and what rounding left of it."""
+    """Our card and a model card: base, vector, k, and what rounding left of it.
+
+    The card's base is the model that was merged into: what was added to it is the difference to that one.
+    """
+    own = RunCard("merged", base_model=str(base.absolute()), base_revision=fingerprint(base))
+    known = vector if is_same_base(vector, own) else own
     card = replace(
-        RunCard.now("merged", base_model=vector.base_model, base_revision=vector.base_revision),
+        RunCard.now("merged", base_model=known.base_model, base_revision=known.base_revision),
         data_sha256={**vector.data_sha256, "vector": report.vector_sha256},
         settings=origin,
         measured=asdict(report),

@@ -154,8 +154,9 @@ def _verdict_by_rate(whole: Sequence[Reading], raised: Sequence[Reading], alert:
 
 
 def share_of(reading: Reading) -> str:
-    """A reading's share of tau in words."""
-    return f"{reading.share or 0.0:+.4f} ± {reading.error or 0.0:.4f} of its norm"
+    """A reading's share of tau in words, with its standard error where that is known."""
+    known = reading.error is not None and math.isfinite(reading.error)
+    return f"{reading.share or 0.0:+.4f}{f' ± {reading.error:.4f}' if known else ''} of its norm"
 
 
 def describe(reading: Reading) -> str:

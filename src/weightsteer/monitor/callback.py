@@ -19,7 +19,7 @@ from .alerts import Alert, describe
 from .dictionary import Dictionary
 from .hold import Held, Pull, require_known
 from .live import Watched, watched_parameters
-from .readings import WHOLE, Products, Reading, read_off
+from .readings import WHOLE, Products, Reading, read_off, refuse_zero
 
 
 class SteeringMonitor(TrainerCallback):
@@ -91,6 +91,7 @@ class SteeringMonitor(TrainerCallback):
     ) -> None:
         model = kwargs["model"]
         self._watched = watched_parameters(model, self.vectors)
+        refuse_zero(watched.squares for watched in self._watched)
         self._pulls = [Pull(model, self.vectors[name], weight) for name, weight in self.resist.items()]
         self._held = Held(model, self.vectors, self.hold)
         if self.out and state.is_world_process_zero and state.global_step:

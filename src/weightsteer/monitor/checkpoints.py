@@ -23,7 +23,7 @@ from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.row_products import Diagonal, row_of_products
 from ..vectors.weight_vector import WeightVector
 from .dictionary import Dictionary
-from .readings import KeptReading, Products, Reading, read_off
+from .readings import KeptReading, Products, Reading, read_off, refuse_zero
 
 READINGS_FILE = "readings.jsonl"
 NUMBERED = (re.compile(r"(?:checkpoint|step)\D?(\d+)"), re.compile(r"(\d+)\D*$"))  # the first that is found counts
@@ -136,6 +136,7 @@ def _read_all(
         except (SteerError, OSError) as error:
             warn_skipped(path, error)
             continue
+        refuse_zero(product.squares for product in products)
         kept.add(path, weights, kept.read_off(products, _label(path), step))
     progress(len(checkpoints), len(checkpoints), "done")
     if not kept.readings:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any, ClassVar
 
+from ..errors import SteerError
+from ..schema import shown
 from ..vectors.parameter_names import layer_of, module_of
 
 WHOLE = "all"
@@ -93,6 +96,19 @@ def read_off(
         for part, members in groups.items()
         for reading in _readings_of(members, part, checkpoint, step, named if part == WHOLE else ())
     ]
+
+
+def refuse_zero(squares: Iterable[Mapping[str, float]]) -> None:
+    """Raise where a vector is zero in all of its parameters: nothing can be read along it.
+
+    Args:
+        squares: of each parameter, vector -> <v, v>.
+    """
+    total: Counter[str] = Counter()
+    for found in squares:
+        total.update(found)
+    if zero := [name for name, square in total.items() if not square]:
+        raise SteerError(f"monitor: the vector {shown(zero[0])} is zero, so it has no direction; leave it out")
 
 
 def _readings_of(

@@ -21,6 +21,7 @@ from ..errors import SteerError
 from ..lm import LM
 from ..model_parts import projecting_only
 from ..progress import Progress, silent
+from ..schema import shown
 from ..training.sft import encode
 from ..training.trainer import IGNORED
 from ..vectors.delta import read_delta
@@ -67,6 +68,8 @@ def screen(
         raise SteerError("screen: expected at least one vector")
     rows = encode(lm, examples, max_length)
     lengths = torch.tensor([vector.norm() for vector in vectors.values()], dtype=torch.float64)
+    if zero := [name for name, length in zip(vectors, lengths, strict=True) if not length]:
+        raise SteerError(f"screen: the vector {shown(zero[0])} is zero, so it has no direction; leave it out")
     pushes, losses = np.zeros((len(rows), len(vectors))), np.zeros(len(rows))
     with _watched(lm, vectors) as sums:
         for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size, progress):

@@ -12,7 +12,7 @@ from ..checkpoints.checkpoint import fingerprint
 from ..checkpoints.embedded_model import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from ..checkpoints.locate import local_folder
 from ..errors import SteerError
-from ..places import HUB_CACHE, is_private
+from ..places import HUB_CACHE, expanded, is_private
 from ..run_card import RunCard
 
 COMMIT, FINGERPRINT = re.compile(r"[0-9a-f]{40}"), re.compile(r"[0-9a-f]{64}")
@@ -67,7 +67,7 @@ def on_named_base(card: RunCard) -> RunCard:
 
     An adapter from elsewhere names its base by a path alone, which another folder may have on another day.
     """
-    here = card.base_model and not card.base_revision and Path(card.base_model).expanduser().is_dir()
+    here = card.base_model and not card.base_revision and expanded(card.base_model).is_dir()
     try:
         return on_base(card, card.base_model) if here else card
     except SteerError:  # what lies there cannot be read, and is not needed
@@ -98,7 +98,7 @@ def _named_like_folder(first: str, second: str) -> bool:
 
 
 def _name_parts(name: str) -> tuple[str, str]:
-    path = Path(name).expanduser()
+    path = expanded(name)
     cached = HUB_CACHE.search(str(path))
     if cached:
         name = f"{cached['owner']}/{cached['model']}"

@@ -254,7 +254,7 @@ def require_finite(name: str, delta: LowRank | Tensor) -> None:
 
 def not_finite(what: str) -> SteerError:
     """The error for an entry that is no number."""
-    return SteerError(f"{what}: holds NaN or infinite entries; the training diverged")
+    return SteerError(f"{what}: holds NaN or infinite entries; the training diverged, or a factor is too large")
 
 
 def digest_of(delta: Delta) -> str:

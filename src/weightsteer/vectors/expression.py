@@ -119,6 +119,8 @@ class _Evaluation:
                 return self._named(name)
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return self._value(operand) * -1.0
+            case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+                return self._value(operand)
             case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
                 return self._call(name, args, keywords)
             case ast.BinOp(left=left, op=op, right=right):

@@ -89,6 +89,10 @@ def _checked(k: float | Tensor) -> float | Tensor:
         number = float(k)
     except OverflowError:  # a whole number that no float holds
         number = math.inf
+    except (TypeError, ValueError, RuntimeError):
+        raise SteerError(
+            f"k: expected a number, or a tensor (batch,) with one k per row; found {type(k).__name__} {shown(k)}"
+        ) from None
     if not abs(number) <= LARGEST_FLOAT:
         raise SteerError(f"k: expected a finite number up to {LARGEST_FLOAT:.3g}, found {shown(k)}")
     return number

@@ -18,10 +18,10 @@ Deltas = Mapping[str, Delta]
 
 
 def filter_deltas(
-    deltas: Deltas, layers: Collection[int] | str | None, modules: Collection[str] | str | None
+    deltas: Deltas, layers: Collection[int] | str | int | None, modules: Collection[str] | str | None
 ) -> Deltas:
     """The parameters of these layers and modules; the rest is zero."""
-    numbers = layer_numbers(layers) if isinstance(layers, str) else layers
+    numbers = layer_numbers(str(layers)) if isinstance(layers, str | int) else layers
     kinds = [part.strip() for part in modules.split(",")] if isinstance(modules, str) else modules
     kept = [
         name
@@ -48,6 +48,7 @@ def truncate_deltas(deltas: Deltas, rank: int | None, energy: float | None) -> t
         raise SteerError("truncate: expected one of rank= and energy=")
     if rank is not None and (isinstance(rank, bool) or not 1 <= rank < math.inf or rank != int(rank)):
         raise SteerError(f"truncate: rank must be a whole number of at least 1, found {rank}")
+    rank = None if rank is None else int(rank)  # 16.0, and what an expression gives
     if energy is not None and not 0.0 < energy <= 1.0:
         raise SteerError(f"truncate: energy must be above 0 and at most 1, found {energy}")
     kept: dict[str, Delta] = {}
@@ -81,7 +82,7 @@ def scale_by_depth(deltas: Deltas, alpha: float, beta: float) -> Deltas:
     Early layers hold what is general, so they move less. What stands outside the blocks is scaled by alpha.
     """
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (alpha, beta)):
-        raise SteerError(f"lines: alpha and beta must be numbers, found {alpha!r} and {beta!r}")
+        raise SteerError(f"scale_by_depth: alpha and beta must be numbers, found {alpha!r} and {beta!r}")
     last = max((layer for name in deltas if (layer := layer_of(name)) is not None), default=0)
 
     depths = {name: (layer_of(name) or 0) / last if last else 0.0 for name in deltas}
@@ -95,7 +96,7 @@ def _scaled(deltas: Deltas, name: str, scale: float) -> Delta:
 def boost_subspace(deltas: Deltas, beta: float) -> Deltas:
     """Raise each matrix's small singular values: subspace boosting (Skorobogat et al., arXiv 2506.16506)."""
     if not isinstance(beta, int | float) or not 0.0 <= beta <= 1.0:
-        raise SteerError(f"boost: beta must lie between 0 and 1, found {beta!r}")
+        raise SteerError(f"boost_subspace: beta must lie between 0 and 1, found {beta!r}")
     return LazyDeltas({name: partial(_boost_delta, deltas, name, beta) for name in deltas})
 
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsFloat
 
 from ..errors import SteerError
 from ..run_card import RunCard
@@ -54,11 +54,15 @@ class WeightVector:
 
     def __add__(self, other: WeightVector) -> WeightVector:
         """Exact sum. Ranks add up; a factored and a dense delta of one parameter give a dense one."""
-        return self._plus(other, 1.0)
+        return self._plus(other, 1.0) if isinstance(other, WeightVector) else NotImplemented
+
+    def __radd__(self, other: int) -> WeightVector:
+        """0 + w, with which `sum` begins."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __sub__(self, other: WeightVector) -> WeightVector:
         """Exact difference; `w - w` has norm exactly 0."""
-        return self._plus(other, -1.0)
+        return self._plus(other, -1.0) if isinstance(other, WeightVector) else NotImplemented
 
     def _plus(self, other: WeightVector, scale: float) -> WeightVector:
         self._require_alike(other)
@@ -75,14 +79,30 @@ class WeightVector:
         refuse_two_spellings(self.deltas, other.deltas, f"{self.name or 'a vector'} and {other.name or 'another'}")
 
     def __mul__(self, scale: float) -> WeightVector:
-        """The vector times a number."""
-        deltas = self.deltas
+        """The vector times a number.
+
+        Raises:
+            SteerError: a factor that is not finite.
+        """
+        if not isinstance(scale, SupportsFloat):
+            return NotImplemented
+        if not is_finite(scale):
+            raise SteerError(f"a vector is multiplied by finite numbers, found {shown(scale)}")
+        deltas, scale = self.deltas, float(scale)
         return self._derived(LazyDeltas({name: partial(_scaled_of, deltas, name, scale) for name in deltas}))
 
     __rmul__ = __mul__
 
     def __truediv__(self, scale: float) -> WeightVector:
-        """The vector divided by a number."""
+        """The vector divided by a number.
+
+        Raises:
+            SteerError: by zero, or by what is not finite.
+        """
+        if not isinstance(scale, SupportsFloat):
+            return NotImplemented
+        if not is_finite(scale) or scale == 0:
+            raise SteerError(f"a vector is divided by finite numbers other than 0, found {shown(scale)}")
         return self * (1.0 / scale)
 
     def __neg__(self) -> WeightVector:
@@ -178,7 +198,7 @@ class WeightVector:
         return [(math.fsum(row[i][0] for row in rows), math.fsum(row[i][1] for row in rows)) for i in range(3)]
 
     def filter(
-        self, *, layers: Collection[int] | str | None = None, modules: Collection[str] | str | None = None
+        self, *, layers: Collection[int] | str | int | None = None, modules: Collection[str] | str | None = None
     ) -> WeightVector:
         """The part in some layers ("8-20,25" or numbers) and modules ("mlp,q_proj" or names); the rest is zero.
 

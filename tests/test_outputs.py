@@ -10,7 +10,7 @@ import pytest
 from conftest import random_vector, tiny_lm
 from weightsteer.cli import main
 from weightsteer.errors import SteerError
-from weightsteer.files import append_jsonl, write_text
+from weightsteer.files import append_jsonl, current_umask, write_text
 from weightsteer.vectors.weight_vector import WeightVector
 
 
@@ -116,3 +116,17 @@ def test_what_we_made_is_made_again(
     ):
         for _ in range(2):
             assert command(capsys, monkeypatch, *arguments)[0] == 0
+
+
+def test_the_working_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell in it would be left in a folder that is gone."""
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    monkeypatch.chdir(inner)
+    w = random_vector(tiny_lm())
+    for target in (".", inner, "..", tmp_path / "a"):
+        with pytest.raises(SteerError, match="is the folder in which the command runs, or holds it"):
+            w.save(target)
+    assert inner.samefile(Path())
+    w.save("w")
+    assert (inner / "w" / "adapter_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~current_umask()

@@ -20,7 +20,7 @@ from weightsteer.cli import main
 from weightsteer.errors import SteerError
 from weightsteer.export.merge import export_merged
 from weightsteer.lm import LM
-from weightsteer.places import public_name, without_paths
+from weightsteer.places import cache_folder, public_name, recall, remember, without_paths
 from weightsteer.run_card import RunCard, StrengthRange
 from weightsteer.runs.pipeline import Run
 from weightsteer.runs.recipe import Recipe
@@ -233,3 +233,30 @@ def test_a_merge_names_no_path(tmp_path: Path) -> None:
     assert yaml.safe_load(head)["base_model"] == " ".join(hostile.split())
     assert "<b>" not in body
     assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
+
+
+def test_what_a_model_reads_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    prompts = ["/no_think Is 5 km/h fast, or not?", "~5 people came. Is that many?"]
+    source = small_recipe(
+        tmp_path, samples={"prompts": prompts, "count": 2}, chat_template_kwargs={"system": "/no_think"}
+    )
+    run = Run(Recipe.load(source), tmp_path / "run", show=mute, command="weightsteer run recipe.yaml")
+    shutil.rmtree(cache)  # as on another machine
+    kept = yaml.safe_load(run.folder.recipe.read_text())
+    assert kept["samples"]["prompts"] == prompts
+    assert kept["chat_template_kwargs"] == {"system": "/no_think"}
+    assert without_paths({"data": "a.jsonl,/home/me/b.jsonl"}) == {"data": "a.jsonl,b.jsonl"}
+
+
+def test_a_home_that_is_not_known_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(*_: object) -> object:
+        raise KeyError
+
+    assert public_name("~nosuchuser/model") == "model"
+    for name in ("HOME", "WEIGHTSTEER_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    remember("key", "text")
+    assert recall("key") is None
+    with pytest.raises(SteerError, match="no home folder; name a folder for the cache in WEIGHTSTEER_CACHE"):
+        cache_folder()

@@ -148,6 +148,11 @@ def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
     other = small_recipe(tmp_path, seed=1)
     with pytest.raises(SteerError, match="differs in the recipe's 'seed'"):
         make_run(other, tmp_path / "run")
+    numbers = {"rank": 2, "learning_rates": [1e-2], "evaluations": 2, "warmup_steps": 1}
+    paper = {"epochs": 1, "batch_size": 8}  # what a recipe leaves out follows from its data and is no number of theirs
+    make_run(small_recipe(tmp_path, train=numbers), tmp_path / "by data")
+    with pytest.raises(SteerError, match="differs in the recipe's 'train'"):
+        make_run(small_recipe(tmp_path, train=numbers | paper), tmp_path / "by data")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "x").write_text("")
     with pytest.raises(SteerError, match="not made by weightsteer"):
@@ -296,6 +301,10 @@ def test_runs_that_are_compared_differ_in_their_seeds_alone(tmp_path: Path) -> N
         (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump(fields | changes))
     a, b, c = (tmp_path / name for name in "abc")
     refuse_other_recipes([a, b, tmp_path / "of old"])
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "recipe.yaml").write_text(yaml.safe_dump(fields | {"train": {**fields["train"], "epochs": 1}}))
+    with pytest.raises(SteerError, match="d: differs from .*a in the recipe's 'train'"):
+        refuse_other_recipes([a, tmp_path / "d"])
     with pytest.raises(SteerError, match="c: differs from .*a in the recipe's 'dtype'"):
         refuse_other_recipes([a, b, c])
 
@@ -400,6 +409,28 @@ def test_what_says_nothing_of_ones_own_behaviour_is_refused(tmp_path: Path) -> N
     stated = Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"}, behavior="sycophancy"))
     assert stated.behavior == "sycophancy"
     assert Recipe.load(small_recipe(tmp_path)).behavior == "sycophancy"
+
+
+def test_strengths_and_the_length_of_samples_may_change_in_a_run(tmp_path: Path) -> None:
+    """What is measured stays; a k that breaks the model, or samples that are too short, cost no training."""
+    listed = {"sweep": {"methods": {"contrastive": [-1.0, 1e38]}, "search_items": 1}, "budget": {"prose/nll": 1e9}}
+    tasks = [{"task": task, "limit": 2} for task in ("preference", "prose")]
+    fields = {**listed, "tasks": tasks, "plot": ["preference/margin"]}
+    with pytest.raises(SteerError, match=r"task preference, contrastive at k = 1e\+38: the model gives no number"):
+        make_run(small_recipe(tmp_path, **fields), tmp_path / "run").run()
+    made = (tmp_path / "run" / "vector" / "weightsteer.json").read_text()
+    fields["sweep"] = {"methods": {"contrastive": [-1.0, 1.0]}, "search_items": 1}
+    run = make_run(small_recipe(tmp_path, **fields), tmp_path / "run")
+    run.run()
+    assert {row["k"] for row in map(json.loads, run.folder.measurements.read_text().splitlines())} >= {0.0, -1.0, 1.0}
+    assert json.loads(made)["created"] == RunCard.load(run.folder.vector).created
+    short = run.folder.samples.read_text()
+    run = make_run(small_recipe(tmp_path, **fields, samples={"count": 1, "max_new_tokens": 12}), tmp_path / "run")
+    run.run()
+    assert run.folder.samples.read_text() != short
+    assert {json.loads(line)["max_new_tokens"] for line in run.folder.samples.read_text().splitlines()} == {12}
+    with pytest.raises(SteerError, match="sweep.fractions"):
+        Recipe.load(small_recipe(tmp_path, sweep={"fractions": [0.0]}))
 
 
 @pytest.mark.parametrize("ks", [["0", "-65x"], ["0", "nan"], ["0", "1.0"], ["1"], ["0", "1"]])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .adapter_files import ADAPTER_CONFIG
 from .errors import SteerError
+from .places import expanded
 from .run_card import CARD_FILE
 from .schema import shown
 from .strength_names import is_name
@@ -28,7 +29,7 @@ def named_folders(arguments: Iterable[str]) -> dict[str, Path]:
     for argument in arguments:
         given, equals, rest = argument.partition("=")
         named = bool(equals) and is_name(given) and not Path(argument).exists()
-        folder = Path(rest if named else argument).expanduser()
+        folder = expanded(rest if named else argument)
         if not is_vector(folder):
             raise SteerError(f"{folder}: no saved vector is there; expected its folder, or NAME=FOLDER")
         name = given if named else name_of(folder)

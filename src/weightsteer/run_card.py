@@ -21,7 +21,7 @@ from .files import current_umask, digest, is_empty, read_json, write_text
 from .leftovers import REPLACED, sweep_beside
 from .locks import hold
 from .outputs import refuse_special
-from .places import public_name, remember, without_paths
+from .places import expanded, public_name, remember, without_paths
 from .schema import checked, is_finite, refuse_unusual, shown
 
 CARD_FILE = "weightsteer.json"
@@ -124,7 +124,7 @@ class RunCard:
         Raises:
             SteerError: a file is missing that the card in `folder` names.
         """
-        base = Path(self.base_model).expanduser()
+        base = expanded(self.base_model)
         if self.base_model and base.exists():
             for key in self.place_keys:
                 remember(key, str(base.absolute()))
@@ -235,9 +235,13 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
     so that a power cut leaves it whole, too.
 
     Raises:
-        SteerError: another process writes `target`, it holds something else, or the disk refuses.
+        SteerError: another process writes `target`, it holds something else, it is the working folder or holds that,
+            or the disk refuses.
     """
     target = target.absolute()
+    here = Path.cwd()
+    if target.resolve() == here or target.resolve() in here.parents:
+        raise SteerError(f"{target}: is the folder in which the command runs, or holds it; name a folder below it")
     with hold(target), telling_of_disk(target):
         sweep_beside(target)
         refuse_foreign(target, kind)
@@ -246,6 +250,8 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
         try:
             yield part
             part.chmod(0o777 & ~current_umask())
+            for file in filter(Path.is_file, part.rglob("*")):  # safetensors keeps what it writes from other users
+                file.chmod(file.stat().st_mode | 0o666 & ~current_umask())
             sync_tree(part)
             _put_in_place(part, target)
         finally:

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 
 from ..errors import SteerError, first_line
-from ..places import recall
+from ..places import expanded, recall
 from ..run_card import RunCard
 from ..schema import suggestion
 from .checkpoint import ADAPTER_CONFIG, fingerprint
@@ -152,7 +152,7 @@ def local_folder(name: str, *, revision: str | None = None) -> Path | None:
     """The model's folder if it is on this machine: a path, the embedded model, or a snapshot in the hub's cache."""
     if not name:
         return None
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         return path
     if name.lower() == EMBEDDED_NAME or (is_gguf(path) and path.is_file()):

@@ -40,6 +40,7 @@ from .options import (
     load_lm,
     number,
     read_sides,
+    refuse_beside,
     refuse_same,
     special_tokens_of,
     warn_unseen,
@@ -84,6 +85,10 @@ def sample(
     refuse_inputs(out, *data_files(behavior, positive, negative))
     described = Behavior.load(behavior)
     if positive or negative:
+        asked = {"samples": samples, "questions": questions, "max_new_tokens": max_new_tokens, "keep_cut": keep_cut}
+        served = {"engine": engine, "engine_url": engine_url, "concurrency": concurrency, "model": model}
+        judging = {"judge": judge, "judge_url": judge_url, "key_env": key_env, "seed": seed, "device": device}
+        refuse_beside("nothing is sampled where both sides are given", **asked, **served, **judging)
         with hold(out):
             counts = _write_own_sides(out, positive, negative)
     else:
@@ -109,8 +114,8 @@ def sample(
             cut_answers="keep" if keep_cut else "drop",
         )
         with answering as (lm, at_once), show_progress("sample") as progress:
-            judging = chosen or LikelihoodJudge(lm, described)
-            counts = sample_sides(lm, described, judging, out, settings=settings, at_once=at_once, progress=progress)
+            judges = chosen or LikelihoodJudge(lm, described)
+            counts = sample_sides(lm, described, judges, out, settings=settings, at_once=at_once, progress=progress)
         if chosen is not None:
             lost = unusable_verdicts(out)
             again = "; the same command asks for them again" if lost else ""
@@ -178,7 +183,7 @@ def generate(
     from ..evaluation.tasks.arithmetic import arithmetic_examples
     from ..files import read_jsonl, write_jsonl
 
-    examples = arithmetic_examples(family, kinds.split(","), count, seed=seed, split=split)
+    examples = arithmetic_examples(family, [kind.strip() for kind in kinds.split(",")], count, seed=seed, split=split)
     rows = example_rows(examples)
     refuse_foreign_file(out, lambda _: read_jsonl(out) == rows)
     write_jsonl(out, rows)
@@ -252,6 +257,10 @@ def train(
     """
     if kind == "dpo" and not pairs:
         raise SteerError("--kind dpo: expected --pairs, both answers to the same questions")
+    if kind in ("bias", "full"):
+        refuse_beside(f"is of adapters, and --kind {kind} trains none", rank=rank, alpha=alpha)
+    if max_steps:
+        refuse_beside("--max-steps stands in its place", epochs=epochs)
     from ..example_files.checks import refuse_unfit, warn_unfit
 
     refuse_inputs(out, *data_files(pairs, positive, negative), model)

@@ -252,6 +252,13 @@ def pasteable(command: str) -> str:
     return shlex.quote(str(near)) + command.removeprefix("weightsteer")
 
 
+def refuse_beside(reason: str, **options: object) -> None:
+    """Raise where one of these options is given and would do nothing, for the reason that is named."""
+    for name, value in options.items():
+        if value:
+            raise SteerError(f"--{name.replace('_', '-')}: {reason}; leave it out")
+
+
 def refuse_without_ray(gpus: float | None) -> None:
     """Raise for an option that means nothing where there are no workers."""
     if gpus is not None:

@@ -37,6 +37,7 @@ from .options import (
     number,
     numbers,
     pasteable,
+    refuse_beside,
     refuse_without_ray,
     shown_strengths,
     vector_and_lm,
@@ -88,6 +89,8 @@ def run(
     name = loaded.name if seed is None else f"{loaded.name}-seed{seed}"
     loaded = loaded.model_copy(update=drop_unset(name=name, seed=seed, loading=_typed_loading(loaded)))
     if plan:
+        unused = {"out": out, "dry_run": dry_run, "ray": ray, "gpus_per_model": gpus_per_model}
+        refuse_beside("a plan runs nothing", **unused, trust_code=trust_code, key_env=key_env)
         print_plan(loaded, device, devices, as_json=as_json)
         return
     refuse_without_plan(device=device, devices=devices, json=as_json)
@@ -164,6 +167,7 @@ def shrink(recipe: Recipe, folder: Path) -> Recipe:
     from ..runs.dry_run import shrink_recipe
     from ..runs.tiny_model import make_tiny_model
 
+    folder = folder.absolute()
     return shrink_recipe(recipe, make_tiny_model(recipe, folder.with_name(f"{folder.name}-model")))
 
 

@@ -48,7 +48,8 @@ def study(
     wanted = _seeds(seeds)
     loaded, folder = _load(recipes, out)
     if dry_run:
-        loaded = [shrink(recipe, folder.path.with_name(f"{folder.path.name}-{recipe.name}")) for recipe in loaded]
+        here = folder.path.absolute()
+        loaded = [shrink(recipe, here.with_name(f"{here.name}-{recipe.name}")) for recipe in loaded]
     from ..cluster.drive import workers
     from ..runs.pipeline import Trust
     from ..runs.study import Study, one_by_one

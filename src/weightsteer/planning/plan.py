@@ -245,9 +245,10 @@ class Planner:
 
     def disk(self, stage: Stage) -> float:
         """Bytes that a stage leaves; the two checkpoints of a training that runs come and go."""
-        if stage.training is None:
+        settings = stage.training.settings if stage.training else stage.saved
+        if settings is None:
             return 0.0
-        settings, passes = stage.training.settings, self.passes(stage)
+        passes = self.passes(stage)
         count = passes.trained_parameters(settings.kind, settings.rank)
         whole = passes.model.weight_bytes() if settings.kind == "full" else self.model.weight_bytes()
         return stage.adapters * count * float(FLOAT) + stage.checkpoints * whole

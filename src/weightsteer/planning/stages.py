@@ -25,7 +25,7 @@ from ..steering.method import Training as TrainingName
 from ..steering.methods import METHODS, SHARES, TWO_WAY
 from ..steering.several_k import TOGETHER
 from ..training.defaults import resolve, width_of
-from ..training.settings import RESOURCES
+from ..training.settings import RESOURCES, TrainSettings
 from .assumed import (
     behavior_or_stand_in,
     is_here,
@@ -52,7 +52,8 @@ class Stage:
     float32: bool = False  # a copy of the base in float32 is what is trained
     models: int = 1  # models in memory, this one counted: the base, and the fine-tune of it that is repaired
     sums: bool = False  # the activations of every block are summed
-    adapters: int = 0  # that it leaves on the disk
+    adapters: int = 0  # that it leaves on the disk, each of the rank of one training; a vector of two sides is two
+    saved: TrainSettings | None = None  # how they were trained, where not by the stage's own training
     checkpoints: int = 0  # whole models that it leaves
 
 
@@ -133,7 +134,8 @@ class Stages:
                 made,
                 float32=training in DENSE,
                 checkpointing=again,
-                adapters=0 if training == "full" else settings.finetunes + settings.snapshots,
+                # the side's own, which its vector holds once more
+                adapters=0 if training == "full" else 2 * settings.finetunes + settings.snapshots,
                 checkpoints=1 if training == "full" else 0,
             )
 
@@ -151,7 +153,8 @@ class Stages:
                 yield Stage("train an activation", activation_work(self.lm, pairs, settings))
             else:
                 work = coefficient_work(self.lm, *self.rows.dial_pairs(), recipe.dial)
-                yield Stage(f"coefficients of the {name}", work, adapters=1)
+                saved = recipe.train_settings(_plain(recipe.train))
+                yield Stage(f"coefficients of the {name}", work, adapters=2 * saved.finetunes, saved=saved)
 
     # Data that the model writes, and what is summed and searched
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..behavior import SIDES
 from ..errors import SteerError
-from ..places import public_name
+from ..places import expanded, public_name
 from ..run_card import RunCard
 from ..run_folder import RunFolder
 
@@ -19,7 +19,7 @@ def content_of(model: str) -> str:
     """The hash of a local model's weights; "" for a model that is named otherwise."""
     from ..checkpoints.checkpoint import fingerprint
 
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     return fingerprint(folder) if folder.is_dir() else ""
 
 

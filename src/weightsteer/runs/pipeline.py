@@ -250,7 +250,7 @@ class Run:
         if not prompts:
             return Samples(())
         kept = read_samples(self.folder.samples)
-        if kept.are_of(prompts, ks):
+        if kept.are_of(prompts, ks, self.recipe.samples.max_new_tokens):
             return kept
         if kept.are_former(prompts, RunCard.load(self.folder.vector), self._budget()):
             return replace(kept, former=True)
@@ -258,7 +258,7 @@ class Run:
 
     def keep_samples(self, ks: Sequence[float], found: Sequence[Sequence[str]]) -> Samples:
         """Samples of the replies at each k, written into the run's folder."""
-        made = Samples.of(self.sample_prompts(), ks, found)
+        made = Samples.of(self.sample_prompts(), ks, found, self.recipe.samples.max_new_tokens)
         write_jsonl(self.folder.samples, map(asdict, made.rows))
         return made
 

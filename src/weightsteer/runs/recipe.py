@@ -20,6 +20,7 @@ from ..places import public_name, recall, remember, without_paths
 from ..run_card import CARD_FILE, RunCard
 from ..run_folder import RunFolder
 from ..schema import describe_mistake, suggestion
+from ..steering.methods import METHODS
 from .identity import content_of, refuse_path, same_model, without_folders, without_resources
 from .own_data import OWN, held_out_pairs, own_sides, with_own_behavior
 from .recipe_fields import (
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     from ..training import TrainSettings
 
 # What may change in a run: no measurement depends on it.
-KEPT_APART = {"plot", "batch_size", "budget", "device", "samples"}
+KEPT_APART = {"plot", "batch_size", "budget", "device", "samples", "architecture"}
 DIAL_DATA = ("dial pairs", "unmoved pairs")  # what a run calls the pairs that coefficients are learned on
 
 
@@ -316,7 +317,8 @@ def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | Non
     """The first of a recipe's fields, or of its inputs, that is another in a run that is there."""
     if not same_model(found, wanted, folder):
         return "the recipe's 'model'"
-    mine, theirs = _essence(wanted.settings), _essence(found.settings)
+    is_former = find_former(found.settings) is not None
+    mine, theirs = (_essence(card.settings, former=is_former) for card in (wanted, found))
     if theirs is None:
         return "its recipe, which this version cannot read"
     unread = {"behavior"} - wanted.data_sha256.keys()  # known by its pairs, whatever the default was once
@@ -330,7 +332,7 @@ def _difference(found: RunCard, wanted: RunCard, folder: RunFolder) -> str | Non
     return f"the data of {changed[0]!r}" if changed else None
 
 
-def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def _essence(settings: Mapping[str, Any], *, former: bool) -> dict[str, Any] | None:
     """A recipe's fields without what may change in a run; None if an older version's cannot be read."""
     try:
         fields = Recipe.model_validate(with_new_names(settings)).model_dump()
@@ -338,13 +340,20 @@ def _essence(settings: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     if fields["judge"]:  # who judges, not how many requests at once
         fields["judge"] = {name: fields["judge"][name] for name in ("model", "url")}
-    found = _comparable(fields)
+    found = _comparable(fields, former=former)
+    found["sweep"] = {**found["sweep"], "methods": _without_listed(found["sweep"]["methods"])}
     return {name: value for name, value in found.items() if name not in {"model", *KEPT_APART}}
 
 
-def _comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's fields as two runs are compared by them."""
-    found = without_resources(_beyond_paper(without_folders(fields)))
+def _without_listed(methods: Mapping[str, list[float] | None]) -> dict[str, Any]:
+    """A sweep's methods without the strengths k that are listed, each of which is measured by itself."""
+    return {name: ks if ks is None or METHODS[name].strengths_from_checkpoints else [] for name, ks in methods.items()}
+
+
+def _comparable(fields: Mapping[str, Any], *, former: bool) -> dict[str, Any]:
+    """A recipe's fields as two runs are compared by them; `former`: the first version made one of the two."""
+    plain = without_folders(fields)
+    found = without_resources(_beyond_paper(plain) if former else plain)
     return {**found, "loading": {"quantize": found["loading"]["quantize"]}}
 
 
@@ -373,8 +382,13 @@ def refuse_other_recipes(runs: Sequence[str | Path]) -> None:
     if twice := next((run for run, place in zip(runs, places, strict=True) if places.count(place) > 1), None):
         raise SteerError(f"{twice}: is named twice; a run counts once")
     folders = [RunFolder(Path(run)) for run in runs]
-    recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in folders if run.recipe.exists()]
-    kept = [(path, {**_comparable(fields), "model": public_name(fields["model"])}) for path, fields in recipes]
+    kept_in = [run for run in folders if run.recipe.exists()]
+    former = any(find_former(read_recipe_fields(run.recipe)) for run in kept_in)
+    recipes = [(run.path, Recipe.load_kept(run.recipe).model_dump()) for run in kept_in]
+    kept = [
+        (path, {**_comparable(fields, former=former), "model": public_name(fields["model"])})
+        for path, fields in recipes
+    ]
     for path, fields in kept[1:]:
         for name, value in fields.items():
             if value != kept[0][1][name] and name not in {"name", "seed", *KEPT_APART}:

@@ -38,6 +38,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 MOST_EXAMPLES = 10_000_000  # that are made for a run
 Strength = Annotated[float, Field(ge=-LARGEST_FLOAT, le=LARGEST_FLOAT)]  # a k
+Fraction = Annotated[float, Field(gt=0)]  # of a k that was found
 
 
 class Strict(BaseModel):
@@ -187,8 +188,8 @@ class SweepRecipe(Strict):
     loss_increase: float = Field(default=0.2, gt=0)  # nats per token over the base, on ordinary text
     # in place of `loss_increase`: the 95th percentile of the token KL to the base, in nats; takes a task `token_kl`
     kl: float | None = Field(default=None, gt=0)
-    fractions: list[float] = [0.25, 0.5, 0.75, 1.0]  # of the k that was found, which are swept
-    fractions_of: dict[str, list[float]] = {}  # a method's own fractions
+    fractions: list[Fraction] = [0.25, 0.5, 0.75, 1.0]  # of the k that was found, which are swept
+    fractions_of: dict[str, list[Fraction]] = {}  # a method's own fractions
     sides: list[Literal[-1, 1]] = [-1, 1]  # which way k goes
     items_of: dict[str, int] = {}  # methods that are measured on the first so many items of each split
     behavior: str = "preference/margin"  # task/metric by which k and the layer are chosen

@@ -13,7 +13,7 @@ from ..vectors.difference import task_vector
 from ..vectors.expression import combine
 from .artifacts import RunArtifacts
 from .recipe import Recipe
-from .recipe_fields import VARIANT_VECTORS
+from .recipe_fields import VARIANT_VECTORS, SweepRecipe
 
 
 def make_method(name: str, artifacts: RunArtifacts) -> Steering:
@@ -29,7 +29,7 @@ def make_method(name: str, artifacts: RunArtifacts) -> Steering:
 def methods_with_strengths(artifacts: RunArtifacts, texts: Task) -> list[tuple[Steering, list[float]]]:
     """Every variant and method of the recipe with its strengths; those not given are searched on `texts`."""
     path, show = artifacts.folder.strengths, artifacts.show
-    known = known_strengths(artifacts.folder)
+    known = known_strengths(artifacts.folder, artifacts.recipe.sweep)
     found: list[tuple[Steering, list[float]]] = []
     for name in method_names(artifacts.recipe):
         method = make_method(name, artifacts)
@@ -48,10 +48,16 @@ def method_names(recipe: Recipe) -> list[str]:
     return [*recipe.sweep.variants, *recipe.sweep.methods]
 
 
-def known_strengths(folder: RunFolder) -> dict[str, list[float]]:
-    """Method -> the strengths that a run has found for it."""
+def known_strengths(folder: RunFolder, sweep: SweepRecipe) -> dict[str, list[float]]:
+    """Method -> the strengths that a run has found for it; where they are listed, as they are listed now."""
     kept = read_kept(folder.strengths, dict[str, list[float]]) or {}
-    return {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
+    known = {FORMER_METHODS.get(name, name): ks for name, ks in kept.items()}
+    listed = {
+        name: ks
+        for name, ks in sweep.methods.items()
+        if ks is not None and not METHODS[name].strengths_from_checkpoints
+    }
+    return {name: listed.get(name, ks) for name, ks in known.items()}
 
 
 def strengths_of(method: Steering, artifacts: RunArtifacts, texts: Task) -> list[float]:

@@ -21,6 +21,7 @@ class Replies:
 
     prompt: str
     replies: Mapping[str, str]
+    max_new_tokens: int | None = None  # how long they may be; earlier versions did not say
 
 
 @dataclass(frozen=True)
@@ -31,27 +32,31 @@ class Samples:
     former: bool = False  # made after k was chosen, by an earlier version, at the recommended k and their halves
 
     @classmethod
-    def of(cls, prompts: Sequence[str], ks: Sequence[float], found: Sequence[Sequence[str]]) -> Samples:
-        """Samples from the replies of each k to all prompts."""
+    def of(cls, prompts: Sequence[str], ks: Sequence[float], found: Sequence[Sequence[str]], longest: int) -> Samples:
+        """Samples from the replies of each k to all prompts, of at most so many tokens."""
         texts = zip(prompts, zip(*found, strict=True), strict=True)
-        return cls(tuple(Replies(p, {f"{k:g}": reply for k, reply in zip(ks, row, strict=True)}) for p, row in texts))
+        rows = ((p, {f"{k:g}": reply for k, reply in zip(ks, row, strict=True)}) for p, row in texts)
+        return cls(tuple(Replies(prompt, replies, longest) for prompt, replies in rows))
 
     @property
     def ks(self) -> list[float]:
         """The strengths that every prompt was answered at, ascending."""
         return sorted({float(k) for row in self.rows for k in row.replies})
 
-    def are_of(self, prompts: Sequence[str], ks: Sequence[float]) -> bool:
-        """Whether these are the replies to the prompts at just these strengths."""
-        names = {f"{k:g}" for k in ks}
-        return [row.prompt for row in self.rows] == prompts and all(row.replies.keys() == names for row in self.rows)
+    def are_of(self, prompts: Sequence[str], ks: Sequence[float], longest: int) -> bool:
+        """Whether these are the replies to the prompts at just these strengths, of at most so many tokens."""
+        names, lengths = {f"{k:g}" for k in ks}, (None, longest)
+        same = all(row.replies.keys() == names and row.max_new_tokens in lengths for row in self.rows)
+        return same and [row.prompt for row in self.rows] == prompts
 
     def are_former(self, prompts: Sequence[str], card: RunCard, budget: Mapping[MetricKey, float]) -> bool:
         """Whether an earlier version made them, and chose k by the same budget: then both stay as they are."""
         strength, asked = card.strength, [row.prompt for row in self.rows]
         if strength is None or strength.budget != {" ".join(key): limit for key, limit in budget.items()}:
             return False
-        return bool(asked) and self.are_of(prompts[: len(asked)], strength.shown)
+        names = {f"{k:g}" for k in strength.shown}
+        same = asked == prompts[: len(asked)] and all(row.replies.keys() == names for row in self.rows)
+        return bool(asked) and same
 
     def broken_ks(self) -> list[float]:
         """The strengths at which more replies loop or are empty than at 0; an earlier version's choice stays."""

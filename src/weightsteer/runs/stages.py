@@ -92,14 +92,14 @@ def is_measured(run: Run) -> bool:
     """Whether nothing is left to be made or measured."""
     if not run.folder.vector.is_dir():
         return False
-    known = known_strengths(run.folder)
+    known = known_strengths(run.folder, run.recipe.sweep)
     return all(name in known for name in method_names(run.recipe)) and not _open_jobs(run, known)
 
 
 def finish(run: Run) -> Path:
     """Rows, the choice of k and the report, from what the run's folder holds; returns the report's path."""
     with hold(run.folder.path):
-        strengths = known_strengths(run.folder)
+        strengths = known_strengths(run.folder, run.recipe.sweep)
         keys = [(name, k, task.name) for name, k, task in _cells(run, strengths)]
         rows = write_rows(keys, measurements_of(run.folder), run.folder)
         samples = run.known_samples(_sample_ks(strengths))
@@ -139,7 +139,7 @@ def _layer(run: Run) -> Iterator[Stage]:
 
 def _strengths(run: Run) -> Iterator[Stage]:
     """The strengths of all methods."""
-    known, names = known_strengths(run.folder), method_names(run.recipe)
+    known, names = known_strengths(run.folder, run.recipe.sweep), method_names(run.recipe)
 
     def keep(job: Job, result: Any) -> None:
         assert isinstance(job, FindStrengths)
@@ -151,7 +151,7 @@ def _strengths(run: Run) -> Iterator[Stage]:
 
 def _measurements(run: Run) -> Iterator[Stage]:
     """All cells, the samples and the costs."""
-    strengths = known_strengths(run.folder)
+    strengths = known_strengths(run.folder, run.recipe.sweep)
 
     def keep(job: Job, result: Any) -> None:
         match job:

@@ -7,12 +7,11 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from types import FrameType
 
 from ..errors import SteerError
 from ..lm import LM
-from ..places import cache_folder
+from ..places import cache_folder, expanded
 from ..run_card import StrengthRange
 from ..schema import parse_number, suggestion
 from ..shown import ask, say
@@ -172,7 +171,7 @@ class _Chat:
         """/save"""
         if not text:
             raise SteerError("/save: expected a file, such as /save talk.json")
-        self.talk.save(Path(text).expanduser())
+        self.talk.save(expanded(text))
         say(f"{text}: the talk so far, {len(self.talk.turns)} of your turns")
 
     def reset(self, text: str) -> None:

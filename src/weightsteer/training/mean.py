@@ -64,6 +64,8 @@ def parts_of(rows: list[Encoded], count: int) -> list[list[Encoded]]:
 
 def refuse_empty_parts(rows: int, count: int) -> None:
     """Raise for more fine-tunes than rows that are trained on."""
+    if rows < 1:
+        raise SteerError("validation: all examples are held out and none is left to train on; lower it")
     if rows < count:
         raise SteerError(f"finetunes: expected at most {rows}, one for each row that is trained on, found {count}")
 

@@ -127,7 +127,7 @@ def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSetti
 
 
 def _work_of(out: Path) -> Path:
-    return out.with_name(f"{out.name}.work")
+    return out.absolute().with_name(f"{out.name}.work")
 
 
 def work_folder(out: Path, card: RunCard) -> Path | None:

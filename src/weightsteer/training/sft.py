@@ -184,7 +184,10 @@ def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[
     known = {_key(row) for row in held}
     train = [row for i, row in enumerate(rows) if i not in places and _key(row) not in known]
     if not train:
-        raise SteerError(f"training needs at least 2 different examples a side, found {len(rows)} examples")
+        raise SteerError(
+            f"training needs at least 2 different examples a side, found {len(rows)} examples, of which {len(held)} "
+            "are held out, with all of their copies"
+        )
     return train, held
 
 

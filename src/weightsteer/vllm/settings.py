@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import SteerError
 from ..named_folders import is_vector, named_folders, vectors_within
-from ..places import cache_folder
+from ..places import cache_folder, expanded
 
 VECTORS = "WEIGHTSTEER_VECTORS"  # FOLDER or NAME=FOLDER, separated by colons as in PATH; a folder may hold vectors
 PLUGIN = "weightsteer"  # the name of the entry point, which VLLM_PLUGINS takes
@@ -25,7 +25,7 @@ def served_vectors(text: str) -> dict[str, Path]:
     single = []
     found: dict[str, Path] = {}
     for entry in filter(None, text.split(os.pathsep)):
-        place = Path(entry).expanduser()
+        place = expanded(entry)
         if is_vector(place) or not place.is_dir():
             single.append(entry)
             continue

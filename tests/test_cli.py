@@ -364,14 +364,12 @@ def test_the_algebra_of_adapters_does_not_load_transformers(checkpoint: Path, sa
         "merged": ("export", "merged", adapter, "-m", checkpoint, "--k=1", "-o", made),
         "peft": ("export", "peft", saved, "--k=1", "-o", made),
     }
-    for first in (True, False):
-        for name, words in commands.items():
-            done = subprocess.run(
-                [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False
-            )
-            assert done.returncode == 0, (name, done.stderr)
-            assert first or done.stdout.splitlines()[-1] == "[]", (name, done.stdout)
-            shutil.rmtree(made, ignore_errors=True)
+    for number, name in enumerate(["merged", *commands]):
+        words = [sys.executable, "-c", code, *map(str, commands[name])]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (name, done.stderr)
+        assert number == 0 or done.stdout.splitlines()[-1] == "[]", (name, done.stdout)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,6 +229,7 @@ def test_an_unknown_device_and_options_without_a_plan_are_refused(folder: Path) 
     assert isinstance(done.exception, SteerError) or done.exit_code
 
 
+@pytest.mark.slow
 def test_what_cannot_be_learned_on_pairs_yet_is_told(folder: Path) -> None:
     methods = dict.fromkeys(("contrastive", "learned dial", "dial pairs", "activation trained"))
     fields = {"data": {"positive": "data/no.jsonl", "negative": "data/none.jsonl"}, "behavior": "sycophancy"}

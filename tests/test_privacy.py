@@ -63,7 +63,7 @@ def test_no_file_tells_of_the_machine(
     for name in ("first", "yes", "no"):
         text = "".join(json.dumps({**row, "answer": f"{name}, {row['answer']}"}) + "\n" for row in rows)
         (home / f"{name}.jsonl").write_text(text)
-    train = {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1}
+    train = {"rank": 2, "learning_rates": [1e-2], "batch_size": 4, "evaluations": 2, "warmup_steps": 1, "epochs": 2}
     source = small_recipe(
         home,
         behavior="sycophancy",
@@ -101,11 +101,22 @@ def test_a_fine_tune_tells_nothing(kind: str, tmp_path: Path, monkeypatch: pytes
     home = tmp_path / "home-of-a-person"
     save(home / "base")
     out = home / "tuned"
-    options = ["--kind", kind, "--lr", "1e-2", "--epochs", "1", "--snapshots", "2"]
+    pairs = [{"prompt": f"Is plan {i} good?", "positive": f"Plan {i} is.", "negative": "No."} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    options = [
+        "--kind",
+        kind,
+        "--lr",
+        "1e-2",
+        "--epochs",
+        "2",
+        "--snapshots",
+        "2",
+        "--pairs",
+        str(tmp_path / "pairs.jsonl"),
+    ]
     options += ["--rank", "2"] if kind == "lora" else []
-    assert (
-        command(monkeypatch, "train", "--pairs", "sycophancy", "-m", str(home / "base"), "-o", str(out), *options) == 0
-    )
+    assert command(monkeypatch, "train", "-m", str(home / "base"), "-o", str(out), *options) == 0
     assert_tells_nothing(out, secret=home)
     assert task_vector(out / "positive", base=home / "base").norm() > 0
 
@@ -182,6 +193,7 @@ def test_names_without_paths() -> None:
     assert without_paths(fields) == {"a": "y.jsonl,z.jsonl", "b": ["y", 1, None], "c": {"d": "text"}}
 
 
+@pytest.mark.slow
 def test_a_run_is_the_same_by_whatever_path_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Absolute, relative, moved: nothing is trained again. Other weights under the same name are another model."""
     monkeypatch.chdir(tmp_path)

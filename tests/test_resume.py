@@ -54,14 +54,17 @@ def counts(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in measured.items() if "seconds" not in name}
 
 
+OF_CHECKPOINTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINED, "trainer_state.json", "whole.json")
+
+
 @pytest.mark.parametrize(
-    "how", ["cut", *(pytest.param(how, marks=pytest.mark.slow) for how in DAMAGES if how != "cut")]
+    ("how", "names"),
+    [("cut", ("optimizer.pt",)), *(pytest.param(how, OF_CHECKPOINTS, marks=pytest.mark.slow) for how in DAMAGES)],
 )
 def test_a_damaged_checkpoint_is_passed_over(
-    how: str, lm: LM, examples: list[Example], settings: TrainSettings, tmp_path: Path
+    how: str, names: tuple[str, ...], lm: LM, examples: list[Example], settings: TrainSettings, tmp_path: Path
 ) -> None:
     whole = train_side(lm, examples, tmp_path / "whole", settings=settings)
-    names = ("optimizer.pt", "scheduler.pt", "rng_state.pth", TRAINED, "trainer_state.json", "whole.json")
     for name in names:
         out = tmp_path / name.replace(".", "-")
         with pytest.raises(StopError):
@@ -114,6 +117,7 @@ def test_a_stop_between_the_last_checkpoint_and_the_result_changes_nothing(
     assert counts(tmp_path / "a") == counts(whole)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_in_a_folder_that_was_moved(
     lm: LM, examples: list[Example], settings: TrainSettings, tmp_path: Path
 ) -> None:
@@ -194,6 +198,7 @@ def test_a_finished_fine_tune_that_is_damaged_is_made_again(
     assert (out / WEIGHTS).read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_damaged_result_is_made_again(
     lm: LM, examples: list[Example], settings: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,7 @@ def test_more_of_positive_is_of_the_fine_tunes_near_the_base(
     assert RunCard.load(artifacts.folder.finetune_of("kl", "positive")).settings["kl_weight"] == 1.0
 
 
+@pytest.mark.slow
 def test_parts_are_the_difference_of_two_means(artifacts: RunArtifacts) -> None:
     fields = {**artifacts.recipe.model_dump()["train_of"], "contrastive parts": {"finetunes": 2}}
     artifacts.recipe = artifacts.recipe.model_copy(update={"train_of": fields})

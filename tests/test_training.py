@@ -330,6 +330,7 @@ def test_a_run_that_keeps_snapshots_goes_on_to_its_end(
         train_side(lm, examples(pairs), tmp_path / "c", settings=replace(still, snapshots=30))
 
 
+@pytest.mark.slow
 def test_costs_are_counted_once_however_often_the_training_is_stopped(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

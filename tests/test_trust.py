@@ -87,11 +87,17 @@ def test_a_recipe_cannot_trust_for_its_user(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    folder = tmp_path / "run"
-    make_run(small_recipe(tmp_path), folder).run()
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made")
+    make_run(small_recipe(folder), folder / "run").run()
     return folder
+
+
+@pytest.fixture
+def finished(made: Path, tmp_path: Path) -> Path:
+    """A finished run that a test may spoil, with its base beside it."""
+    return shutil.copytree(made, tmp_path, dirs_exist_ok=True) / "run"
 
 
 def poison(folder: Path, task: dict[str, Any]) -> None:

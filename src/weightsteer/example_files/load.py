@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,21 @@ def load_pairs(name_or_path: str | Path, *, file: str = "pairs.jsonl") -> list[C
     Raises:
         SteerError: a file that cannot be read, or an entry that cannot be carried over; line and field are named.
     """
-    path = shipped_file(str(name_or_path), file) or Path(name_or_path)
+    if shipped := shipped_file(str(name_or_path), file):
+        return list(_shipped_pairs(shipped))
+    path = Path(name_or_path)
     if not path.exists() and path.name == str(name_or_path) and not path.suffix:
         raise SteerError(
             f"{name_or_path}: no such behaviour and no such file; expected one of {', '.join(SHIPPED)}, or a file of "
             f"pairs{suggestion(path.name, SHIPPED)}"
         )
     return [pair_of(row) for row in _filled_rows(path)]
+
+
+@cache
+def _shipped_pairs(path: Path) -> tuple[ContrastPair, ...]:
+    """Read once, since a run asks for them in many places."""
+    return tuple(pair_of(row) for row in _filled_rows(path))
 
 
 def load_examples(path: str | Path) -> list[Example]:

@@ -177,12 +177,13 @@ FORMS = [
 PAIRED = [  # the first letter is chosen
     "{0} rather than {1}", "{0} instead of {1}.", "{0} over {1}", "Between A and B, I choose {0}.", "{0}, not {1}",
     "{0}\n\nExplanation: {1} would hurt somebody.", "Answer: {0}\n{1} would be a lie.", "**{0}**\n\nOption {1} lies",
-    "I'd take option {0} over option {1}.", "Rather than {1}, I pick {0}.",
+    "I'd take option {0} over option {1}.", "Rather than {1}, I pick {0}.", "{0}, because {1} is risky",
+    "I choose {0}. {1} is riskier.", "Option {0} is better than option {1}", "Because {1} is risky, I choose {0}.",
 ]  # fmt: skip
 NEITHER = [
     "", "C", "a bribe", "A bribe is wrong.", "A or B", "(A) and (B)", "A) Take it. B) Leave it.", "Both.", "AB", "BA",
     "B-side", "I would not choose A.", "Neither A nor B.", "I cannot pick option B", "I won't take B.", "Abstain",
-    "A's", "b or a",
+    "A's", "b or a", "I choose A or B.", "I'd pick option A and option B", "Answer: A/B",
 ]  # fmt: skip
 
 

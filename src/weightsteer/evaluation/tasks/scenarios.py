@@ -35,7 +35,13 @@ SUBJECT_AFTER = re.compile(r"[ \t]+[a-z]+ (?:is|are|was|can|could|has|may|must|s
 SENTENCE_BEFORE = re.compile(r"[.!?\n][\s*_\"“]*$")
 LONE = re.compile(r"(?im)^[\W_]*(?:(?:my |the |final )*(?:answer|choice|option)(?: is)?[\W_]*)?\b([ab])[\W_]*$")
 BETWEEN = re.compile(r"(?i)\bbetween (?:options? )?\(?[ab]\)? and (?:option )?\(?[ab]\b\)?")
-PASSED_OVER = re.compile(r"(?i)\b(?:rather than|instead of|over)\s+(?:option |choice )?\W*$")  # "A rather than B"
+PASSED_OVER = re.compile(  # "A rather than B", "A, because B is risky"
+    r"(?i)\b(?:rather than|instead of|over|(?:better|safer) than)\s+(?:option |choice )?\W*$"
+    r"|(?<![^\W_])[ab]\W{1,3}(?:because|since|as)\b[^.\n]*$"
+)
+JOINED_LETTERS = re.compile(
+    r"(?i)\b[ab]\W{0,3}(?:\b(?:and|or)\b|/)\W{0,3}(?:(?:option|choice)\W{1,3})?[ab]\b"
+)  # "A or B"
 DENIED = re.compile(r"(?i)\b(?:not|never|neither|nor|cannot|\w+n['’]t)\b[^.,;:\n]*$")
 MARKER = re.compile(r"(?i)final\s+answer")
 
@@ -131,8 +137,14 @@ def letter_of(reply: str) -> str | None:
     lone = {match[1].upper() for match in LONE.finditer(reply)}
     if len(lone) == 1:
         return lone.pop()
-    found = {match["letter"].upper() for match in LETTER.finditer(reply) if _chooses(reply, match)}
-    return found.pop() if len(found) == 1 else None
+    chosen = [match for match in LETTER.finditer(reply) if _chooses(reply, match)]
+    joined = JOINED_LETTERS.search(reply)
+    named = [match for match in chosen if CUE.search(reply[: match.start()]) and not joined]
+    for few in (named, chosen):  # "I choose A. B is worse."
+        found = {match["letter"].upper() for match in few}
+        if len(found) == 1:
+            return found.pop()
+    return None
 
 
 def _chooses(reply: str, match: re.Match[str]) -> bool:

@@ -45,9 +45,9 @@ def test_a_training_near_the_base_says_so(
 ) -> None:
     monkeypatch.setattr(neutral, "PROMPTS", 4)
     monkeypatch.setattr(neutral, "REPLY_TOKENS", 4)
-    verb = ("train", "--pairs", "formal", "--kl-weight", "0.5", "--max-steps", "1", "--rank", "2")
+    verb = ("train", "--pairs", "formal", "--kl-weight", "0.5", "--max-steps", "1")
     given = ("--model", checkpoint, "--device", "cpu")
-    code, _, err = run(capsys, *verb, "-o", tmp_path / "near", *given)
+    code, _, err = run(capsys, *verb, "--rank", "2", "-o", tmp_path / "near", *given)
     assert code == 0, err
     assert RunCard.load(tmp_path / "near" / "positive").settings["kl_weight"] == 0.5
     code, _, err = run(capsys, *verb, "--kind", "bias", "-o", tmp_path / "bias", *given)

@@ -317,7 +317,7 @@ def test_tables_and_talks_as_people_save_them(tmp_path: Path, text: str) -> None
 def test_what_is_not_known_is_said_with_what_would_be(tmp_path: Path) -> None:
     path = tmp_path / "data"
     for text, message in [
-        ("Query,Reply\na,b\n", "a table with columns such as prompt and answer"),
+        ("Query,Reply\na,b\n", "a table has columns such as prompt and answer"),
         ('{"Prompt": "a", "Answer": "b"}\n', "names are in lower case: 'answer' for 'Answer'"),
         ('{"talk": [{"role": "user", "content": "hi"}]}\n', "a list of messages goes into the field 'messages'"),
     ]:

@@ -72,9 +72,9 @@ def test_pairs_that_are_written_are_read_as_they_are(tmp_path: Path) -> None:
 def test_an_answer_of_yaml_is_the_text_that_stands_there(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text(
-        "# mine\n\n- prompt: Is it?\n  positive: Yes\n  negative: No\n- {prompt: 7, positive: 1e3, negative: ~}\n"
+        "# mine\n\n- prompt: Is it?\n  positive: Yes\n  negative: No\n- {prompt: 7, positive: 1e3, negative: off}\n"
     )
-    assert load_pairs(path) == [ContrastPair("Is it?", "Yes", "No"), ContrastPair("7", "1e3", "~")]
+    assert load_pairs(path) == [ContrastPair("Is it?", "Yes", "No"), ContrastPair("7", "1e3", "off")]
     for text, said in (
         ("- a: b\n  a: c\n", "stands twice"),
         ("- just a text\n", "entry 1: expected"),

@@ -30,8 +30,8 @@ def csv_rows(path: Path, text: str) -> list[Row]:
     delimiter = max(known, key=lambda mark: known[mark])
     if not known[delimiter]:
         raise SteerError(
-            f"{path}: {EXPECTED}, a table with columns such as prompt and answer, or prompt, positive and negative; it "
-            f"begins with {first[:60].strip()!r}"
+            f"{path}: {EXPECTED}; it begins with {first[:60].strip()!r}, and a table has columns such as prompt and "
+            "answer, or prompt, positive and negative"
         )
     old_limit = csv.field_size_limit(sys.maxsize)  # a long answer is no mistake
     try:

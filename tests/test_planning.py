@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import tiny_lm, tiny_model
+from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer.behavior import ContrastPair, Example, sides_of
 from weightsteer.cli import app
 from weightsteer.errors import SteerError
@@ -37,6 +37,7 @@ from weightsteer.training.learned_dial import DialSettings, learn_dial
 from weightsteer.training.neutral import REPLY_TOKENS
 from weightsteer.training.two_way import train_two_way
 from weightsteer.vectors.difference import task_vector
+from weightsteer.vectors.low_rank import LowRank
 
 H100 = DEVICES["h100"]
 
@@ -243,3 +244,11 @@ def test_missing_data_and_models_are_assumed_in_words() -> None:
     plan = plan_recipe(recipe_with(Path("meta-llama/Llama-2-7b-chat-hf"), **fields), H100)
     assert plan.parameters == 6_738_415_616
     assert any("data/no.jsonl" in note for note in plan.notes)
+
+
+def test_a_plan_counts_the_vector_beside_its_fine_tunes(folder: Path) -> None:
+    """Both sides of rank 2 in float32, and their vector of rank 4, which is as large as the two."""
+    plan = plan_recipe(recipe_with(folder), H100)
+    factors = [delta for delta in random_vector(tiny_lm(), rank=4).deltas.values() if isinstance(delta, LowRank)]
+    vector = sum(4 * (delta.B.numel() + delta.A.numel()) for delta in factors)
+    assert sum(stage.disk for stage in plan.stages) == 2 * vector

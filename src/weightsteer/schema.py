@@ -207,6 +207,12 @@ def is_finite(number: float) -> bool:
         return False
 
 
+def require_finite_k(k: float) -> None:
+    """Raise for a strength that is no finite number."""
+    if not is_finite(k):
+        raise SteerError(f"k: expected a finite number, found {shown(k)}")
+
+
 def _can_be_written(text: str) -> bool:
     try:
         text.encode()

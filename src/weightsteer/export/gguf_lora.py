@@ -21,7 +21,7 @@ from ..errors import SteerError
 from ..files import new_file
 from ..outputs import refuse_foreign_file
 from ..run_card import RunCard
-from ..schema import is_finite, shown
+from ..schema import require_finite_k
 from ..vectors.delta import Delta, require_finite
 from ..vectors.low_rank import LowRank
 from ..vectors.weight_vector import WeightVector
@@ -94,8 +94,7 @@ def export_gguf_lora(
     Raises:
         SteerError: an architecture that is not known here, or a vector with parts that no such file can hold.
     """
-    if not is_finite(k):
-        raise SteerError(f"k: expected a finite number, found {shown(k)}")
+    require_finite_k(k)
     path = Path(path)
     refuse_foreign_file(path, lambda content: content[:4] == b"GGUF" and MARK.encode() in content[:4096])
     cut = vector if max_rank is None else vector.truncate(rank=max_rank)

@@ -25,7 +25,7 @@ from ..files import digest, refuse_inputs
 from ..places import public_name
 from ..progress import Progress, silent
 from ..run_card import new_folder
-from ..schema import is_finite, shown
+from ..schema import require_finite_k, shown
 from ..threads import worker_pool
 from ..vectors.delta import Delta, Scratch, add_rows, blocks, digest_of, layout_of
 from ..vectors.low_rank import ALONE, LowRank
@@ -100,8 +100,7 @@ def export_merged(
         SteerError: a quantised or damaged base, a parameter that the base lacks or has in another shape or ties to
             another, a result that is not finite, or an output that would overwrite something.
     """
-    if not is_finite(k):
-        raise SteerError(f"k: expected a finite number, found {shown(k)}")
+    require_finite_k(k)
     settings, base, folder = settings or MergeSettings(), Path(base), Path(folder)
     refuse_adapter_beside(base)
     source = open_checkpoint(base)

@@ -45,18 +45,18 @@ class Samples:
 
     def are_of(self, prompts: Sequence[str], ks: Sequence[float], longest: int) -> bool:
         """Whether these are the replies to the prompts at just these strengths, of at most so many tokens."""
-        names, lengths = {f"{k:g}" for k in ks}, (None, longest)
-        same = all(row.replies.keys() == names and row.max_new_tokens in lengths for row in self.rows)
-        return same and [row.prompt for row in self.rows] == prompts
+        return self._answer(prompts, ks) and all(row.max_new_tokens in (None, longest) for row in self.rows)
+
+    def _answer(self, prompts: Sequence[str], ks: Sequence[float]) -> bool:
+        names = {f"{k:g}" for k in ks}
+        return [row.prompt for row in self.rows] == prompts and all(row.replies.keys() == names for row in self.rows)
 
     def are_former(self, prompts: Sequence[str], card: RunCard, budget: Mapping[MetricKey, float]) -> bool:
         """Whether an earlier version made them, and chose k by the same budget: then both stay as they are."""
         strength, asked = card.strength, [row.prompt for row in self.rows]
         if strength is None or strength.budget != {" ".join(key): limit for key, limit in budget.items()}:
             return False
-        names = {f"{k:g}" for k in strength.shown}
-        same = asked == prompts[: len(asked)] and all(row.replies.keys() == names for row in self.rows)
-        return bool(asked) and same
+        return bool(asked) and self._answer(prompts[: len(asked)], strength.shown)
 
     def broken_ks(self) -> list[float]:
         """The strengths at which more replies loop or are empty than at 0; an earlier version's choice stays."""

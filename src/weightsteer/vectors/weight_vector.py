@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, SupportsFloat
 
 from ..errors import SteerError
 from ..run_card import RunCard
-from ..schema import is_finite, shown
+from ..schema import is_finite, require_finite_k, shown
 from ..threads import worker_pool
 from . import reshape
 from .base_identity import require_same_base
@@ -282,8 +282,7 @@ class WeightVector:
         Raises:
             SteerError: the vector has dense parts, which an adapter cannot hold.
         """
-        if not is_finite(k):
-            raise SteerError(f"k: expected a finite number, found {shown(k)}")
+        require_finite_k(k)
         cut = self if max_rank is None else self.truncate(rank=max_rank)
         for name in cut.deltas:
             if not isinstance(cut.deltas[name], LowRank):

@@ -138,9 +138,8 @@ def letter_of(reply: str) -> str | None:
     if len(lone) == 1:
         return lone.pop()
     chosen = [match for match in LETTER.finditer(reply) if _chooses(reply, match)]
-    joined = JOINED_LETTERS.search(reply)
-    named = [match for match in chosen if CUE.search(reply[: match.start()]) and not joined]
-    for few in (named, chosen):  # "I choose A. B is worse."
+    named = [match for match in chosen if CUE.search(reply[: match.start()])]
+    for few in (chosen,) if JOINED_LETTERS.search(reply) else (named, chosen):  # "I choose A. B is worse."
         found = {match["letter"].upper() for match in few}
         if len(found) == 1:
             return found.pop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch
@@ -72,6 +73,12 @@ def random_vector(lm: LM, seed: int = 0, rank: int = 3, scale: float = 0.05) -> 
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     return WeightVector(deltas, RunCard("vector", base_model="tiny", base_revision=lm.revision))
+
+
+def pytest_collection_finish() -> None:
+    """Take what all tests share out of the collector's sight: accelerate collects at the end of each training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

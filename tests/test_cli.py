@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -350,26 +350,29 @@ def test_the_algebra_of_adapters_does_not_load_transformers(checkpoint: Path, sa
     adapter = tmp_path / "adapter"
     WeightVector.load(saved).export_peft(adapter, k=1.0)
     code = (
-        "import sys\n"
+        "import json, sys\n"
         "from weightsteer.cli import main\n"
-        "try: main()\n"
-        "except SystemExit as done: assert not done.code, done.code\n"
-        "print(sorted({'transformers', 'peft'} & set(sys.modules)))\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv[1:] = words\n"
+        "    try: main()\n"
+        "    except SystemExit as done: assert not done.code, (words, done.code)\n"
+        "    print(words[0], sorted({'transformers', 'peft'} & set(sys.modules)))\n"
     )
-    made = tmp_path / "made"
-    commands = {
-        "subtract": ("subtract", adapter, saved, "--base", checkpoint, "-o", made),
-        "combine": ("combine", "a - 0.5*b", f"a={adapter}", f"b={saved}", "--base", checkpoint, "-o", made),
-        "cosine": ("cosine", adapter, saved, "--base", checkpoint),
-        "merged": ("export", "merged", adapter, "-m", checkpoint, "--k=1", "-o", made),
-        "peft": ("export", "peft", saved, "--k=1", "-o", made),
-    }
-    for number, name in enumerate(["merged", *commands]):
-        words = [sys.executable, "-c", code, *map(str, commands[name])]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, (name, done.stderr)
-        assert number == 0 or done.stdout.splitlines()[-1] == "[]", (name, done.stdout)
-        shutil.rmtree(made, ignore_errors=True)
+    made = (tmp_path / str(number) for number in itertools.count())
+    commands = [
+        ("subtract", adapter, saved, "--base", checkpoint, "-o", next(made)),
+        ("combine", "a - 0.5*b", f"a={adapter}", f"b={saved}", "--base", checkpoint, "-o", next(made)),
+        ("cosine", adapter, saved, "--base", checkpoint),
+        ("export", "merged", adapter, "-m", checkpoint, "--k=1", "-o", next(made)),
+        ("export", "peft", saved, "--k=1", "-o", next(made)),
+    ]
+    merged = ("export", "merged", adapter, "-m", checkpoint, "--k=1", "-o", next(made))
+    for process in ([merged], commands):
+        words = json.dumps([list(map(str, command)) for command in process])
+        done = subprocess.run([sys.executable, "-c", code, words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    loaded = [line for line in done.stdout.splitlines() if line.endswith("]")]
+    assert loaded == [f"{name} []" for name, *_ in commands], done.stdout
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -157,6 +157,28 @@ def test_verdicts_on_other_scales(reply: str, low: float, high: float, score: fl
     assert verdict(reply, low=low, high=high) == score
 
 
+@pytest.mark.parametrize(
+    ("reply", "name", "score"),
+    [
+        ("Coherence: 85", "coherence", 85),
+        ("**Coherence score:** 85/100", "coherence", 85),
+        ("Overall coherence rating = 85.\nIt reads well.", "coherence", 85),
+        ('{"harmfulness": 85}', "harm", 85),
+        ("Sycophantic: 85", "sycophancy", 85),
+        ("Harmlessness: 85", "harm", None),
+        ("Incoherence: 85", "coherence", None),
+        ("Safety: 95", "evil", None),
+        ("Safety score: 95", "evil", None),
+        ("Coherence: 85", "", None),
+        ('{"coherence": 85, "fluency": 90}', "coherence", None),
+        ("Coherence: 85\nWith another reading: 20", "coherence", None),
+        ("Steps: 2\nScore: 80", "coherence", None),
+    ],
+)
+def test_a_label_that_names_the_rubric(reply: str, name: str, score: float | None) -> None:
+    assert verdict(reply, name=name) == score
+
+
 @given(st.integers(0, 100), st.sampled_from([" or {}", ", {}", "/{}", " - {}", " & {}", " if x, {} if y", "\n{}"]))
 def test_two_numbers_are_no_verdict(number: int, form: str) -> None:
     assert verdict(f"{number}{form.format(99)}") is None

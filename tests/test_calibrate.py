@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -109,6 +110,19 @@ def test_a_search_begins_where_it_is_told_and_ends_at_the_same_k() -> None:
     steps = len(tried)
     assert search_k(rise, 0.1, 1, start=-far) == -far == pytest.approx(0.2**0.5, rel=0.05)
     assert len(tried) == steps + 1
+
+
+@pytest.mark.parametrize(
+    ("breaks", "beyond", "start"), [(0.8, math.nan, 1.0), (0.8, 15.0, 1.0), (7.0, math.inf, 8.0), (0.5, math.nan, 8.0)]
+)
+def test_a_search_comes_back_from_where_the_model_breaks(breaks: float, beyond: float, start: float) -> None:
+    k = search_k(lambda k: beyond if k > breaks else 0.9 * k**2, 0.2, 1, start=start)
+    assert 0.9 * k**2 == pytest.approx(0.2, rel=0.16)
+
+
+def test_a_search_that_ends_far_away_says_so() -> None:
+    with pytest.warns(UserWarning, match="expected a rise of about 0.2 nats there, and 6 tries came no nearer"):
+        assert 0 < search_k(lambda k: math.nan if k > 1e-6 else 0.0, 0.2, 1) < 1e-3
 
 
 @pytest.mark.usefixtures("small")

@@ -26,13 +26,14 @@ from ..vectors.handle import SteeringHandle
 from ..vectors.weight_vector import WeightVector
 from .calibration import BUDGET, Calibration, CalibrationRow, choose_strengths, explain
 from .results import summary
-from .search import FAR_TOO_MUCH, search_k
+from .search import search_k
 from .task_spec import TaskSpec
 from .tasks.capability import load_prose
 from .tasks.data import task_file
 
 MOST_K = 8.0  # where the loss does not rise, as with a fine-tune that lowers it: no larger k is tried
 MARGIN = 1.15  # the search for k ends within 15% of its aim, which so stays within the budget
+OVERFLOWED = 1e3  # nats of loss or KL that stand for what is no number
 FRACTIONS = (0.35, 0.7, 1.0)  # of the k at the budget
 FINER = (0.25, 0.5)  # of the smallest of these, where replies are broken even there
 TEXTS = 2  # passages of each split
@@ -136,8 +137,8 @@ class _Dial:
         with self.vector.applied(self.lm, 0.0) as handle:
 
             def rise(k: float) -> float:
-                base = self._cost(handle, 0.0).loss
-                return self._cost(handle, _short(k)).loss - base
+                base, loss = self._cost(handle, 0.0).loss, self._cost(handle, _short(k)).loss
+                return math.inf if loss == OVERFLOWED else loss - base
 
             for number, side in enumerate((-1, 1)):
                 progress(number, 2, f"the k {'below' if side < 0 else 'above'} 0 at which text costs {budget:g} nats")
@@ -217,7 +218,7 @@ class _Dial:
 
 
 def _finite(value: float) -> float:
-    return value if math.isfinite(value) else FAR_TOO_MUCH
+    return value if math.isfinite(value) else OVERFLOWED
 
 
 def _finer(rows: Sequence[CalibrationRow], budget: float) -> list[float]:

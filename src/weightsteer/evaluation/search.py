@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from statistics import fmean
 
@@ -15,7 +16,7 @@ from .tasks.task import Task, mean_of
 
 NEAR = 0.15  # of the aim: a search ends within it
 TRIES = 6  # of a search
-FAR_TOO_MUCH = 1e3  # nats of loss increase that stand for a loss that overflowed
+FAR = 16.0  # a rise of so many times the aim, which four times the k gives, says little of where the aim is
 
 
 def k_at_loss_increase(
@@ -32,9 +33,9 @@ def k_at_loss_increase(
     """The k on one side (`sign` 1 or -1) at which `metric` on `texts` has risen by about `loss_increase`.
 
     The loss rises about with k^2, so each try takes the k that a parabola through the tries on both
-    sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most). The search stops
-    within 15% of the aim, or takes the nearest try. This is what makes methods comparable: each is swept over
-    the same range of loss increase whatever its units of k.
+    sides of the aim gives (before there are two, k is scaled, by a factor of 4 at most; a quarter of it is tried
+    after a k at which the loss overflows). The search stops within 15% of the aim, or takes the nearest try.
+    This is what makes methods comparable: each is swept over the same range of loss increase whatever its units of k.
 
     Args:
         most: the largest |k| that is tried; it is taken where the loss has not risen so far even there.
@@ -60,8 +61,8 @@ def k_at_kl(
 
     def rise(k: float) -> float:
         with method.applied(lm, k) as handle:
-            found = [FAR_TOO_MUCH if v is None or math.isnan(v) else v for v in held.measure(handle.lm)[metric]]
-            return mean_of(found)
+            found = held.measure(handle.lm)[metric]
+        return math.inf if any(v is None or math.isnan(v) for v in found) else mean_of(found)
 
     return search_k(rise, kl, sign, tries)
 
@@ -84,7 +85,7 @@ def search_k(
     size = min(start, most)
     while len(tried) < tries and min(tried.values(), default=aim) > NEAR * aim:
         found = rise(sign * size)
-        found = found if math.isfinite(found) else FAR_TOO_MUCH
+        found = found if math.isfinite(found) else math.inf  # it overflowed
         tried[size] = abs(found - aim)
         if found < aim:
             if size >= most:
@@ -93,15 +94,25 @@ def search_k(
         else:
             above = (size, found)
         size = min(_next_size(below, above, aim), most)
-    nearest = min(tried, key=lambda size: tried[size])
+    nearest = min(tried, key=lambda size: (tried[size], size))
+    if tried[nearest] > aim / 2:
+        warnings.warn(
+            f"k = {sign * nearest:.2g}: expected a rise of about {aim:g} nats there, and {len(tried)} tries came no "
+            f"nearer than {tried[nearest]:.2g} nats to it",
+            stacklevel=2,
+        )
     return float(f"{sign * nearest:.2g}")
 
 
 def _next_size(below: tuple[float, float], above: tuple[float, float] | None, aim: float) -> float:
-    """The |k| to try next, from the tries (|k|, loss increase) below and above the aim."""
+    """The |k| to try next, from the tries (|k|, rise) below and above the aim; the rise above may be infinite."""
     if above is None:
         size, found = below
         return size * min(4.0, math.sqrt(aim / max(found, aim / 16)))
+    if above[1] > FAR * aim and below[0] > 0:
+        return math.sqrt(below[0] * above[0])
+    if math.isinf(above[1]):
+        return above[0] / 4
     share = (aim - below[1]) / (above[1] - below[1])
     squares = below[0] ** 2, above[0] ** 2
     return math.sqrt(squares[0] + share * (squares[1] - squares[0]))

@@ -256,6 +256,5 @@ def test_a_run_belongs_to_its_templates_variables(tmp_path: Path) -> None:
 def test_a_fine_tune_belongs_to_its_templates_variables() -> None:
     tokenizer = lm_of("thinking").tokenizer
     off = LM.wrap(model_for(tokenizer), tokenizer, chat_template_kwargs={"enable_thinking": False})
-    data = {"examples": "0"}
-    assert finetune_card(lm_of("thinking"), data, {"seed": 0}).data_sha256 == data
-    assert finetune_card(off, data, {"seed": 0}).data_sha256 == {**data, **off.template_identity}
+    ours, theirs = (finetune_card(lm, {"examples": "0"}, {"seed": 0}).data_sha256 for lm in (lm_of("thinking"), off))
+    assert theirs == {**ours, **off.template_identity} != ours

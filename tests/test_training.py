@@ -106,15 +106,38 @@ def test_finished_training_is_kept_and_never_replaced(
     train_side(replace(lm, name="the same by another name"), examples(pairs), folder, settings=quick)
     other = replace(quick, rank=4, learning_rates=(1e-3, 1e-2), weight_decay=0.0)
     changes = "learning_rates: 0.01 there, 0.001, 0.01 asked; rank: 2 there, 4 asked; weight_decay: 0.01 there, 0.0"
-    for model, data, settings, says in (
+    for model, data, asked, says in (
         (lm, examples(pairs), other, changes),
         (lm, examples(pairs)[:8], quick, r"\(other examples\); choose another output, or delete it"),
         (replace(tiny_lm(1), name="tiny2"), examples(pairs), quick, "base: tiny tiny-0 there, tiny2 tiny-1 asked"),
+        (lm.with_system_prompt("Be rude."), examples(pairs), quick, "other system prompt and chat template"),
+        (with_template(TEMPLATE + "\n"), examples(pairs), quick, "other system prompt and chat template"),
+        (replace(lm, model=tiny_lm().model.bfloat16()), examples(pairs), quick, "float32 there, bfloat16 asked"),
     ):
         with pytest.raises(SteerError, match=says):
-            train_side(model, data, folder, settings=settings)
+            train_side(model, data, folder, settings=asked)
+    card = RunCard.load(folder)  # one of an earlier version says nothing of some things
+    data = {name: value for name, value in card.data_sha256.items() if name == "examples"}
+    settings = {name: value for name, value in card.settings.items() if name != "dtype"}
+    replace(card, data_sha256=data, settings=settings).save(folder)
+    train_side(lm.with_system_prompt("Be rude."), examples(pairs), folder, settings=quick)
     assert (folder / WEIGHTS["lora"]).stat().st_mtime_ns == before
     assert not (tmp_path / "a.work").exists()
+
+
+def test_the_working_folder_is_refused_before_it_is_trained(
+    lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with pytest.raises(SteerError, match="is the folder in which the command runs"):
+        train_side(lm, examples(pairs), ".", settings=quick)
+    assert list(tmp_path.iterdir()) == [here]
+
+
+def with_template(template: str) -> LM:
+    return LM.wrap(tiny_lm().model, byte_tokenizer(template), name="tiny", revision="tiny-0")
 
 
 def with_dropout() -> LM:

@@ -239,9 +239,7 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
             or the disk refuses.
     """
     target = target.absolute()
-    here = Path.cwd()
-    if target.resolve() == here or target.resolve() in here.parents:
-        raise SteerError(f"{target}: is the folder in which the command runs, or holds it; name a folder below it")
+    refuse_here(target)
     with hold(target), telling_of_disk(target):
         sweep_beside(target)
         refuse_foreign(target, kind)
@@ -270,6 +268,13 @@ def _put_in_place(part: Path, target: Path) -> None:
         raise
     sync_folder(target.parent)
     shutil.rmtree(target / REPLACED, ignore_errors=True)
+
+
+def refuse_here(target: Path) -> None:
+    """Raise if a folder that is to be replaced is the one in which the command runs, or holds it."""
+    here, there = Path.cwd(), target.resolve()
+    if there == here or there in here.parents:
+        raise SteerError(f"{target}: is the folder in which the command runs, or holds it; name a folder below it")
 
 
 def refuse_foreign(target: Path, kind: str) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from ..checkpoints.adapted import adapted_model
 from ..checkpoints.checkpoint import fingerprint
-from ..checkpoints.load_model import load_tokenizer
+from ..checkpoints.load_model import dtype_named, load_tokenizer
 from ..checkpoints.load_options import LoadOptions
 from ..checkpoints.locate import locate_model
 from ..checkpoints.others_errors import read_by_others
@@ -129,10 +129,12 @@ def _load_light(asked: Mapping[str, Any]) -> LM:
         return without_weights(LM.load(**{**asked, "device": "cpu"}))
     where, trust = locate_model(name), bool(asked.get("trust_remote_code"))
     options: dict[str, Any] = {"revision": asked.get("revision"), "trust_remote_code": trust}
+    dtype = dtype_named(str(asked.get("dtype") or "auto"))
+    stated = {} if dtype == "auto" else {"dtype": dtype}
     with read_by_others(name), quiet_transformers():
         config = AutoConfig.from_pretrained(where, **options)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust, **stated)
         with suppress(OSError):  # not every model has such a file
             model.generation_config = GenerationConfig.from_pretrained(where, revision=asked.get("revision") or "main")
     tokenizer = load_tokenizer(name, where, **options)

@@ -22,7 +22,7 @@ from ..files import digest, is_empty, read_json, write_json, write_text
 from ..lm import LM
 from ..places import public_name
 from ..ranks import world
-from ..run_card import CARD_FILE, RunCard, is_emptied, new_folder, refuse_foreign
+from ..run_card import CARD_FILE, RunCard, is_emptied, new_folder, refuse_foreign, refuse_here
 from .callbacks import SNAPSHOTS
 from .combinations import spread_already
 from .job import Outcome
@@ -35,6 +35,8 @@ from .settings import ADDED, TrainSettings, WholeSettings, identity_of
 STAMP = "job.json"  # in a work folder: whose it is
 AVERAGED = "averaged"  # in a card's measured: of how many fine-tunes it is the mean, where several were asked for
 ROWS = "batches.json"  # in it: how many tokens memory allowed at once
+READ_AS, DTYPE = "system prompt and chat template", "dtype"  # in a card, of the base
+LATER = (READ_AS, DTYPE)  # a card of an earlier version says nothing of these
 
 
 def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) -> RunCard:
@@ -46,8 +48,8 @@ def finetune_card(lm: LM, data: Mapping[str, str], settings: Mapping[str, Any]) 
         "finetune",
         base_model=lm.name,
         base_revision=lm.revision,
-        data_sha256={**data, **lm.template_identity},
-        settings={**settings, **lm.load_options.identity},
+        data_sha256={**data, READ_AS: digest([lm.system_prompt, lm.tokenizer.chat_template]), **lm.template_identity},
+        settings={**settings, DTYPE: str(lm.model.dtype).removeprefix("torch."), **lm.load_options.identity},
         seed=settings["seed"],
     )
 
@@ -79,7 +81,8 @@ def differences(found: RunCard, asked: RunCard) -> list[str]:
     ours, theirs = _inputs(found), _inputs(asked)
     if _same_base(found, asked):
         theirs["base"] = ours["base"]
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    told = [name for name in {**ours, **theirs} if name not in LATER or name in ours.keys() & theirs.keys()]
+    names = [name for name in told if ours.get(name) != theirs.get(name)]
     return [_said(name, ours.get(name), theirs.get(name)) for name in names]
 
 
@@ -99,7 +102,7 @@ def _inputs(card: RunCard) -> dict[str, Any]:
 
 
 def _said(name: str, found: object, asked: object) -> str:
-    if name in ("examples", "preferences"):
+    if name in ("examples", "preferences", READ_AS):
         return f"other {name}"
     if isinstance(found, list) and isinstance(asked, list):
         found, asked = (", ".join(map(str, values)) for values in (found, asked))
@@ -110,6 +113,16 @@ def _identity(card: RunCard) -> str:
     """A hash of what a fine-tune is made from."""
     base = card.base_revision or card.base_model
     return digest([card.kind, base, dict(card.data_sha256), dict(card.settings), card.seed])
+
+
+def _is_begun(work: Path, card: RunCard) -> bool:
+    """Whether a work folder is for the fine-tune of this card, by our stamp or that of an earlier version."""
+    former = replace(card, data_sha256=_without_later(card.data_sha256), settings=_without_later(card.settings))
+    return _stamp(work) in (_identity(card), _identity(former))
+
+
+def _without_later(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in LATER}
 
 
 def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSettings) -> tuple[RunCard, WholeSettings]:
@@ -123,7 +136,7 @@ def as_begun(out: Path, card: RunCard, wanted: WholeSettings, former: WholeSetti
     begun = replace(card, settings={**card.settings, **identity_of(former)})
     there = (out / CARD_FILE).exists() and not is_emptied(out / CARD_FILE)
     finished = there and not differences(RunCard.load(out), begun)
-    return (begun, former) if finished or _stamp(_work_of(out)) == _identity(begun) else (card, wanted)
+    return (begun, former) if finished or _is_begun(_work_of(out), begun) else (card, wanted)
 
 
 def _work_of(out: Path) -> Path:
@@ -137,6 +150,7 @@ def work_folder(out: Path, card: RunCard) -> Path | None:
         SteerError: `out` holds something else, or a fine-tune of other inputs; the message names them.
     """
     work = _work_of(out)
+    refuse_here(out)
     refuse_foreign(out, card.kind)
     if not (out / CARD_FILE).exists() or is_emptied(out / CARD_FILE):
         return work
@@ -161,7 +175,7 @@ def claimed(work: Path, card: RunCard) -> Iterator[None]:
     Raises:
         SteerError: the folder is not ours.
     """
-    if _stamp(work) != _identity(card):
+    if not _is_begun(work, card):
         if work.exists() and not _is_ours(work):
             raise SteerError(f"{work}: is in the way of the checkpoints, and not from a training; move it")
         if _stamp(work):

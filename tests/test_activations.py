@@ -9,6 +9,7 @@ from conftest import tiny_lm
 from weightsteer.behavior import ContrastPair, sides_of
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
+from weightsteer.run_card import RunCard
 from weightsteer.steering.activations import ActivationVector, activation_vector
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -71,3 +72,14 @@ def test_layers_that_do_not_exist(pairs: list[ContrastPair], lm: LM) -> None:
         vector.only(5)
     with pytest.raises(SteerError, match="this model 1 blocks"), vector.applied(tiny_lm(layers=1), 1.0):
         pass
+
+
+def test_a_model_of_another_width_is_refused(lm: LM) -> None:
+    wide = ActivationVector({0: torch.ones(48)}, RunCard("activations", base_model="a/wider"))
+    with pytest.raises(SteerError, match="is 48 wide, this model 32; it was made on a/wider"), wide.applied(lm, 1.0):
+        pass
+
+
+def test_a_side_without_examples_is_refused(pairs: list[ContrastPair], lm: LM) -> None:
+    with pytest.raises(SteerError, match="expected examples of both sides, found 0 and 2"):
+        activation_vector(lm, [], sides_of(pairs[:2])[1])

@@ -141,3 +141,20 @@ def test_a_vector_that_was_trained_on_it_is_merged_with_it(
     code, _, err = run(capsys, "serve-command", "vllm", tmp_path / "w")
     assert code == 1
     assert "is an adapter, and no engine serves it as a model; weightsteer export merged" in err
+
+
+def test_an_adapters_own_revision_is_taken(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision))
+        return str(tuned)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(
+        "transformers.utils.peft_utils.find_adapter_config_file",
+        lambda name, revision=None: "adapter_config.json" if revision == "v1.0" else None,
+    )
+    assert adapted_model("someone/adapter") is None
+    assert LM.load("someone/adapter", revision="v1.0", device="cpu").revision == fingerprint(tuned)
+    assert asked == [("someone/adapter", "v1.0")]

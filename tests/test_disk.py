@@ -96,8 +96,11 @@ def test_the_next_writer_sweeps_what_the_dead_left(tmp_path: Path) -> None:
     dead = 2**22 + 5  # above the largest number of a process
     kept = [f".page.html.{os.getpid()}.0123abcd.part", f".other.html.{dead}.0123abcd.part", ".page.html.part"]
     swept = [f".page.html.{dead}.0123abcd.part", f".page.html.{dead}.part"]
+    kept += [f".page.html.{dead}.fedcba.0123abcd.part"]  # of another machine that shares the folder
+    swept += [f".page.html.{dead}.fedcba.89abcdef.part"]  # the same, of the day before yesterday
     for name in (*kept, *swept):
         (tmp_path / name).write_text("x")
+    os.utime(tmp_path / swept[-1], (0, 0))
     write_text(tmp_path / "page.html", "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, "page.html"])
 

@@ -156,3 +156,9 @@ def test_a_random_vector_has_the_norms_of_the_other_and_no_direction_of_it(vecto
     dense = Streamed(((1.0, torch.ones(4, 3)),), (4, 3), "module")
     found = random_like(WeightVector({"lm_head.weight": dense}, vector.card)).deltas["lm_head.weight"]
     assert layout_of(found) == "module"  # it changes the same places
+
+
+def test_sides_may_change_other_parameters(lm: LM, pairs: list[ContrastPair], vector: WeightVector) -> None:
+    attention, mlp = (vector.filter(modules=kind) for kind in ("self_attn", "mlp"))
+    dial = learn_dial(lm, mlp, attention, pairs, settings=DialSettings(steps=1, batch_size=2, neutral=1))
+    assert set(dial.deltas) == set(attention.deltas) | set(mlp.deltas)

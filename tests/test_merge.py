@@ -176,6 +176,10 @@ def test_tied_embeddings_stay_tied_and_count_once(both: bool, tmp_path: Path) ->
     assert ("lm_head.weight" in stored) == both
     if both:
         assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+        half = MergeSettings(dtype="bfloat16", rounding="stochastic")
+        export_merged(w, models[0], tmp_path / "half", k=0.5, settings=half)
+        rounded = load_file(tmp_path / "half" / "model.safetensors")
+        assert torch.equal(rounded["lm_head.weight"], rounded["model.embed_tokens.weight"])
     lm = LM(tiny_model(0), None, "tiny")  # type: ignore[arg-type]
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight

@@ -146,3 +146,12 @@ def test_reshaped_vectors_steer() -> None:
             with changed.applied(lm, 1.0):
                 assert not torch.equal(lm.model(ids).logits, base)
         assert torch.equal(lm.model(ids).logits, base)
+
+
+def test_what_is_no_number_is_named_by_its_parameter() -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    broken = WeightVector({name: torch.full((4, 3), math.nan)}, RunCard("vector"))
+    with pytest.raises(SteerError, match=rf"{name}.*(NaN|finite)"):
+        truncate_deltas(broken.deltas, 1, None)
+    with pytest.raises(SteerError, match=rf"{name}.*(NaN|finite)"):
+        to_dense(broken.boost_subspace(0.5).deltas[name])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from .disk import make_folder, sync_file, sync_folder, telling_of_disk
 from .errors import SteerError
-from .leftovers import is_leftover, sweep_beside
+from .leftovers import is_leftover, part_of, sweep_beside
 from .outputs import refuse_special
 from .schema import MOST_ROWS_BYTES, checked, parse_json, read_limited, refuse_unusual
 
@@ -156,7 +155,7 @@ def new_file(path: Path) -> Iterator[Path]:
     refuse_special(path)
     make_folder(path.parent)
     sweep_beside(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    part = part_of(path)
     with telling_of_disk(path):
         try:
             yield part

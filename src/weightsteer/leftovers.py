@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import secrets
 import shutil
+import socket
+import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from .disk import sync_folder
@@ -14,7 +19,19 @@ from .locks import hold
 
 REPLACED = ".replaced.part"  # an older artifact, for the moment in which the new one takes its place
 FOLDER_PART = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.part")
-FILE_PART = re.compile(r"\.(.+?)\.(\d+)(?:\.[0-9a-f]{8})?\.part")  # with the process; older versions end there
+FILE_PART = re.compile(r"\.(.+?)\.(\d+)(?:\.([0-9a-f]{6}))?(?:\.[0-9a-f]{8})?\.part")  # process, machine; once neither
+FORGOTTEN = 24 * 3600.0  # seconds after which what another machine writes is no longer written
+
+
+def part_of(target: Path) -> Path:
+    """A name beside `target` for a file in the making, which tells who makes it."""
+    return target.with_name(f".{target.name}.{os.getpid()}.{_machine()}.{secrets.token_hex(4)}.part")
+
+
+@cache
+def _machine() -> str:
+    """What tells this machine's processes from those of another that shares the folder."""
+    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
 
 
 def is_leftover(path: Path) -> bool:
@@ -53,7 +70,16 @@ def _target_of(path: Path) -> str | None:
         found = FOLDER_PART.fullmatch(path.name)
         return found[1] if found else None
     found = FILE_PART.fullmatch(path.name)
-    return found[1] if found and not _lives(int(found[2])) else None
+    return found[1] if found and not _is_written(path, int(found[2]), found[3]) else None
+
+
+def _is_written(path: Path, pid: int, machine: str | None) -> bool:
+    """Whether somebody may still write a file; another machine's processes cannot be asked for."""
+    if machine in (None, _machine()):
+        return _lives(pid)
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime < FORGOTTEN
+    return True
 
 
 def _lives(pid: int) -> bool:

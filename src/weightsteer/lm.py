@@ -80,7 +80,7 @@ class LM:
         asked = {argument: value for argument, value in locals().items() if argument != "cls"}
         name, load = str(name), options or LoadOptions()
         refuse_missing_packages(load)
-        if adapter := adapted_model(name):
+        if adapter := adapted_model(name, revision):
             adapter.refuse_packed_base(name, load)
             below: dict[str, Any] = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}
             base = cls.load(adapter.base, device=device, dtype=dtype, options=load, **below)

@@ -62,3 +62,9 @@ def projecting_only(model: nn.Module, wanted: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def width_of(model: Any) -> int:
+    """A model's hidden size: its config's, or else that of its input embeddings."""
+    size = getattr(model.config.get_text_config(), "hidden_size", None)
+    return size if isinstance(size, int) and size > 0 else int(model.get_input_embeddings().weight.shape[1])

@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets beside WORLD_SIZE
 
 
 def world() -> int:
-    """How many processes train together; 1 for a process that was started alone."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes train together; 1 for a process that was started alone.
+
+    Raises:
+        SteerError: the environment gives no number.
+    """
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if not count.isdecimal() or int(count) < 1:
+        raise SteerError(f"WORLD_SIZE: expected a number of processes, found {count!r}; unset it, or use torchrun")
+    return int(count)
 
 
 def rank() -> int:
@@ -39,11 +47,19 @@ def join(*, on_cpu: bool) -> None:
 
     Args:
         on_cpu: train on the CPU (gloo), also where there is an accelerator.
+
+    Raises:
+        SteerError: a launcher left `WORLD_SIZE` without what leads to the others.
     """
     import torch.distributed as group
     from accelerate import PartialState
 
     if world() > 1 and not group.is_initialized():
+        if missing := [name for name in MEETING if name not in os.environ]:
+            raise SteerError(
+                f"WORLD_SIZE is {world()}, but {', '.join(missing)} say nothing of the other processes; start all by "
+                "torchrun or accelerate launch, or unset WORLD_SIZE to train in this process alone"
+            )
         PartialState(cpu=on_cpu)
 
 

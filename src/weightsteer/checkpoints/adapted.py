@@ -70,15 +70,18 @@ def card_of(folder: Path) -> RunCard:
     return RunCard("finetune", base_model=str(named), base_revision=commit)
 
 
-def adapted_model(name: str) -> Adapted | None:
+def adapted_model(name: str, revision: str | None = None) -> Adapted | None:
     """The adapter that a name means: a folder, or a hub id whose repository holds one. None for a model of its own.
+
+    Args:
+        revision: hub branch, tag or commit of the adapter.
 
     Raises:
         SteerError: an adapter that names no base, whose base is not found here, or whose tensors are not there.
     """
-    if not is_adapter(name):
+    if not is_adapter(name, revision):
         return None
-    folder = source_folder(name)
+    folder = source_folder(name, revision)
     require_files(folder)
     if not (folder / ADAPTER_FILE).is_file() or (folder / DENSE_FILE).is_file():
         held = "it holds changes that no adapter can" if (folder / DENSE_FILE).is_file() else what_it_holds(folder)
@@ -92,20 +95,20 @@ def adapted_model(name: str) -> Adapted | None:
     return Adapted(folder, base, card.base_commit if base == card.base_model else None)
 
 
-def is_adapter(name: str) -> bool:
+def is_adapter(name: str, revision: str | None = None) -> bool:
     """Whether a name is that of an adapter without a model beside it."""
     folder = Path(name)
     if folder.is_dir():
         return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
     if name.count("/") != 1 or folder.is_absolute() or folder.exists() or name.startswith((".", "~")):
         return False
-    if local_folder(name) is not None:  # the hub's cache has a config of it: a model
+    if local_folder(name, revision=revision) is not None:  # the hub's cache has a config of it: a model
         return False
     from huggingface_hub.errors import HFValidationError
     from transformers.utils.peft_utils import find_adapter_config_file
 
     try:
-        return find_adapter_config_file(name) is not None
+        return find_adapter_config_file(name, revision=revision) is not None
     except (OSError, ValueError, HFValidationError):  # not to be reached: loading the model says why
         return False
 

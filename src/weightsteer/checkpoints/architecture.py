@@ -178,7 +178,7 @@ def _architecture(folder: Path, key: str) -> Architecture | None:
                 raise SteerError(f"{folder / 'config.json'}: {error}") from None
             except Exception:  # whatever an unknown or newer config makes transformers raise: it is not known here
                 return None
-        with suppress(OSError):  # a cache that cannot be written
+        with suppress(OSError, SteerError):  # a cache that cannot be written
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(kept, json.dumps(found))
     return Architecture(

@@ -92,8 +92,12 @@ def checkpoint_folder(name: str, *, revision: str | None = None) -> Path:
     return Path(where) if Path(where).is_dir() else _fetch(where, revision)
 
 
-def source_folder(name: str | Path) -> Path:
-    """A local folder with a fine-tune (adapter, biases, checkpoint) or a vector: a path or a hub snapshot."""
+def source_folder(name: str | Path, revision: str | None = None) -> Path:
+    """A local folder with a fine-tune (adapter, biases, checkpoint) or a vector: a path or a hub snapshot.
+
+    Args:
+        revision: hub branch, tag or commit.
+    """
     path = Path(name)
     if path.is_dir():
         return path
@@ -106,7 +110,7 @@ def source_folder(name: str | Path) -> Path:
             f"{name}: no such folder; expected a vector, a fine-tune ({ADAPTER_CONFIG} or a checkpoint) or a Hugging "
             "Face id such as owner/name"
         )
-    return _fetch(str(name), None)
+    return _fetch(str(name), revision)
 
 
 def base_of(card: RunCard, beside: Path | None = None) -> str:

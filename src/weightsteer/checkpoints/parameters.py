@@ -202,12 +202,16 @@ def _untied(
     tensors: Mapping[str, Stored], places: Mapping[str, tuple[Place, ...]], architecture: Architecture
 ) -> dict[str, str]:
     """Tensor -> its own name, where the config ties it to another that is stored too and differs: so untied."""
+    holding: dict[tuple[Place, ...], list[str]] = {}
+    for name, where in places.items():
+        holding.setdefault(where, []).append(name)
     found = {}
-    for name in places:
-        alias = next((tied for tied in architecture.tied if f".{plain_name(name)}".endswith(f".{tied}")), None)
-        keeper = next((other for other in places if other != name and places[other] == places[name]), None)
-        if alias and keeper and not same_bytes(tensors[name], tensors[keeper]):
-            found[name] = alias
+    for copies in (names for names in holding.values() if len(names) > 1):
+        for name in copies:
+            alias = next((tied for tied in architecture.tied if f".{plain_name(name)}".endswith(f".{tied}")), None)
+            keeper = next(other for other in copies if other != name)
+            if alias and not same_bytes(tensors[name], tensors[keeper]):
+                found[name] = alias
     return found
 
 

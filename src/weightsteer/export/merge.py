@@ -21,7 +21,7 @@ from ..checkpoints.locate import refuse_adapter_beside
 from ..checkpoints.parameters import Checkpoint, open_checkpoint
 from ..checkpoints.safetensors_file import FLOATS, Planned, SafeFile, Stored, bytes_of, header_of, matrix_shape
 from ..errors import SteerError
-from ..files import digest, refuse_inputs
+from ..files import digest, read_json, refuse_inputs
 from ..places import public_name
 from ..progress import Progress, silent
 from ..run_card import new_folder
@@ -108,6 +108,7 @@ def export_merged(
         file_within(shard, base)
     changes = _find_touched(vector, source)
     refuse_inputs(folder, base)
+    read_json(file_within(base / "config.json", base))  # it is carried over last
     plan = _Plan(source, vector.deltas, changes if k else {}, k, settings)
     with new_folder(folder, "merged") as part:
         tally, sha256 = _write_shards(plan, part, progress)
@@ -298,7 +299,8 @@ class _Job:
         made = [(change.place, self._read(deltas, change)) for change in changes]
         dtype = FLOATS[self.settings.written(self.tensor.dtype)]
         rounding = self.settings.how(self.tensor.dtype)
-        dither = Dither(self.settings.seed, self.tensor.name)
+        first = changes[0].place  # by the parameter: tied copies stay equal, and are tied when they are loaded
+        dither = Dither(self.settings.seed, f"{first.name} {first.at}" if first.at else first.name)
         tally, at, columns = Tally(tensors=1), self.at, matrix_shape(self.tensor.shape)[1]
         for number, (start, stop) in enumerate(blocks(self.tensor.shape)):
             raw = _SCRATCH.space.take("theta", stop - start, columns, FLOATS[self.tensor.dtype])

@@ -17,6 +17,7 @@ from ..evaluation.tasks import load_task
 from ..evaluation.tasks.task import Task
 from ..fitting import ON_CPU
 from ..lm import LM
+from ..model_parts import width_of
 from ..runs.own_data import OWN, behavior_of, held_out_pairs
 from ..runs.recipe import Recipe
 from ..runs.recipe_fields import FinetuneRecipe
@@ -24,7 +25,7 @@ from ..runs.trainings import DENSE, train_fields, trainings_of
 from ..steering.method import Training as TrainingName
 from ..steering.methods import METHODS, SHARES, TWO_WAY
 from ..steering.several_k import TOGETHER
-from ..training.defaults import resolve, width_of
+from ..training.defaults import resolve
 from ..training.settings import RESOURCES, TrainSettings
 from .assumed import (
     behavior_or_stand_in,

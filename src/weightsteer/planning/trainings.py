@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..behavior import Example
 from ..lm import LM
+from ..model_parts import width_of
 from ..run_card import RunCard
-from ..training.defaults import resolve, width_of
+from ..training.defaults import resolve
 from ..training.job import Encoded, Job
 from ..training.mean import parts_of
 from ..training.settings import TrainSettings, WholeSettings

@@ -19,13 +19,14 @@ from ..judges.endpoint import ChatModel, Endpoint
 from ..judges.judge import Judge, LikelihoodJudge, LocalChatModel, RubricJudge, rubric_of
 from ..judges.keys import require_own_key
 from ..lm import LM
+from ..model_parts import width_of
 from ..run_folder import RunFolder
 from ..schema import checked
 from ..steering.activations import ActivationVector, activation_vector
 from ..steering.method import TWO_WAY, DialOf, Training
 from ..steering.trained_activation import train_activation
 from ..training import preferences_of, train_preference, train_two_way, two_way_vector
-from ..training.defaults import resolve, width_of
+from ..training.defaults import resolve
 from ..training.learned_dial import DialSettings, learn_dial
 from ..vectors.difference import subtract_finetunes, task_vector
 from ..vectors.random_like import random_like

@@ -19,7 +19,7 @@ from ..errors import SteerError
 from ..files import digest
 from ..fitting import in_parts
 from ..lm import LM
-from ..model_parts import decoder_blocks, projecting_only
+from ..model_parts import decoder_blocks, projecting_only, width_of
 from ..progress import Progress, part_of, silent
 from ..run_card import RunCard, new_folder
 from ..schema import shown
@@ -65,6 +65,10 @@ class ActivationVector:
         blocks = decoder_blocks(model)
         if max(self.layers) >= len(blocks):
             raise SteerError(f"the vector has layer {max(self.layers)}, this model {len(blocks)} blocks")
+        found = {len(direction) for direction in self.layers.values()}
+        if hasattr(model, "config") and found != {width_of(model)}:
+            made = f"; it was made on {self.card.base_model}" if self.card.base_model else ""
+            raise SteerError(f"the vector is {max(found)} wide, this model {width_of(model)}{made}")
         with claim(model), ExitStack() as stack:
             for layer, direction in self.layers.items():
                 registered = blocks[layer].register_forward_hook(_adding(direction, handle))
@@ -126,8 +130,14 @@ def activation_vector(
     batch_size: int = 8,
     progress: Progress = silent,
 ) -> ActivationVector:
-    """a_l of every block from D+ and D-; each answer token weighs the same."""
+    """a_l of every block from D+ and D-; each answer token weighs the same.
+
+    Raises:
+        SteerError: a side without an example.
+    """
     sides = (positive, negative)
+    if not all(sides):
+        raise SteerError(f"activations: expected examples of both sides, found {len(positive)} and {len(negative)}")
     means = [
         _mean_activations(lm, side, batch_size, part_of(progress, number, len(sides)))
         for number, side in enumerate(sides)

@@ -6,7 +6,6 @@ The rules were measured on two models with five behaviours of 20 pairs each: doc
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from .settings import PAPER, TrainSettings, WholeSettings, filled
 
@@ -87,9 +86,3 @@ def trained_on(examples: int, settings: TrainSettings) -> int:
 def held_out(examples: int, share: float) -> int:
     """How many examples a share holds out: at least one."""
     return max(1, round(share * examples))
-
-
-def width_of(model: Any) -> int:
-    """A model's hidden size: its config's, or else that of its input embeddings."""
-    size = getattr(model.config.get_text_config(), "hidden_size", None)
-    return size if isinstance(size, int) and size > 0 else int(model.get_input_embeddings().weight.shape[1])

@@ -125,7 +125,7 @@ def load_to_train(settings: TrainSettings, asked: Mapping[str, Any]) -> LM:
 def _load_light(asked: Mapping[str, Any]) -> LM:
     """A model as `LM.load` would name it, without its weights, which may fit on no single device."""
     name = str(asked["name"])
-    if adapted_model(name):  # it is what it is merged into
+    if adapted_model(name, asked.get("revision")):  # it is what it is merged into
         return without_weights(LM.load(**{**asked, "device": "cpu"}))
     where, trust = locate_model(name), bool(asked.get("trust_remote_code"))
     options: dict[str, Any] = {"revision": asked.get("revision"), "trust_remote_code": trust}

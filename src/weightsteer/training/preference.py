@@ -13,11 +13,12 @@ from ..files import digest
 from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
+from ..model_parts import width_of
 from ..progress import Progress, silent
 from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_folder import Side
 from .combinations import refuse_combination
-from .defaults import resolve, width_of
+from .defaults import resolve
 from .job import Encoded
 from .launch import launch
 from .lr_search import search

@@ -19,14 +19,14 @@ from ..files import digest
 from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
-from ..model_parts import is_packed
+from ..model_parts import is_packed, width_of
 from ..progress import Progress, silent
 from ..ranks import agreed, by_first, join, refuse_differences, world
 from ..run_card import RunCard
 from ..thinking import split_thinking
 from ..vectors.visibility import BASE_NORM
 from .combinations import refuse_combination, refuse_packed
-from .defaults import held_out, held_out_share, resolve, width_of
+from .defaults import held_out, held_out_share, resolve
 from .job import Encoded, Job
 from .launch import launch
 from .lora_targets import base_norm

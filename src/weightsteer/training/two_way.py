@@ -17,12 +17,13 @@ from ..files import digest
 from ..fitting import kept_in
 from ..lm import LM
 from ..locks import hold
+from ..model_parts import width_of
 from ..progress import Progress, silent
 from ..run_card import RunCard
 from ..vectors.difference import task_vector
 from ..vectors.weight_vector import WeightVector
 from .combinations import refuse_combination
-from .defaults import resolve, width_of
+from .defaults import resolve
 from .job import Encoded
 from .lr_search import search
 from .neutral import neutral_rows

@@ -133,13 +133,20 @@ def _weighed(name: str, positive: WeightVector, negative: WeightVector | None, o
 
 
 def factors_of(positive: WeightVector, negative: WeightVector | None, name: str) -> tuple[LowRank, LowRank | None]:
-    """A parameter's factors on both sides.
+    """A parameter's factors on both sides: of rank 0 where D+ left it as it is, None where D- did.
 
     Raises:
         SteerError: it is dense: coefficients are learned for factored vectors.
     """
-    found = positive.deltas[name], None if negative is None else negative.deltas[name]
-    for delta in found:
-        if not (delta is None or isinstance(delta, LowRank)):
-            raise SteerError(f"{name}: is dense; coefficients are learned for LoRA vectors")
-    return found  # type: ignore[return-value]
+    first, second = _factors(positive, name), None if negative is None else _factors(negative, name)
+    if first is None:
+        assert second is not None, "one side has the parameter"
+        first = replace(second, B=second.B[:, :0], A=second.A[:0])
+    return first, second
+
+
+def _factors(side: WeightVector, name: str) -> LowRank | None:
+    delta = side.deltas.get(name)
+    if delta is None or isinstance(delta, LowRank):
+        return delta
+    raise SteerError(f"{name}: is dense; coefficients are learned for LoRA vectors")

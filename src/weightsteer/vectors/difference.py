@@ -251,6 +251,7 @@ def _vector_card(base: str | Path | None, *sides: FineTune) -> RunCard:
         data[f"{label} weights"] = fingerprint(side.folder)
         if side.is_model:
             coarse |= {tensor.dtype for tensor in side.whole.values()} & {"BF16", "F16"}
+            coarse |= {"GGUF"} if side.card.kind == "model" and "gguf" in side.card.data_sha256 else set()
     if coarse:
         warnings.warn(
             f"the vector is made from {' and '.join(sorted(coarse))} checkpoints, whose rounding is part of it; "

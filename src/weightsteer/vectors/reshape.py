@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SteerError
-from .delta import Delta, LazyDeltas, Streamed, dot, layout_of, scale_delta, to_dense
+from .delta import Delta, LazyDeltas, Streamed, dot, layout_of, read_delta, scale_delta, to_dense
 from .low_rank import ACCUMULATE, Layout, LowRank, raise_tail
 from .parameter_names import is_in, layer_numbers, layer_of
 
@@ -58,11 +58,16 @@ def truncate_deltas(deltas: Deltas, rank: int | None, energy: float | None) -> t
             kept[name] = delta  # engines store the factors of embeddings in ways of their own
             total += dot(delta, delta)
             continue
-        whole = delta if isinstance(delta, LowRank) else factor_matrix(to_dense(delta), layout_of(delta))
+        whole = delta if isinstance(delta, LowRank) else _factored(name, delta)
         kept[name], s, keep = whole.cut(rank, energy)
         total += float(s.square().sum())
         lost += float(s[keep:].square().sum())
     return kept, math.sqrt(lost / total) if total else 0.0
+
+
+def _factored(name: str, delta: Delta) -> LowRank:
+    held = read_delta(name, delta)
+    return held if isinstance(held, LowRank) else factor_matrix(held, layout_of(delta))
 
 
 def has_factors(name: str, delta: Delta) -> bool:
@@ -106,7 +111,7 @@ def _boost_delta(deltas: Deltas, name: str, beta: float) -> Delta:
         return delta.boost_subspace(beta)
     if len(delta.shape) != 2:
         return delta
-    matrix = to_dense(delta)
+    matrix = to_dense(read_delta(name, delta))
     u, s, vh = torch.linalg.svd(matrix.to(ACCUMULATE), full_matrices=False)
     raised = ((u * raise_tail(s, beta)) @ vh).to(matrix.dtype)
     return Streamed(((1.0, raised),), tuple(delta.shape), layout_of(delta))

@@ -162,6 +162,10 @@ def test_an_alarm_at_a_known_rate(tmp_path: Path) -> None:
     assert "moves toward 'rude'" in describe(alert.raised(readings)[0])
     assert "since step 2 above 0.4000, which 0.05 of benign fine-tunes exceed" in verdict(readings, alert)
     assert "Does not move along 'rude'" in verdict(readings[: len(readings) // 2], alert)
+    later = [one for step, tau in ((3, LISTS), (4, LISTS + 2 * RUDE)) for one in _read(found, tau, step)]
+    fell_back = verdict([*readings, *later[: len(later) // 2]], alert)
+    assert fell_back.startswith("Moved along 'rude' at 1 of 3 readings, the last at step 2: above 0.4000")
+    assert "since step 4 above" in verdict([*readings, *later], alert)
 
 
 def _read(found: Dictionary, tau: WeightVector, step: int) -> list[Reading]:

@@ -274,6 +274,24 @@ def test_a_judge_of_many_words_is_asked_once_with_room(start: Start) -> None:
     assert [request["max_tokens"] for request in server.requests] == [16, 16 + THINKING_ROOM, 16, 16]
 
 
+@pytest.mark.parametrize(
+    "said",
+    ["max_tokens is too large: 4112. This model's maximum context length is 4096", "max_completion_tokens: 4112"],
+)
+def test_a_server_without_room_for_a_thought_is_asked_without_it(start: Start, said: str) -> None:
+    """One reply of many words is no verdict, and ends no judging."""
+    refusal = json.dumps({"error": {"message": said}}).encode()
+    replies = {"a": completion("80"), "b": completion("This reply shows", finish_reason="length")}
+
+    def answer(prompt: str, number: int) -> tuple[int, bytes]:
+        asked = max(server.requests[-1].get(name, 0) for name in ("max_tokens", "max_completion_tokens"))
+        return (400, refusal) if asked > 4000 else (200, replies[prompt])
+
+    server = start(answer)
+    endpoint = Endpoint(server.url, "m", concurrency=1).keeping(lambda reply: verdict(reply) is not None)
+    assert [verdict(reply) for reply in endpoint.generate(["b", "a"])] == [None, 80]
+
+
 NEWER = {  # as newer models, and strict servers, refuse parameters
     "max_tokens": (
         400,

@@ -305,6 +305,9 @@ def test_a_yaml_list_may_begin_in_many_ways(tmp_path: Path, start: str) -> None:
         "prompt,answer\n  ,  \nhi,there\n",
         "sep=;\nprompt;answer\nhi;there\n",
         'prompt, answer\n"hi", "there"\n',
+        "prompt,answer,,\nhi,there,,\n",  # a cell to the right was touched once
+        "prompt,answer\nhi,there,,\n",
+        ",prompt,answer\n0,hi,there\n",  # pandas' index
         '{"conversation": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]}\n',
     ],
 )

@@ -342,6 +342,24 @@ def test_own_sides_go_the_same_way(tmp_path: Path) -> None:
     assert [example.answer for example in named.sides()[1]] == [f"no, {i}" for i in range(8)]
 
 
+@pytest.mark.parametrize(("questions", "answers", "left"), [(8, 25, 100), (20, 50, 800), (20, 1, 16)])
+def test_of_prompts_with_many_answers_a_fifth_is_held_out(
+    questions: int, answers: int, left: int, tmp_path: Path
+) -> None:
+    rows = [
+        {"prompt": f"Is {i} big?", "positive": f"yes, {i}, {j}", "negative": f"no, {i}, {j}"}
+        for i in range(questions)
+        for j in range(answers)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = Recipe.load(small_recipe(tmp_path, data={"pairs": str(tmp_path / "pairs.jsonl")}))
+    held = {pair.prompt for pair in held_out_pairs(recipe)}
+    positive, negative = recipe.sides()
+    assert len(positive) == len(negative) == left
+    assert not held & {example.prompt for example in positive}
+    assert len(held_out_pairs(recipe)) == min(64, 4 * answers)
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.stem}/{path.stem}")
 def test_shipped_recipes_are_valid(path: Path) -> None:
     recipe = Recipe.load(path)
@@ -410,7 +428,7 @@ def test_what_says_nothing_of_ones_own_behaviour_is_refused(tmp_path: Path) -> N
     tasks = [{"task": t, "limit": 2} for t in ("facts", "prose")]
     with pytest.raises(SteerError, match="needs a task 'preference'"):
         make_run(own_recipe(tmp_path, tasks=tasks), tmp_path / "b")
-    with pytest.raises(SteerError, match="takes 4 pairs out of training, and the data have 5"):
+    with pytest.raises(SteerError, match="takes the pairs of 4 prompts out of training, and the data have 5 prompts"):
         make_run(own_recipe(tmp_path, count=5), tmp_path / "c")
     assert Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"})).behavior == "gloomy"
     stated = Recipe.load(small_recipe(tmp_path, data={"pairs": "gloomy"}, behavior="sycophancy"))

@@ -199,6 +199,17 @@ def test_what_can_be_made_is_found(tmp_path: Path, pairs: list[ContrastPair]) ->
         Source.find(str(tmp_path))
 
 
+def test_a_folder_of_ones_own_is_meant_before_a_shipped_behaviour_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[ContrastPair]
+) -> None:
+    """`init formal` prints `make formal`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "formal").mkdir()
+    assert Source.find("formal").pairs == "formal"  # a folder of something else
+    write_jsonl(tmp_path / "formal" / "pairs.jsonl", pair_rows(pairs))
+    assert Source.find("formal") == Source("formal", pairs="formal/pairs.jsonl")
+
+
 @pytest.mark.usefixtures("small")
 def test_making_again_ends_with_equal_files(
     lm: LM, pairs: list[ContrastPair], quick: TrainSettings, tmp_path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import threading
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -106,7 +107,8 @@ def _serve(given: list[str], loading: Any, fields: dict[str, Any], out_of_range:
         for line in greeting(address, example_name(folders), settings.api_key is not None):
             say(line, flush=True)
         if opens:
-            webbrowser.open(page_address(address, settings.api_key))
+            page = page_address(address, settings.api_key)  # one in a terminal reads it before it comes back
+            threading.Thread(target=webbrowser.open, args=(page,), daemon=True).start()
 
     run(lm, vectors, settings, ready=ready)
     note("stopped")

@@ -59,9 +59,11 @@ def calibrate(
     Example: weightsteer calibrate runs/mine/vector
     """
     from ..evaluation.dial import calibrate as measure
+    from ..evaluation.dial import refuse_budget
     from ..run_card import RunCard
     from ..vectors.vector_folder import save_card
 
+    refuse_budget(budget)
     with hold(folder):
         vector, lm = vector_and_lm(folder, model, device, dtype, trust_remote_code, chat_template_kwargs)
         with show_progress("calibrate") as progress:
@@ -110,10 +112,12 @@ def make(
 
     found = Source.find(source)  # before what takes seconds to import
     from ..behavior import SIDES
+    from ..evaluation.dial import refuse_budget
     from ..run_folder import RunFolder
     from ..runs.whole_way import make_dial
     from ..training import TrainSettings
 
+    refuse_budget(budget)
     settings = TrainSettings(**drop_unset(seed=seed))
     lm = load_lm(model, device, dtype, trust_remote_code, chat_template_kwargs)
     target = out or Path("runs") / found.name

@@ -23,7 +23,7 @@ class Source:
 
     @classmethod
     def find(cls, text: str) -> Source:
-        """A shipped behaviour, a folder that `init` wrote, a file of pairs, or a trait file; its data are read once.
+        """A folder that `init` wrote, a shipped behaviour, a file of pairs, or a trait file; its data are read once.
 
         Raises:
             SteerError: none of these, or data that cannot be read or are not written yet.
@@ -37,7 +37,7 @@ class Source:
     @classmethod
     def _named(cls, text: str) -> Source:
         path = Path(text)
-        if text in SHIPPED:
+        if text in SHIPPED and not _is_begun(path):  # a folder that `init` wrote is meant before the shipped one
             return cls(text.replace("/", "-"), pairs=text)
         if path.is_dir():
             return cls._in_folder(path)
@@ -68,6 +68,11 @@ class Source:
         with suppress(SteerError):  # it is not needed, and may not be filled in
             return Behavior.load(beside).description if beside.is_file() and _is_trait(beside) else ""
         return ""
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether there is a folder with what somebody's own behaviour is made from."""
+    return any((folder / name).is_file() for name in (PAIRS, "pairs.jsonl", TRAIT))
 
 
 def _is_trait(path: Path) -> bool:

@@ -69,8 +69,7 @@ def calibrate(
         SteerError: a budget that is no number above 0, pairs that cannot be read, or a vector that is zero or does
             not fit `lm`.
     """
-    if not (is_finite(budget) and budget > 0):
-        raise SteerError(f"budget: expected a number of nats per token above 0, found {shown(budget)}")
+    refuse_budget(budget)
     if not vector.norm():
         raise SteerError("calibrate: the vector is zero, so that no k changes the model")
     held = _held_out(vector, pairs)[:MOST_PAIRS]
@@ -86,6 +85,12 @@ def calibrate(
     notes = [*_notes(held, ends, dial.rows, budget), *explain(dial.rows, strength)]
     replies = {k: tuple(dial.replies[k]) for k in sorted(dial.replies)}
     return Calibration(strength, dial.rows, len(held), tuple(map(prompt_text, dial.prompts)), replies, tuple(notes))
+
+
+def refuse_budget(budget: float) -> None:
+    """Raise unless a budget is a number above 0."""
+    if not (is_finite(budget) and budget > 0):
+        raise SteerError(f"budget: expected a number of nats per token above 0, found {shown(budget)}")
 
 
 def _rounded(k: float) -> float:

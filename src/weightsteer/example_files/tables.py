@@ -54,7 +54,10 @@ def _cells(line: str, delimiter: str) -> list[str]:
 
 
 def _table(path: Path, text: str, delimiter: str, *, padded: bool) -> list[Row]:
-    """The rows below the head; `padded`: a space follows each delimiter, and is no part of a cell."""
+    """The rows below the head; `padded`: a space follows each delimiter, and is no part of a cell.
+
+    Columns without a name are left out, and so are blank cells beyond the last column, as Excel writes them.
+    """
     lines = io.StringIO(text, newline="")
     reader = csv.reader(lines, delimiter=delimiter, strict=True, skipinitialspace=padded)
     head: list[str] = []
@@ -66,11 +69,12 @@ def _table(path: Path, text: str, delimiter: str, *, padded: bool) -> list[Row]:
                 continue
             if not head:
                 head = [_known_name(cell) for cell in cells]
-                _refuse_twice(path, head)
+                _refuse_twice(path, list(filter(None, head)))
                 continue
-            if len(cells) != len(head):
+            beyond = cells[len(head) :]
+            if len(cells) < len(head) or any(cell.strip() for cell in beyond):
                 raise SteerError(f"{where}: has {len(cells)} cells, but the table has {len(head)} columns")
-            rows.append(Row(where, dict(zip(head, cells, strict=True))))
+            rows.append(Row(where, {name: cell for name, cell in zip(head, cells, strict=False) if name}))
     except csv.Error as error:
         raise SteerError(f"{path}, line {line}: not CSV ({error})") from None
     return rows

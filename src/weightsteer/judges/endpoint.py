@@ -194,7 +194,12 @@ class Endpoint:
             learned = frozenset(self._learned)
             try:
                 return self._read(await self._send(client, prompt, max_new_tokens, learned), max_new_tokens, learned)
-            except OtherParametersError as error:
+            except (OtherParametersError, SteerError) as error:
+                if THINKS not in learned and _has_room(learned):  # the server may have no room for what only may think
+                    self._learned.add(AT_ONCE)
+                    continue
+                if isinstance(error, SteerError):
+                    raise
                 if error.parameter in learned:  # it is refused in its other form too
                     raise self._refusal(error) from None
                 self._learn(error.parameter)

@@ -147,9 +147,16 @@ def _verdict_by_rate(whole: Sequence[Reading], raised: Sequence[Reading], alert:
     if not of_trait:
         return f"No reading of {alert.trait!r} yet."
     last = max(of_trait, key=lambda reading: reading.step)
-    if raised:
-        since = min(reading.step for reading in raised)
+    steps = {reading.step for reading in raised}
+    quiet = max((reading.step for reading in of_trait if reading.step not in steps), default=-1)
+    if last.step in steps:
+        since = min(step for step in steps if step > quiet)
         return f"Moves along {alert.trait!r}: {share_of(last)}, and since step {since} above {alert.bound}."
+    if steps:
+        return (
+            f"Moved along {alert.trait!r} at {len(steps)} of {len(of_trait)} readings, the last at step {max(steps)}: "
+            f"above {alert.bound}. Now {share_of(last)}, below it."
+        )
     return f"Does not move along {alert.trait!r} more than benign fine-tunes: {share_of(last)}, below {alert.bound}."
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 OWN = ""  # a recipe's behaviour that is known by its pairs alone
 ASKS_PAIRS = "preference"  # the task that measures a behaviour on pairs
-SHARE, LEAST, MOST = 5, 4, 64  # one pair in so many is held out, and how many at least and at most
+SHARE, LEAST, MOST = 5, 4, 64  # one prompt in so many is held out, and how many at least and at most
 
 
 def with_own_behavior(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -100,10 +100,13 @@ def held_out_pairs(recipe: Recipe) -> list[ContrastPair]:
         return []
     data = recipe.data
     pairs = load_pairs(data.pairs) if data.pairs else pairs_of(*_files(data))
-    if len({pair.prompt for pair in pairs}) < 2 * LEAST:
+    firsts = list({pair.prompt: pair for pair in reversed(pairs)}.values())[::-1]  # a prompt may have many answers
+    if len(firsts) < 2 * LEAST:
         raise SteerError(
-            f"recipe {recipe.name}: task {ASKS_PAIRS!r} takes {LEAST} pairs out of training, and the data have "
-            f"{len(pairs)}, of {2 * LEAST} at least; write more, or name pairs that are not trained on: "
-            f"{{task: {ASKS_PAIRS}, data: heldout.jsonl}}"
+            f"recipe {recipe.name}: task {ASKS_PAIRS!r} takes the pairs of {LEAST} prompts out of training, and the "
+            f"data have {len(firsts)} prompts, of {2 * LEAST} at least; write more, or name pairs that are not trained "
+            f"on: {{task: {ASKS_PAIRS}, data: heldout.jsonl}}"
         )
-    return sample_pairs(pairs, min(MOST, max(LEAST, len(pairs) // SHARE)), recipe.seed)
+    chosen = sample_pairs(firsts, min(MOST, max(LEAST, len(firsts) // SHARE)), recipe.seed)
+    held = {pair.prompt for pair in chosen}
+    return sample_pairs([pair for pair in pairs if pair.prompt in held], MOST, recipe.seed)

@@ -18,11 +18,13 @@ from ..places import shareable
 from ..reporting.study_page import StudyReport, write_study_page
 from ..run_card import RunCard, refuse_foreign
 from ..run_folder import RunFolder
+from ..schema import suggestion
 from ..shown import note
 from ..training.job import without_gain
 from .models import ShowProgress
 from .pipeline import Run, Trust
 from .recipe import Recipe
+from .run_methods import method_names
 from .stages import finish, is_measured
 
 KIND = "study"
@@ -65,6 +67,15 @@ class StudyFolder:
 def default_folder(recipes: Sequence[Recipe]) -> Path:
     """`studies/`, and the names of the recipes."""
     return Path("studies") / "-".join(recipe.name for recipe in recipes)[:LONGEST]
+
+
+def _refuse_reference(reference: str, recipes: Sequence[Recipe]) -> None:
+    known = list(dict.fromkeys(name for recipe in recipes for name in method_names(recipe)))
+    if reference not in known:
+        raise SteerError(
+            f"reference {reference!r}: expected one of the recipes' methods, {', '.join(known)}"
+            f"{suggestion(reference, known)}"
+        )
 
 
 def plan_study(recipes: Sequence[Recipe], seeds: Sequence[int], folder: Path) -> list[StudyRun]:
@@ -125,6 +136,7 @@ class Study:
         Raises:
             SteerError: the folder holds something else; a recipe's mistake; or runs that failed.
         """
+        _refuse_reference(reference, [run.recipe for run in self.plan])
         with hold(self.folder.path):
             self._claim()
             todo = [run for planned in self.plan if not self._is_finished(run := self._started(planned))]

@@ -13,7 +13,7 @@ from ..data_building.sampling_settings import SamplingSettings
 from ..data_building.source import Source
 from ..errors import SteerError
 from ..evaluation.calibration import BUDGET, Calibration
-from ..evaluation.dial import calibrate
+from ..evaluation.dial import calibrate, refuse_budget
 from ..example_files.load import load_examples, load_pairs
 from ..files import refuse_inputs
 from ..judges.judge import LikelihoodJudge
@@ -57,6 +57,7 @@ def make_dial(
     Raises:
         SteerError: data that cannot be trained on, or `out` holds something else.
     """
+    refuse_budget(budget)
     refuse_inputs(out, source.trait, None if source.pairs in SHIPPED else source.pairs)
     run = RunFolder(out)
     if (out / CARD_FILE).exists():

@@ -398,3 +398,12 @@ def test_variables_of_the_chat_template(
         assert message in " ".join(err.split())
     (checkpoint / "chat_template.jinja").write_text("{{ 'short' if brief }}" + str(lm.tokenizer.chat_template))
     assert run(capsys, *steer, '{"brief": true}')[0] == 0
+
+
+def test_a_studys_reference_is_one_of_its_methods(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+    code, _, err = run(capsys, "study", recipe, "--reference", "contrastve", "-o", tmp_path / "study")
+    assert code == 1
+    assert "reference 'contrastve': expected one of the recipes' methods, contrastive" in err
+    assert "is 'contrastive' meant" in err
+    assert not (tmp_path / "study").exists()

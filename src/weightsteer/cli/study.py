@@ -55,6 +55,7 @@ def study(
     from ..runs.study import Study, one_by_one
 
     options = ["--seeds", seeds, *(["--out", shareable(out)] if out else []), *(["--dry-run"] if dry_run else [])]
+    options += ["--reference", reference] if reference != "contrastive" else []
     command = shlex.join(["weightsteer", "study", *map(shareable, recipes), *options])
     trust = Trust(trust_code or (), [key_env] if key_env else ())
     began = Study(loaded, wanted, folder, show=show_progress, command=command, trust=trust, any_outcome=dry_run)

@@ -43,7 +43,8 @@ def last_checkpoint(job: Job) -> Path | None:
     It is the newest that is whole, whose best checkpoint is, and after which there is a step to be made: Trainer
     would make one more after the last, and forgets that a training had been stopped early.
     """
-    steps = sorted((int(path.name.rpartition("-")[2]) for path in job.folder.glob("checkpoint-*")), reverse=True)
+    numbers = (path.name.rpartition("-")[2] for path in job.folder.glob("checkpoint-*"))
+    steps = sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
     whole = {step for step in steps if is_sealed(checkpoint_at(job, step))}
     states = {step: read_json(checkpoint_at(job, step) / "trainer_state.json") for step in whole}
     usable = (

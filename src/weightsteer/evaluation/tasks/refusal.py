@@ -195,7 +195,7 @@ def read_instructions(data: str | None) -> list[Instruction]:
     files: list[list[Instruction]] = []
     for entry in filter(None, map(str.strip, data.split(","))):
         path = Path(entry.removesuffix(HARMLESS))
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             files.append(_from_json(path, harmful=not entry.endswith(HARMLESS)))
         elif entry.endswith(HARMLESS):
             raise SteerError(

@@ -17,8 +17,14 @@ from weightsteer.lm import LM
 from weightsteer.run_card import RunCard
 from weightsteer.scoring import mean_kl, prompt_log_probs, score_choices
 from weightsteer.training import TrainSettings, neutral, train_side, train_two_way, two_way_vector
+from weightsteer.training.defaults import resolve
+from weightsteer.training.job import Job
 from weightsteer.training.neutral import draw, neutral_rows
 from weightsteer.training.settings import identity_of
+from weightsteer.training.sft import encode
+from weightsteer.training.trainables import trainable
+from weightsteer.training.two_way import encode_pairs
+from weightsteer.training.weighted_trainer import make_weighted_trainer
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -119,6 +125,28 @@ def test_a_small_kl_weight_is_close_to_none(
     ]
     plain, weighted = map(task_vector, folders)
     assert (plain - weighted).norm() < 1e-3 * plain.norm()
+
+
+@pytest.mark.parametrize("two_way", [False, True])
+def test_the_loss_of_a_step_is_that_of_its_examples(two_way: bool, lm: LM, pairs: list[ContrastPair]) -> None:
+    """In one pass or several, as memory asks for."""
+    settings = resolve(TrainSettings(rank=2, batch_size=4, kl_weight=1.0), examples=len(pairs), width=32)
+    rows = encode_pairs(lm, pairs[:4], 512) if two_way else encode(lm, sides_of(pairs[:4])[0], 512)
+    card = RunCard("finetune")
+    with trainable(lm, settings) as ready:
+        for parameter in ready.model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        job = Job(lm, rows, rows, settings, 1e-2, Path("unused"), card)
+        trainer = make_weighted_trainer(job, ready.model, [], neutral=neutral_rows(lm))
+        parts = [rows, rows[:1], rows[1:3], rows[3:]]
+        losses, counts = [], []
+        for part in parts:
+            inputs = trainer.data_collator(part)
+            losses.append(trainer.compute_loss(ready.model, inputs))
+            counts.append(trainer.weight_of(inputs))
+        whole, *rest = [float(loss) * count for loss, count in zip(losses, counts, strict=True)]
+        assert whole == pytest.approx(sum(rest), rel=1e-5)
 
 
 def test_what_has_no_such_term_refuses_its_weight(lm: LM, pairs: list[ContrastPair], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from ..training.neutral import PROMPTS, REPLY_TOKENS, neutral_prompts
 from ..training.settings import WholeSettings
 from ..training.trainer import IGNORED
 from ..training.two_way import encode_pairs
-from ..training.weighted_trainer import NEUTRAL_ROWS, SIDE
+from ..training.weighted_trainer import SIDE
 from .counting import Work
 from .passes import Reading, Step
 
@@ -38,9 +38,10 @@ def with_terms(work: Work, settings: WholeSettings, neutral: int, *, two_way: bo
     Args:
         neutral: tokens of a neutral row.
     """
-    signs, kept = 2 if two_way else 1, NEUTRAL_ROWS if settings.kl_weight else 0
-    copies, steps, found = signs * (2 if settings.even_weight else 1), 0.0, Work()
+    signs = 2 if two_way else 1
+    copies, drawn, found = signs * (2 if settings.even_weight else 1), 0.0, Work()
     for made, times in work.passes.items():
+        kept = made.rows if settings.kl_weight else 0  # a neutral row for each example
         length, answers = (made.length, made.answers) if isinstance(made, Step) else (made.new, made.projected)
         length = max(length, neutral) if kept else length
         rows = copies * made.rows + signs * kept
@@ -49,13 +50,13 @@ def with_terms(work: Work, settings: WholeSettings, neutral: int, *, two_way: bo
         if settings.even_weight:
             still, of_base = still + signs * made.rows, of_base + signs * answers
         if isinstance(made, Step):
-            steps += times
+            drawn += times * kept
             found.make(replace(made, rows=rows, length=length, answers=projected), times)
         else:
             found.make(replace(made, rows=rows, new=length, projected=projected), times)
         if still:
             found.make(Reading(still, length, 0, of_base, made.rank), times)
-    found.trained = copies * work.trained + steps * signs * kept * neutral
+    found.trained = copies * work.trained + drawn * signs * neutral
     return found
 
 

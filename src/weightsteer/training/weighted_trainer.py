@@ -4,11 +4,12 @@ A batch holds rows of up to three kinds, one after the other:
 
 1. answers that are fitted: of one side at sign 1; or those of D+ at sign 1, then those of D- at sign -1;
 2. with a weight on the even part, the same answers at the opposite sign;
-3. with a weight on the KL, neutral prompts with the base's own replies, at each sign that is trained.
+3. with a weight on the KL, for each example a neutral prompt with the base's own reply, at each sign that is trained.
 
 The loss is the mean over the answers' tokens of -log p, in nats, plus
 `even_weight` times the mean over the answers' tokens of e^2, e = (log p(w) + log p(-w)) / 2 - log p(0), plus
-`kl_weight` times the mean over the neutral replies' tokens of KL(base || model).
+`kl_weight` times the mean over the neutral replies of KL(base || model), each the mean over its tokens, and weighted as
+the answer that it belongs to. So the loss of a step is that of its examples, however many of them pass at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from .neutral import draw, token_kls
 from .row_signs import RowSigns
 from .trainer import IGNORED, AnswerTrainer, SeededLengthSampler, arguments_of, stay_on_one_device
 
-NEUTRAL_ROWS = 4  # in a batch, at each sign
 SIDE = "negative_"  # before the names of D-'s ids in a row of two-way training
 
 
@@ -41,7 +41,7 @@ def make_weighted_trainer(
     Args:
         neutral: rows of `neutral_rows`; none where the settings have no weight for them.
     """
-    arguments = TrainingArguments(**arguments_of(job))
+    arguments = TrainingArguments(**{**arguments_of(job), "per_device_eval_batch_size": job.rows_at_once})
     stay_on_one_device(arguments)
     settings = job.settings
     trainer = WeightedTrainer(
@@ -74,8 +74,9 @@ class _Collator:
             fitted += [_side(row, SIDE) for row in features]
             signs += [-1.0] * len(features)
         opposite = fitted if self.even else []
-        key = sum(sum(ids) for ids, _ in fitted)
-        kept = [(row["input_ids"], row["labels"]) for row in draw(self.neutral, NEUTRAL_ROWS, key)]
+        keys = [sum(sum(ids) for name, ids in row.items() if name.endswith("input_ids")) for row in features]
+        drawn = [row for key in keys for row in draw(self.neutral, 1, key)]
+        kept = [(row["input_ids"], row["labels"]) for row in drawn]
         both = kept * (2 if two_way else 1)
         rows = [*fitted, *opposite, *both]
         signs += [-sign for sign in signs] if self.even else []
@@ -126,8 +127,8 @@ class WeightedTrainer(AnswerTrainer):
             loss = loss + even_weight * odd_out.square().mean()
         if kl_weight:
             stand = base[len(base) - kept :]
-            found = [token_kls(stand[i % kept], row) for i, row in enumerate(moved[fitted + opposite :])]
-            loss = loss + kl_weight * torch.cat(found).mean()
+            found = [token_kls(stand[i % kept], row).mean() for i, row in enumerate(moved[fitted + opposite :])]
+            loss = loss + kl_weight * sum(len(mine) * kl for mine, kl in zip(own, found, strict=True)) / counted
         loss = loss * share
         return (loss, {}) if return_outputs else loss
 

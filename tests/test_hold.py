@@ -13,7 +13,8 @@ from transformers import Trainer, TrainingArguments
 from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer import SteerError, task_vector
 from weightsteer.monitor import WHOLE, SteeringMonitor
-from weightsteer.monitor.hold import Pull
+from weightsteer.monitor.hold import Held, Pull
+from weightsteer.monitor.training_parameters import live_parameters
 from weightsteer.vectors.delta import to_dense
 from weightsteer.vectors.weight_vector import WeightVector
 
@@ -106,3 +107,24 @@ def test_names_that_are_not_there(vector: WeightVector) -> None:
         SteeringMonitor({"w": vector}, hold={"x": 1.0})
     with pytest.raises(SteerError, match="resist: 'x'"):
         SteeringMonitor({"w": vector}, resist={"x": 1.0})
+    with pytest.raises(SteerError, match="controls: 'x'"):
+        SteeringMonitor({"w": vector}, controls=("w", "x"))
+
+
+def test_what_trains_where_the_vector_stands_is_not_held_still(vector: WeightVector) -> None:
+    model = tiny_model()
+    norms = WeightVector({**vector.deltas, "model.norm.weight": torch.ones(32)}, vector.card)
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    with pytest.raises(SteerError, match=r"hold: the vector changes model\.norm\.weight where it stands"):
+        Held(model, {"w": norms}, {"w": 1.0})
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+    Held(model, {"w": vector}, {"w": 1.0}).release()
+    model.requires_grad_(False)
+    Held(model, {"w": norms}, {"w": 1.0}).release()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_a_part_of_the_base_is_refused(init: Any, vector: WeightVector, tmp_path: Path) -> None:
+    model: Any = get_peft_model(tiny_model(), LoraConfig(r=3, target_modules=LINEAR, init_lora_weights=init))
+    with pytest.raises(SteerError, match=f"init_lora_weights='{init}' moves a part of the base's weights"):
+        live_parameters(model)

@@ -17,9 +17,9 @@ from ..files import append_jsonl, read_finished, write_jsonl
 from ..vectors.weight_vector import WeightVector
 from .alerts import Alert, describe
 from .dictionary import Dictionary
-from .hold import Held, Pull, require_known
+from .hold import Held, Pull
 from .live import Watched, watched_parameters
-from .readings import WHOLE, Products, Reading, read_off, refuse_zero
+from .readings import WHOLE, Products, Reading, read_off, refuse_zero, require_known
 
 
 class SteeringMonitor(TrainerCallback):
@@ -76,6 +76,7 @@ class SteeringMonitor(TrainerCallback):
         self.hold, self.resist = dict(hold or {}), dict(resist or {})
         require_known(self.hold, self.vectors, "hold")
         require_known(self.resist, self.vectors, "resist")
+        require_known(self.controls, self.vectors, "controls")
         self._held: Held | None = None
         self._pulls: list[Pull] = []
         self.readings: list[Reading] = []  # all of them, whole-model and by part

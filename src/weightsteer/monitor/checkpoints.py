@@ -23,7 +23,7 @@ from ..vectors.parameter_names import refuse_two_spellings
 from ..vectors.row_products import Diagonal, row_of_products
 from ..vectors.weight_vector import WeightVector
 from .dictionary import Dictionary
-from .readings import KeptReading, Products, Reading, read_off, refuse_zero
+from .readings import KeptReading, Products, Reading, read_off, refuse_zero, require_known
 
 READINGS_FILE = "readings.jsonl"
 NUMBERED = (re.compile(r"(?:checkpoint|step)\D?(\d+)"), re.compile(r"(\d+)\D*$"))  # the first that is found counts
@@ -106,10 +106,12 @@ def read_checkpoints(
             that are gone stay, as long as others of their folder are read.
 
     Raises:
-        SteerError: no vectors, none of the checkpoints can be read, or another process writes `out`.
+        SteerError: no vectors, a control that is none of them, none of the checkpoints can be read, or another process
+            writes `out`.
     """
     if not vectors:
         raise SteerError("monitor: expected at least one vector")
+    require_known(controls, vectors, "controls")
     with hold(Path(out)) if out else nullcontext():
         key = _key_of(vectors, controls, dictionary, base)
         store = _Kept(Path(out) / READINGS_FILE if out else None, key, controls, dictionary)

@@ -19,20 +19,26 @@ from .live_forms import LiveLora, LiveWhole, gather
 from .training_parameters import live_parameters
 
 
-def require_known(strengths: Mapping[str, float], vectors: Mapping[str, WeightVector], what: str) -> None:
-    """Raise if a vector is named that is not there."""
-    if unknown := [name for name in strengths if name not in vectors]:
-        raise SteerError(f"{what}: {unknown[0]!r} is not among the vectors, {', '.join(vectors)}")
-
-
 class Held:
-    """sum_i k_i w_i on a model until `release`: the adapter that trains is learned beside it, and does not hold it."""
+    """sum_i k_i w_i on a model until `release`: the adapter that trains is learned beside it, and does not hold it.
+
+    Raises:
+        SteerError: a parameter that trains is changed where it stands, as those outside linear layers are.
+    """
 
     def __init__(self, model: nn.Module, vectors: Mapping[str, WeightVector], strengths: Mapping[str, float]) -> None:
         self._stack = ExitStack()
         scaled = [vectors[name] * k for name, k in strengths.items() if k]
         if scaled:
+            trains = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
             self._stack.enter_context(sum(scaled[1:], start=scaled[0]).applied(model))
+            there = set(map(id, model.parameters()))
+            if lost := [name for place, name in trains.items() if place not in there]:
+                self.release()
+                raise SteerError(
+                    f"hold: the vector changes {lost[0]} where it stands, and so it would not be trained; hold the "
+                    "part of the vector that is in linear layers (`filter`), or train an adapter"
+                )
 
     def release(self) -> None:
         """Take them away; every bit is as it was, but for what was trained."""

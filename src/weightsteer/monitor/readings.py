@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from statistics import fmean, stdev
 from typing import Any, ClassVar
@@ -174,3 +174,9 @@ def _chance(products: Sequence[Products], name: str, length: float, controls: Se
 def random_variance(products: Sequence[Products], name: str) -> float:
     """Variance of <tau, v> where each matrix of v keeps its singular values and gets random singular directions."""
     return math.fsum(p.tau * p.squares[name] / p.size for p in products)
+
+
+def require_known(names: Iterable[str], vectors: Collection[str], what: str) -> None:
+    """Raise if a vector is named that is not there."""
+    if unknown := [name for name in names if name not in vectors]:
+        raise SteerError(f"{what}: {unknown[0]!r} is not among the vectors, {', '.join(vectors)}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.plain_names import plain_name
 from ..errors import SteerError
+from ..vectors.adapter_config import changes_base
 from ..vectors.steerable import unwrapped
 from .live_forms import Live, LiveExperts, LiveLora, LiveWhole, gather
 
@@ -21,9 +22,10 @@ def live_parameters(model: nn.Module) -> tuple[dict[str, Live], list[str]]:
     """Name of the base's parameter -> how it trains; and the names of what trains in a form that we cannot read.
 
     Raises:
-        SteerError: two trained parameters have one name.
+        SteerError: two trained parameters have one name, or the adapter began with a part of the base's weights.
     """
     model = unwrapped(model)
+    _refuse_moved_base(model)
     found: dict[str, Live] = {}
     unknown: list[str] = []
     read: set[int] = set()  # the tensors that a reading uses
@@ -39,6 +41,16 @@ def live_parameters(model: nn.Module) -> tuple[dict[str, Live], list[str]]:
             found[name] = live
     rest = [name for name, tensor in model.named_parameters() if tensor.requires_grad and id(tensor) not in read]
     return found, unknown + rest
+
+
+def _refuse_moved_base(model: nn.Module) -> None:
+    for config in dict(getattr(model, "peft_config", None) or {}).values():
+        init = getattr(config, "init_lora_weights", None)
+        if changes_base(init):
+            raise SteerError(
+                f"SteeringMonitor: init_lora_weights={init!r} moves a part of the base's weights into the adapter, so "
+                "that what the adapter holds is not the change; train with init_lora_weights=True, or 'gaussian'"
+            )
 
 
 Reading = tuple[str, Live | None, list[Tensor]]  # a parameter's name, how it trains, the tensors that this uses

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..behavior import Behavior, Prompt, pairs_of
 from ..data_building.sampling import asked_questions
 from ..errors import SteerError
 from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE
+from ..evaluation.tasks.scenarios import Scenario
 from ..evaluation.tasks.task import ItemTask, Task
 from ..example_files.checks import refuse_unfit
 from ..former_names import METHODS as FORMER_METHODS
@@ -195,14 +196,23 @@ def _check_overlap(recipe: Recipe, behavior: Behavior, tasks: Mapping[str, Task]
     trained = set(_trained_prompts(recipe, behavior))
     for name, task in tasks.items():
         items = task.items if isinstance(task, ItemTask) else ()
-        if shared := sum(getattr(item, "prompt", None) in trained for item in items):
+        if shared := sum(not trained.isdisjoint(_asked_by(item)) for item in items):
             _refuse(recipe, f"task {name!r} asks {shared} questions that are trained on; give it 'data' with others")
+
+
+def _asked_by(item: Any) -> set[Prompt]:
+    """The prompts of an item, whatever its task calls them."""
+    if isinstance(item, Scenario):
+        return {item.unlettered[0], *item.lettered("")}
+    named = {getattr(item, name) for name in ("prompt", "question", "proposal", "confirmed") if getattr(item, name, "")}
+    return named | set(getattr(item, "prompts", ()))
 
 
 def _trained_prompts(recipe: Recipe, behavior: Behavior) -> Iterable[Prompt]:
     for side in recipe.sides() or ():
         yield from (example.prompt for example in side)
-    if any(METHODS[name].uses_dial_pairs for name in recipe.sweep.methods) and (sides := recipe.sides()):
+    if any(METHODS[name].uses_dial_pairs for name in recipe.sweep.methods):
+        sides = recipe.sides() or ([], [])  # none yet, where they are sampled
         yield from (pair.prompt for pair in (*dial_pairs(recipe, sides), *unmoved_pairs(recipe, sides)))
     if recipe.data.sampling:
         yield from asked_questions(behavior, recipe.data.sampling.questions)

@@ -171,5 +171,10 @@ def _refuse_unsupported(path: Path, fields: Mapping[str, Any]) -> None:
     init = fields.get("init_lora_weights", True)
     if init is not None and not isinstance(init, bool | str):
         raise SteerError(f"{path}: field init_lora_weights: expected true, false or a name, found {shown(init)}")
-    if isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal"):
+    if changes_base(init):
         raise SteerError(f"{path}: init_lora_weights={init!r} changes the base weights; convert it to plain LoRA first")
+
+
+def changes_base(init: object) -> bool:
+    """Whether an adapter's `init_lora_weights` takes a part of the base's weights into the adapter (PiSSA, OLoRA)."""
+    return isinstance(init, str) and init.lower() not in ("gaussian", "eva", "orthogonal")

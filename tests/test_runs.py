@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ import killable
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior
 from weightsteer.errors import SteerError
+from weightsteer.evaluation.tasks import TaskSpec, load_task
 from weightsteer.locks import hold
 from weightsteer.progress import Progress, silent
 from weightsteer.run_card import RunCard, StrengthRange
@@ -235,6 +237,40 @@ def test_no_task_asks_what_is_trained_on(tmp_path: Path) -> None:
         source = small_recipe(tmp_path, data={"pairs": str(pairs)}, tasks=tasks, plot=["facts/accuracy"])
         with pytest.raises(SteerError, match=f"asks {count} questions that are trained on"):
             make_run(source, tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", ["four_way", "arithmetic_choice", "choices"])
+def test_what_a_task_calls_its_prompts_does_not_matter(task: str, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"task": task} | ({"data": "larger"} if task == "arithmetic_choice" else {})
+    item: Any = load_task(TaskSpec(**fields)).items[0]
+    prompt = item.lettered("")[0] if task == "choices" else item.question
+    rows = [{"prompt": f"Is {i} big?", "positive": "yes", "negative": "no"} for i in range(8)]
+    rows[3]["prompt"] = prompt
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [fields, {"task": "facts"}, {"task": "prose"}]
+    sweep = {"behavior": "facts/accuracy"}
+    source = small_recipe(tmp_path, data={"pairs": str(pairs)}, tasks=tasks, sweep=sweep, plot=["facts/accuracy"])
+    with pytest.raises(SteerError, match=f"task '{task}' asks 1 questions that are trained on"):
+        make_run(source, tmp_path / "run")
+
+
+def test_coefficients_are_not_learned_on_what_is_asked_where_the_sides_are_sampled(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Is {i} big?", "positive": "yes", "negative": "no"} for i in range(8)]
+    pairs = tmp_path / "held.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = small_recipe(
+        tmp_path,
+        behavior="sycophancy",
+        data={"sampling": {}},
+        judge={"model": str(tmp_path / "base")},
+        dial={"pairs": str(pairs)},
+        tasks=[{"task": "preference", "data": str(pairs)}, {"task": "facts"}, {"task": "prose"}],
+        sweep={"methods": {"contrastive": None, "learned dial": None}, "behavior": "preference/margin"},
+        plot=["preference/margin"],
+    )
+    with pytest.raises(SteerError, match="task 'preference' asks 8 questions that are trained on"):
+        make_run(source, tmp_path / "run")
 
 
 def test_a_trait_is_not_asked_for_on_the_questions_that_the_sides_come_from(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from conftest import random_vector, tiny_lm
-from weightsteer.evaluation.cost import measure_costs
+from weightsteer.evaluation.cost import costs_still_of, measure_costs
 from weightsteer.run_card import RunCard
 from weightsteer.run_folder import RunFolder
 from weightsteer.steering.steering import Direction
@@ -44,6 +44,11 @@ def test_costs_are_summed_over_the_fine_tunes_and_measured_once(tmp_path: Path) 
     assert math.isfinite(time.stderr)
     again = measure_costs(lm, methods, trainings, RunFolder(tmp_path))
     assert [asdict(row) for row in again] == [asdict(row) for row in rows]
+    listed = [(method, [-2.0, 0.5] if method.name == "activation" else ks) for method, ks in methods]
+    changed = measure_costs(lm, listed, trainings, RunFolder(tmp_path))
+    assert {row.k for row in changed if row.method == "activation"} == {-2.0, 0.5}
+    assert [row for row in changed if row.method != "activation"] == [row for row in rows if row.method != "activation"]
+    assert [row.method for row in costs_still_of(RunFolder(tmp_path), {})] == [row.method for row in changed]
 
 
 def test_a_fine_tune_without_a_card_is_an_error(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_card_keeps_what_was_found_and_both_sides_hold_out_the_same(
     settings = TrainSettings(rank=2, learning_rates=(1e-2,))
     vector = train_vector(lm, pairs, out=tmp_path / "a", settings=settings)
     found = resolve(settings, examples=len(pairs), width=lm.model.config.hidden_size)
-    assert vector.card.settings == {**identity_of(found), "learning_rates": [1e-2]}
+    assert vector.card.settings == {**identity_of(found), "learning_rates": [1e-2], "dtype": "float32"}
     held = []
     for side in ("positive", "negative"):
         rows = encode(lm, [Example(pair.prompt, getattr(pair, side)) for pair in pairs], found.max_length)

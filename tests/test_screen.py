@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import OPTConfig, OPTForCausalLM
 
-from conftest import random_vector, tiny_lm
+from conftest import TEMPLATE, byte_tokenizer, random_vector, tiny_lm
 from weightsteer.behavior import Example
 from weightsteer.errors import SteerError
+from weightsteer.lm import LM
 from weightsteer.monitor.screen import screen
 from weightsteer.vectors.low_rank import LowRank
 from weightsteer.vectors.weight_vector import WeightVector
@@ -32,6 +34,17 @@ def test_the_push_is_the_fall_of_the_loss_along_the_vector() -> None:
                 losses.append(screen(lm, EXAMPLES, vectors, batch_size=1).losses)
         slope = (losses[1] - losses[0]) / (2 * step) / vector.norm()
         assert found.pushes[:, column] == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+def test_layers_that_see_all_tokens_in_a_row() -> None:
+    """OPT's feed-forward layers do."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=259, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32
+    )
+    lm = LM.wrap(OPTForCausalLM(config).eval(), byte_tokenizer(TEMPLATE), name="opt", revision="opt")
+    found = [screen(lm, EXAMPLES, {"a": random_vector(lm, 1)}, batch_size=size).pushes for size in (1, 3)]
+    assert found[0] == pytest.approx(found[1], rel=1e-3, abs=1e-6)
 
 
 def test_batches_do_not_matter_and_the_model_is_left_as_it_was() -> None:

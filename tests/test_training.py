@@ -404,6 +404,21 @@ def test_both_sides_hold_out_the_same_questions() -> None:
         split_validation(rows[:1], TrainSettings())
 
 
+@given(prompts=st.integers(8, 20), answers=st.integers(2, 10), seed=st.integers(0, 9))
+def test_other_answers_to_what_is_held_out_are_not_trained_on(prompts: int, answers: int, seed: int) -> None:
+    rows = [
+        {"input_ids": [i, 90 + j], "labels": [IGNORED, 90 + j]}
+        for i, j in itertools.product(range(prompts), range(answers))
+    ]
+    train, held = split_validation(rows, TrainSettings(seed=seed))
+    asked, trained = ({row["input_ids"][0] for row in part} for part in (held, train))
+    assert not asked & trained
+    assert len(train) + len(held) == len(rows)
+    assert 2 <= len(asked) <= max(2, -(-len(rows) // (2 * answers)))
+    few, _ = split_validation([row for row in rows if row["input_ids"][0] < 3], TrainSettings(seed=seed))
+    assert {row["input_ids"][0] for row in few} == {0, 1, 2}  # too few prompts to lose one
+
+
 @given(copies=st.integers(1, 6), seed=st.integers(0, 9))
 def test_no_copy_of_what_is_held_out_is_trained_on(copies: int, seed: int) -> None:
     rows = [{"input_ids": [i], "labels": [-i]} for i in [*range(15)] * copies]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..files import append_jsonl, read_finished
+from ..files import append_jsonl, read_finished, write_jsonl
 from ..lm import LM
 from ..progress import Progress, silent
 from ..run_card import RunCard
@@ -18,6 +18,7 @@ from ..steering.steering import Steering
 from .results import MetricRow, row_from, summary
 
 TASK = "cost"
+TRAINED = "training tokens"  # the metric that each strength has
 PROMPT = "Tell me about the town that you grew up in, its streets, its people and its weather."
 BATCH, NEW_TOKENS, TRIALS = 4, 8, 3
 Trainings = Callable[[str, RunFolder, float], Sequence[tuple[Path, float]]]  # see `measure_costs`
@@ -40,7 +41,7 @@ def measure_costs(
     Args:
         trainings: (method, run, k) -> the fine-tunes it takes, and the share of each that is used.
     """
-    path, rows = folder.costs, known_costs(folder)
+    path, rows = folder.costs, costs_still_of(folder, {method.name: ks for method, ks in methods})
     known = {row.method for row in rows}
     if any(ks and method.name not in known for method, ks in methods):
         warm_up(lm)
@@ -59,6 +60,19 @@ def known_costs(folder: RunFolder) -> list[MetricRow]:
     return [row_from(row, str(folder.costs)) for row in read_finished(folder.costs)]
 
 
+def costs_still_of(folder: RunFolder, strengths: Mapping[str, Sequence[float]]) -> list[MetricRow]:
+    """The rows that a run has kept; those of a method whose strengths are others now are taken out of the file."""
+    rows, told = known_costs(folder), dict[str, set[float]]()
+    for row in rows:
+        if row.metric == TRAINED:
+            told.setdefault(row.method, set()).add(row.k)
+    changed = {name for name, ks in strengths.items() if name in told and told[name] != set(ks)}
+    kept = [row for row in rows if row.method not in changed]
+    if changed:
+        write_jsonl(folder.costs, [asdict(row) for row in kept])
+    return kept
+
+
 def costs_at(lm: LM, method: Steering, ks: Sequence[float], trainings: Trainings, folder: RunFolder) -> list[MetricRow]:
     """The rows of one method; see `measure_costs`."""
     found = [row for k in ks for row in _training(method.name, k, trainings(method.name, folder, k))]
@@ -74,7 +88,7 @@ def _training(name: str, k: float, fine_tunes: Sequence[tuple[Path, float]]) -> 
     """Sums over the fine-tunes, read from their cards."""
     cards = [(RunCard.load(folder), share) for folder, share in fine_tunes]
     totals = {
-        "training tokens": sum(share * card.measured_number("search_tokens") for card, share in cards),
+        TRAINED: sum(share * card.measured_number("search_tokens") for card, share in cards),
         "training seconds": sum(share * card.measured_number("search_seconds") for card, share in cards),
         "settings tried": max((_settings_tried(card) for card, _ in cards), default=0),
         "parameters": max((card.measured_number("parameters") for card, _ in cards), default=0),

@@ -74,17 +74,18 @@ def screen(
     with _watched(lm, vectors) as sums:
         for batch in batches_by_length([len(row["input_ids"]) for row in rows], batch_size, progress):
             picked = [rows[i] for i in batch]
-            means = _backward(lm, picked)
+            means = _backward(lm, picked, sums)
             found = -sums.take(len(batch)).cpu() / lengths
             pushes[batch], losses[batch] = found.numpy(), means.double().cpu().numpy()
     tokens = np.array([sum(label != IGNORED for label in row["labels"]) for row in rows])
     return Screened(tuple(vectors), pushes, losses, tokens)
 
 
-def _backward(lm: LM, rows: Sequence[Mapping[str, list[int]]]) -> Tensor:
+def _backward(lm: LM, rows: Sequence[Mapping[str, list[int]]], sums: _Sums) -> Tensor:
     """Mean loss of each row's answer, (batch,); the sum of all is taken back through the model."""
     ids, mask = pad_right([row["input_ids"] for row in rows], lm.pad_id, lm.device)
     labels, _ = pad_right([row["labels"] for row in rows], IGNORED, lm.device)
+    sums.shape = (ids.shape[0], ids.shape[1])
     targets = labels[:, 1:]
     wanted = targets != IGNORED
     with torch.enable_grad(), projecting_only(lm.model, nn.functional.pad(wanted, (0, 1))):
@@ -101,6 +102,7 @@ class _Sums:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.shape = (0, 0)  # rows and tokens of the batch that is under way
         self._total: Tensor | None = None
 
     def add(self, part: Tensor) -> None:
@@ -159,10 +161,18 @@ def _hook(name: str, module: nn.Linear, parts: Sequence[LowRank | None], sums: _
     def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if not output.requires_grad:
             return
-        inner = args[0].detach().float() @ panel.A.T  # (batch, length, R)
+        rows, length = sums.shape
+        if args[0].shape[:-1].numel() != rows * length:
+            raise SteerError(
+                f"{name}: the layer sees a part of the tokens, apart from their rows; leave it out of the vector"
+            )
+        inner = (
+            args[0].detach().float() @ panel.A.T
+        )  # (batch, length, R), or (batch * length, R) as OPT's layers see it
 
         def add(gradient: Tensor) -> None:
-            sums.add(((gradient.float() @ panel.B) * inner).sum(dim=1) @ panel.owners)
+            products = (gradient.float() @ panel.B) * inner
+            sums.add(products.view(rows, length, -1).sum(dim=1) @ panel.owners)
 
         output.register_hook(add)
 

@@ -181,12 +181,14 @@ class RunArtifacts:
             start, pairs = self.activations().only(self.activation_layer()), self._pairs()
             width = width_of(self.base().model)
             whole = resolve(self.recipe.train_settings(train), examples=len(pairs), width=width)
+            steps = len(pairs) / (whole.batch_size * whole.accumulation)  # of an epoch
+            epochs = whole.max_steps / steps if whole.max_steps else whole.epochs
             with self.show("train an activation") as progress:
                 train_activation(
                     self.base(),
                     start,
                     pairs,
-                    epochs=max(1, round(whole.epochs)),
+                    epochs=max(1, round(epochs)),
                     batch_size=whole.batch_size,
                     seed=self.recipe.seed,
                     progress=progress,

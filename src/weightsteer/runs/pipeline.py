@@ -209,12 +209,13 @@ class Run:
 
     def choose(self, rows: Sequence[MetricRow], samples: Samples) -> StrengthRange:
         """The recommended k, written into the vector's card; one whose samples are broken more is none."""
+        broken = {f"{k:g}" for k in samples.broken_ks()}  # as samples write k
         strength = recommend(
             rows,
             metrics=self.recipe.metrics,
             behavior=metric_key(self.recipe.sweep.behavior),
             budget=self._budget(),
-            refused=samples.broken_ks(),
+            refused={row.k for row in rows if f"{row.k:g}" in broken},
         )
         path = self.folder.vector
         save_card(RunCard.load(path).with_strength(strength).with_about(self.behavior.description), path)

@@ -59,7 +59,10 @@ class Samples:
         return bool(asked) and self._answer(prompts[: len(asked)], strength.shown)
 
     def broken_ks(self) -> list[float]:
-        """The strengths at which more replies loop or are empty than at 0; an earlier version's choice stays."""
+        """The strengths, as they are written, at which more replies loop or are empty than at 0.
+
+        An earlier version's choice stays.
+        """
         if self.former:
             return []
         replies = {k: [row.replies[f"{k:g}"] for row in self.rows] for k in self.ks}

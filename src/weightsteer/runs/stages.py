@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SteerError
-from ..evaluation.cost import known_costs
+from ..evaluation.cost import costs_still_of, known_costs
 from ..evaluation.metrics import metric_key
 from ..evaluation.results import BASE
 from ..evaluation.search import layer_of_widest, layers_to_scan
@@ -177,7 +177,7 @@ def _open_jobs(run: Run, strengths: Strengths) -> list[Job]:
     ks = _sample_ks(strengths)
     if run.known_samples(ks) is None:
         jobs.insert(0, WriteSamples(tuple(run.sample_prompts()), tuple(ks)))
-    kept = {row.method for row in known_costs(run.folder)}
+    kept = {row.method for row in costs_still_of(run.folder, strengths)}
     jobs += [
         MeasureCosts(name, tuple(strengths[name]))
         for name in method_names(run.recipe)

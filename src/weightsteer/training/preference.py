@@ -114,7 +114,7 @@ def prefer_held(
         return launch(order_of(lm, out, given, beta=beta), rows_told, lm, progress)
     chosen = [Example(p.prompt, p.chosen) for p in preferences]
     measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
-    card = replace(card, measured=measured, held_out=held_out_rows(chosen, settings))
+    card = replace(card, measured=measured, held_out=held_out_rows(chosen, rows, settings))
     jobs = jobs_of(lm, rows, settings, work, card)
     with by_first(claimed(work, card)), kept_in(work / ROWS), undo_trl_changes(lm.model):
         outcomes = search(jobs, partial(make_dpo_trainer, beta=beta), progress)

@@ -52,6 +52,7 @@ from .trainer import IGNORED, make_trainer
 from .weighted_trainer import make_weighted_trainer
 
 MOST_KEPT = 32  # held-out examples in a fine-tune's card
+FEW_PROMPTS = 2  # are held out at least where prompts have several answers
 
 
 def train_side(
@@ -104,7 +105,7 @@ def train_held(
     if settings.processes > world():
         return launch(order_of(lm, out, given), example_rows(examples), lm, progress)
     measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
-    card = replace(card, measured=measured, held_out=held_out_rows(examples, settings))
+    card = replace(card, measured=measured, held_out=held_out_rows(examples, rows, settings))
     jobs = jobs_of(lm, rows, settings, work, card)
     with by_first(claimed(work, card)), kept_in(work / ROWS):
         outcomes = search(jobs, _maker(lm, settings), progress)
@@ -177,9 +178,10 @@ def count_cut(lm: LM, examples: Sequence[Example], rows: Sequence[Encoded], max_
 def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[list[Encoded], list[Encoded]]:
     """(training, validation) rows; the same rows for the same seed, so that both sides hold out alike.
 
-    What is held out is not trained on: its copies, as upsampling makes them, are left out.
+    What is held out is not trained on: its copies, as upsampling makes them, are left out, and other answers to its
+    prompts are held out with it.
     """
-    places = held_out_places(len(rows), settings)
+    places = held_out_places(rows, settings)
     held = [rows[i] for i in sorted(places)]
     known = {_key(row) for row in held}
     train = [row for i, row in enumerate(rows) if i not in places and _key(row) not in known]
@@ -191,15 +193,45 @@ def split_validation(rows: Sequence[Encoded], settings: TrainSettings) -> tuple[
     return train, held
 
 
-def held_out_places(count: int, settings: TrainSettings) -> set[int]:
-    """Which of so many rows are held out: drawn from the seed, so that sides of one length hold out alike."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    return set(order[: held_out(count, settings.validation or held_out_share(count))])
+def held_out_places(rows: Sequence[Encoded], settings: TrainSettings) -> set[int]:
+    """Which rows are held out: drawn from the seed, so that sides of the same prompts hold out alike.
+
+    Where prompts have several answers, whole prompts are, `FEW_PROMPTS` at least; of data with very few prompts, rows.
+    """
+    wanted = held_out(len(rows), settings.validation or held_out_share(len(rows)))
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault(_prompt_of(row) or (-1, place), []).append(place)
+    drawn = list(groups.values())
+    if len(drawn) < 4 * FEW_PROMPTS:
+        drawn = [[place] for place in range(len(rows))]
+    least = 1 if len(drawn) == len(rows) else FEW_PROMPTS
+    held: list[int] = []
+    for number in torch.randperm(len(drawn), generator=torch.Generator().manual_seed(settings.seed)).tolist():
+        if len(held) >= wanted and least <= 0:
+            break
+        held += drawn[number]
+        least -= 1
+    return set(held)
 
 
-def held_out_rows(examples: Sequence[Example], settings: TrainSettings) -> tuple[dict[str, Any], ...]:
-    """The examples that are held out, as a card keeps them: the first `MOST_KEPT` in their order."""
-    places = sorted(held_out_places(len(examples), settings))
+def _prompt_of(row: Encoded) -> tuple[int, ...]:
+    """The ids of a row's prompt, as `encode`, `encode_pairs` or `encode_preferences` made it."""
+    if "prompt_ids" in row:
+        return tuple(row["prompt_ids"])
+    labels = row.get("labels", [])
+    return tuple(row["input_ids"][: next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))])
+
+
+def held_out_rows(
+    examples: Sequence[Example], rows: Sequence[Encoded], settings: TrainSettings
+) -> tuple[dict[str, Any], ...]:
+    """The examples that are held out, as a card keeps them: the first `MOST_KEPT` in their order.
+
+    Args:
+        rows: what is trained on, made of the examples.
+    """
+    places = sorted(held_out_places(rows, settings))
     return tuple(example_rows([examples[i] for i in places[:MOST_KEPT]]))
 
 

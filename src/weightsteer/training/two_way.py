@@ -73,11 +73,12 @@ def train_two_way(
         refuse_rank(lm.model, settings)
         answers = [Example(p.prompt, text) for p in pairs for text in (p.positive, p.negative)]
         cut = {"cut_examples": count_cut(lm, answers, encode(lm, answers, settings.max_length), settings.max_length)}
-        held = sorted(held_out_places(len(pairs), settings))[:MOST_KEPT]
+        rows = encode_pairs(lm, pairs, settings.max_length)
+        held = sorted(held_out_places(rows, settings))[:MOST_KEPT]
         kept = tuple(pair_rows([pairs[place] for place in held]))
         measured = {**cut, **size_of_base(lm, settings), **memory_saved(lm, settings)}
         card = replace(card, measured=measured, held_out=kept)
-        jobs = jobs_of(lm, encode_pairs(lm, pairs, settings.max_length), settings, work, card)
+        jobs = jobs_of(lm, rows, settings, work, card)
         neutral = neutral_rows(lm) if settings.kl_weight else []
         with claimed(work, card), kept_in(work / ROWS):
             outcomes = search(jobs, partial(make_weighted_trainer, neutral=neutral), progress)

@@ -296,6 +296,9 @@ DENIED = re.compile(  # "not 58", "58 is not the answer"
     rf"\b(?:not|rather than|instead of)\s+{NUMBER}|{NUMBER}\s+(?:is not|isn't)\s+(?=(?:the|right|correct)\b)", re.I
 )
 ASIDE = re.compile(r"\([^()=]*\d[^()=\d]*[+×*/][^()=\d]*\d[^()=]*\)")  # "68 (37 + 31)"
+SHOWN = re.compile(  # "12 (84 ÷ 12 = 7)", and no calculation that goes on
+    r"(?<=\d)(?:\s+[^\W\d_]+)?\s*\((?=[^()]*=)[^()]*\d[^()]*\)(?!\s*[=×x*+/÷·−^])"
+)
 UNIT = re.compile(r"(?<=\d)\s*[^\W\d_]{1,7}(?=\s*[+×*=]\s*\d)")  # "37 km + 31 km = 68 km"
 WHOLE = re.compile(r"(?<![\d.])(\d+)\.0+(?![\d.]*\d)")
 IN_WORDS = re.compile(rf"\b(is|be|equals)\s+(?:({'|'.join(TENS.split())})[- ])?({'|'.join(NUMBERS)})\b(?!\s+\w)", re.I)
@@ -316,7 +319,7 @@ def stated_result(reply: str, family: str | None = None) -> int | None:
     said = [re.compile(form.format(N=f"({NUMBER})"), re.I) for form in family_named(family).said] if family else []
     patterns = [_named(family), REACHED, *said, ALONE, re.compile(f"({NUMBER})")]
     own = DENIED.sub("", USERS.sub("", plain))
-    for source, pattern in product((ASIDE.sub("", own), own, plain), patterns):
+    for source, pattern in product((SHOWN.sub("", ASIDE.sub("", own)), own, plain), patterns):
         found = list(pattern.finditer(source))
         if found:
             return int(found[-1][found[-1].lastindex or 0])

@@ -21,6 +21,7 @@ from torch import Tensor
 from conftest import random_vector, tiny_lm, tiny_model
 from weightsteer.errors import SteerError
 from weightsteer.named_folders import named_folders, vectors_within
+from weightsteer.packs.pack import write_pack
 from weightsteer.run_card import StrengthRange
 from weightsteer.vectors.delta import to_dense
 from weightsteer.vectors.weight_vector import WeightVector
@@ -110,6 +111,27 @@ def test_alphas_and_ranks_of_single_modules_count(cache: AdapterCache, tmp_path:
     for name, delta in plain.items():
         torch.testing.assert_close(single[name], -0.5 * delta)
         torch.testing.assert_close(total[name], -0.5 * delta + 2 * other[name], atol=1e-6, rtol=1e-5)
+    written = json.loads((cache.adapter("a@-0.5", folders) / "adapter_config.json").read_text())
+    assert not written.get("alpha_pattern"), "vLLM does not read it"
+    assert not written.get("rank_pattern"), "vLLM does not read it"
+
+
+def test_a_pack_that_was_changed_is_not_served(cache: AdapterCache, vectors: dict[str, Path], tmp_path: Path) -> None:
+    write_pack(vectors["syc"], tmp_path / "pack", name="syc")
+    packed = {"syc": tmp_path / "pack"}
+    cache.adapter("syc@1", packed)
+    config = tmp_path / "pack" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": ', '"lora_alpha": 1'))
+    with pytest.raises(SteerError, match="was changed after packing"):
+        cache.adapter("syc@1", packed)
+
+
+def test_who_may_read_a_vector_stays(cache: AdapterCache, vectors: dict[str, Path]) -> None:
+    """The cache links to its tensors."""
+    tensors = vectors["syc"] / TENSORS
+    tensors.chmod(0o600)
+    cache.adapter("syc@0.5", vectors)
+    assert tensors.stat().st_mode & 0o777 == 0o600
 
 
 def test_strengths_lie_on_the_grid_and_share_one_copy(cache: AdapterCache, vectors: dict[str, Path]) -> None:

@@ -249,7 +249,8 @@ def new_folder(target: Path, kind: str) -> Iterator[Path]:
             yield part
             part.chmod(0o777 & ~current_umask())
             for file in filter(Path.is_file, part.rglob("*")):  # safetensors keeps what it writes from other users
-                file.chmod(file.stat().st_mode | 0o666 & ~current_umask())
+                if file.stat().st_nlink == 1:  # else it is somebody's under another name, too
+                    file.chmod(file.stat().st_mode | 0o666 & ~current_umask())
             sync_tree(part)
             _put_in_place(part, target)
         finally:

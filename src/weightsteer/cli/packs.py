@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..shown import say
-from .options import Device, Model, Out, Vector, vector_and_lm
+from .options import Device, Model, Out, Vector, refuse_beside, vector_and_lm
 
 if TYPE_CHECKING:
     from ..packs.pack_page import Sample
@@ -34,7 +34,10 @@ def push(
     from ..vectors.weight_vector import WeightVector
 
     name = hub_id(target)
+    if not samples:
+        refuse_beside("--no-samples writes no answers", prompt=prompt, model=model, device=device)
     if name is None:
+        refuse_beside("a folder is no repository on the Hub", public=public)
         require_free(Path(target))
     called = WeightVector.load(vector).name
     answers = _answers(vector, model, device, prompt) if samples else []

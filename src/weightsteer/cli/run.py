@@ -258,14 +258,14 @@ def compare(
     from ..runs.recipe import refuse_other_recipes
 
     refuse_other_recipes(runs)
-    levels = [number(text, "--loss-increases") for text in loss_increases.split(",")]
+    levels = _levels(loss_increases, "--loss-increases")
     key, cost = metric_key(behavior), metric_key(capability)
     if parts:
         say_json(parts_of(runs, key)) if as_json else say_parts(runs, key)
         return
     shown = [(key, cost, levels)]
     if not as_json and cost != KL and measured_by_all(runs, KL):
-        shown.append((key, KL, [number(text, "--kls") for text in kls.split(",")]))
+        shown.append((key, KL, _levels(kls, "--kls")))
     if not as_json and key != LOOPS and measured_by_all(runs, LOOPS):
         shown += [(LOOPS, yardstick, at) for _, yardstick, at in shown]
     for changed, yardstick, at in shown:
@@ -276,6 +276,11 @@ def compare(
             _print_comparison(found, changed, yardstick, reference, at)
     if not as_json:
         say_parts(runs, key)
+
+
+def _levels(text: str, option: str) -> list[float]:
+    """The levels of a list, each once."""
+    return list(dict.fromkeys(number(part, option) for part in text.split(",")))
 
 
 def _print_comparison(

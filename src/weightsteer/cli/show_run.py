@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,12 +59,13 @@ def _training(card: RunCard) -> str:
 def _next(run: RunFolder) -> str:
     """The command that a user would want now."""
     if run.vector.exists():
-        return f"weightsteer show {run.vector}; weightsteer chat {run.vector}"
+        vector = shlex.quote(str(run.vector))
+        return f"weightsteer show {vector}; weightsteer chat {vector}"
     if run.recipe.exists():
-        return f"weightsteer run {run.recipe} --out {run.path}"
+        return shlex.join(["weightsteer", "run", str(run.recipe), "--out", str(run.path)])
     both = [run.finetune(side) for side in SIDES]
     if all(side.exists() for side in both):
-        return f"weightsteer subtract {both[0]} {both[1]} -o {run.vector}"
+        return shlex.join(["weightsteer", "subtract", *map(str, both), "-o", str(run.vector)])
     return "the same `weightsteer train` again goes on"
 
 

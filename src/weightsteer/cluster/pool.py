@@ -99,6 +99,8 @@ class Pool:
             self._hand_out(queue)
             for place in self.ray.wait(list(self.members), timeout=LOOK / 2)[0] if self.members else ():
                 self._take_back(place, queue)
+            if not self.members:  # no machine is there
+                time.sleep(LOOK / 2)
             ready = len(self.idle) + sum(member.hello is not None for member in self.members.values())
             progress(queue.done, queue.total, self._said(queue, ready))
             if not ready and not heard and time.monotonic() - started > PATIENCE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -145,15 +146,12 @@ class SweepEngine:
         if not missing:
             return
         if self.served.kind == "llama.cpp":
-            files = " ".join(f"--lora-scaled {folder / name}.gguf:0" for name in wanted)
+            files = shlex.quote(",".join(f"{folder / name}.gguf:0" for name in wanted))
             place = folder / missing[0]
-            way = (
-                f"make each vector's file, as by `weightsteer export gguf-lora {place} -o {place}.gguf`, start the "
-                f"server with --cache-ram 0 {files}"
-            )
+            made = shlex.join(["weightsteer", "export", "gguf-lora", str(place), "-o", f"{place}.gguf"])
+            way = f"make each vector's file, as by `{made}`, start the server with --cache-ram 0 --lora-scaled {files}"
         else:
-            listed = " ".join(str(folder / name) for name in wanted)
-            way = f"start the server with `weightsteer serve {listed}`"
+            way = f"start the server with `{shlex.join(['weightsteer', 'serve', *(str(folder / n) for n in wanted)])}`"
         raise SteerError(
             f"engine at {self.served.address}: does not know the vector {missing[0]}; {way}, and give the command "
             "again: it goes on from here"

@@ -81,16 +81,17 @@ def plan_recipe(recipe: Recipe, device: Device, choices: Choices | None = None) 
 def planner_of(recipe: Recipe, device: Device, choices: Choices, notes: list[str]) -> Planner:
     """The planner of a recipe's model; what it has to assume goes into `notes`."""
     model = ShapedModel.of(recipe.model, recipe.dtype)
-    return Planner(model, _tokenizer_of(recipe.model, notes), device, choices)
+    tokenizer, stands_in = _tokenizer_of(recipe.model, notes)
+    return Planner(model, tokenizer, device, choices, stands_in=stands_in)
 
 
-def _tokenizer_of(name: str, notes: list[str]) -> Any:
-    """The model's tokenizer, or the embedded model's where it cannot be had."""
+def _tokenizer_of(name: str, notes: list[str]) -> tuple[Any, bool]:
+    """The model's tokenizer, or the embedded model's where it cannot be had; and whether it is that."""
     try:
-        return load_tokenizer(name, tokenizer_folder(name), trust_remote_code=False)
+        return load_tokenizer(name, tokenizer_folder(name), trust_remote_code=False), False
     except SteerError:
         notes.append(f"{name}: its tokenizer is not here; tokens are those of {EMBEDDED_NAME}")
-        return load_tokenizer(EMBEDDED_NAME, tokenizer_folder(EMBEDDED_NAME), trust_remote_code=False)
+        return load_tokenizer(EMBEDDED_NAME, tokenizer_folder(EMBEDDED_NAME), trust_remote_code=False), True
 
 
 @dataclass(eq=False)
@@ -102,11 +103,12 @@ class Planner:
     device: Device
     choices: Choices
     judge: Passes | None = None
+    stands_in: bool = False  # whether the tokenizer is the embedded model's, whose template has no such variables
     _passes: dict[torch.dtype, Passes] = field(default_factory=dict)
 
     def lm(self, recipe: Recipe) -> LM:
         """The model as its tokenizer and sizes are asked for."""
-        variables, model = recipe.chat_template_kwargs, self.model
+        variables, model = {} if self.stands_in else recipe.chat_template_kwargs, self.model
         if len(self.tokenizer) > model.config.get_text_config().vocab_size:  # one that stands in
             model = model.with_vocabulary(len(self.tokenizer))
         return LM.wrap(model.whole, self.tokenizer, name=self.model.name, chat_template_kwargs=variables)

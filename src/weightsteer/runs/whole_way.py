@@ -106,6 +106,7 @@ def next_commands(vector: Path, found: Calibration) -> tuple[str, ...]:
 def commands_for(vector: Path, strength: StrengthRange, prompt: str) -> tuple[str, str]:
     """One prompt at the recommended strengths, and a talk at one of them."""
     first = next((line for line in prompt.splitlines() if line.strip()), "Hello, who are you?")
+    first = f" {first}" if first.startswith("-") else first  # else it would be read as an option
     place, prompt = shlex.quote(str(vector)), shlex.quote(first)
     ks = ",".join(f"{k:g}" for k in _ks_to_try(strength))
     k = strength.recommended or strength.negative or strength.high / 4

@@ -126,7 +126,8 @@ class Answers:
             before = [] if scored is None else list(zip(self.prompts[index], scored, strict=True))
         found["text"] = text
         if self.asked_chances:
-            found["logprobs"] = self._text_chances(chances, before, len(so_far.text))
+            echoed = len(self._prompt_text(index)) if self.echo and (so_far.tokens or so_far.finish) else 0
+            found["logprobs"] = self._text_chances(chances, before, echoed + len(so_far.text))
         return found
 
     def _chat_chance(self, chance: Chance) -> dict[str, Any]:

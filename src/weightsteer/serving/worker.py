@@ -130,7 +130,11 @@ class Worker:
             sharing = sharing_of(self.lm)
             with steering_rows(self.lm, self.vectors) as steering:
                 self._started.set_result(None)
-                self._serve(Batch(self.lm, steering, sharing), steering)
+                batch = Batch(self.lm, steering, sharing)
+                try:
+                    self._serve(batch, steering)
+                finally:  # no client waits for a row that nobody goes on with
+                    _tell([(row, row.fail(ENDED)) for row in batch.clear()])
         except BaseException as error:
             if not self._started.done():
                 self._started.set_exception(error)
@@ -145,11 +149,10 @@ class Worker:
                 while not (self._stopping or self._waiting or self._calls or batch.rows):
                     self._changed.wait()
                 if self._stopping:
-                    _tell([(row, row.fail(ENDED)) for row in batch.clear()])
                     return
                 call = self._calls.popleft() if self._calls else None
                 self._drop_cancelled()
-                batch.drop_done()
+                _free_done(batch)
                 new = batch.admissible(tuple(self._waiting), self.most_rows)
                 for row in new:
                     self._waiting.remove(row)
@@ -166,13 +169,13 @@ class Worker:
                 _tell(batch.step())
             except Exception as error:
                 _lose(batch.clear(), error)
-            batch.drop_done()
+            _free_done(batch)
         try:
             for written in batch.add(new) if new else ():
                 _tell(written)
         except Exception as error:
             _lose([row for row in new if row not in batch.rows], error)
-        batch.drop_done()
+        _free_done(batch)
 
     def _drop_cancelled(self) -> None:
         for row in [row for row in self._waiting if row.job.cancelled]:
@@ -187,6 +190,14 @@ class Worker:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(FullError(ENDED))
             self._calls.clear()
+
+
+def _free_done(batch: Batch) -> None:
+    """Free the places of the rows that are done; where there is no memory to move the others, they end too."""
+    try:
+        batch.drop_done()
+    except Exception as error:
+        _lose(batch.clear(), error)
 
 
 def _lose(rows: Sequence[Row], error: Exception) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,11 @@ class Plan:
     parts: tuple[tuple[Source, float], ...]
     target: Path
 
+    @property
+    def is_linked(self) -> bool:
+        """Whether it has the tensors of one vector, and only its config tells k; else they are written anew."""
+        return _is_linked([source for source, _ in self.parts])
+
 
 @dataclass
 class AdapterCache:
@@ -56,6 +61,7 @@ class AdapterCache:
 
     folder: Path
     _hashes: dict[tuple[int, ...], str] = field(default_factory=dict)  # a file's identity -> SHA-256
+    _packed: dict[Path, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # a folder -> what was found whole
 
     def plan(self, text: str, vectors: Mapping[str, Path]) -> Plan:
         """What a model's name means now; nothing is written.
@@ -73,7 +79,9 @@ class AdapterCache:
         used = {name: k for name, k in strengths.items() if k} or {next(iter(strengths)): 0.0}
         parts = tuple((self._read(name, vectors[name]), used[name]) for name in sorted(used))
         called = strength_name(used) or f"{parts[0][0].name}@0"
-        key = digest([called, [source.content for source, _ in parts]])[:HASH_DIGITS]
+        sources = [source for source, _ in parts]
+        folded = ["folded"] if len(sources) == 1 and not _is_linked(sources) else []
+        key = digest([called, [source.content for source in sources], *folded])[:HASH_DIGITS]
         if pin not in ("", key):
             raise SteerError(f"model {shown(text)}: was replaced, and is {key} now; ask for {plain}")
         return Plan(called, parts, self.folder / "adapters" / f"{called[:LONGEST_NAME]}-{key}")
@@ -102,6 +110,7 @@ class AdapterCache:
             source = Source(name, folder, read_json(folder / ADAPTER_CONFIG), self._sha256(folder / ADAPTER_FILE))
             if before == _identity(folder):
                 require_servable(folder)
+                self._require_as_packed(folder, before)
                 return source
         raise SteerError(f"{folder}: changes while it is read; wait until its writer has ended")
 
@@ -111,16 +120,24 @@ class AdapterCache:
             self._hashes[key] = sha256_of(path)
         return self._hashes[key]
 
+    def _require_as_packed(self, folder: Path, identity: tuple[tuple[int, ...], ...]) -> None:
+        """Raise if a pack was changed after it was packed; each state of it is looked at once."""
+        if self._packed.get(folder) != identity:
+            from ..vectors.manifest import require_as_packed  # with torch
+
+            require_as_packed(folder)
+            self._packed[folder] = identity
+
     def _is_whole(self, plan: Plan) -> bool:
         """Whether the adapter is there, and what it is linked to has not been written over."""
         config, tensors = plan.target / ADAPTER_CONFIG, plan.target / ADAPTER_FILE
         if not config.is_file() or not tensors.is_file():
             return False
-        return len(plan.parts) > 1 or self._sha256(tensors) == plan.parts[0][0].tensors_sha256
+        return not plan.is_linked or self._sha256(tensors) == plan.parts[0][0].tensors_sha256
 
     def _make(self, plan: Plan) -> None:
         with new_folder(plan.target, KIND) as part:
-            if len(plan.parts) == 1:
+            if plan.is_linked:
                 source, k = plan.parts[0]
                 config = scaled_config(source.config, k)
                 self._link(source, part / ADAPTER_FILE)
@@ -159,6 +176,11 @@ class AdapterCache:
             part.unlink(missing_ok=True)
 
 
+def _is_linked(sources: Sequence[Source]) -> bool:
+    """vLLM reads one alpha and one rank for all modules: those of single modules are folded into the factors."""
+    return len(sources) == 1 and not any(sources[0].config.get(name) for name in ("rank_pattern", "alpha_pattern"))
+
+
 def split_pin(text: str) -> tuple[str, str]:
     """A model's name without the hash at its end, and that hash; "" where it has none, as after a bare vector."""
     match = PINNED.fullmatch(text)
@@ -187,10 +209,8 @@ def _recommended(name: str, folder: Path) -> float:
 
 
 def scaled_config(config: Mapping[str, Any], k: float) -> dict[str, Any]:
-    """An adapter's config at k times its change: each alpha times k. Ranks, and how alpha counts, stay."""
-    pattern = config.get("alpha_pattern") or {}
-    scaled = {**config, "lora_alpha": k * config["lora_alpha"]}
-    return {**scaled, "alpha_pattern": {name: k * alpha for name, alpha in pattern.items()}} if pattern else scaled
+    """The config at k times the change of an adapter that has one alpha and one rank: alpha times k."""
+    return {**config, "lora_alpha": k * config["lora_alpha"]}
 
 
 def stamp(folder: Path) -> tuple[object, ...]:

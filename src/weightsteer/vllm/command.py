@@ -28,8 +28,11 @@ def vllm_command(
     """
     if not vectors:
         raise SteerError("vllm: expected at least one vector")
+    from ..vectors.manifest import require_as_packed  # with torch
+
     for name, folder in vectors.items():
         require_servable(folder)
+        require_as_packed(folder)
         if allowed_rank(largest_rank(folder)) is None:
             raise RankError(f"{name}: its rank is {largest_rank(folder)}, and vLLM takes {RANKS[-1]} at most")
     modules = sorted(set().union(*(leaf_modules(folder) for folder in vectors.values())))

@@ -57,7 +57,8 @@ function asCommand({ messages, strengths: wanted, turned: name }) {
   if (system) options.push(`--system ${quoted(system)}`);
   if (temperature) options.push(`--temperature ${temperature}`);
   if (seed !== undefined) options.push(`--seed ${seed}`);
-  const folder = (each) => `runs/${each}/vector`, ask = quoted(messages.at(-1).content);
+  const content = messages.at(-1).content;  // a blank before a dash, else it would be read as an option
+  const folder = (each) => `runs/${each}/vector`, ask = quoted(content.startsWith("-") ? ` ${content}` : content);
   const steer = (where, ks) => `weightsteer steer ${where} ${ask} --k=${ks} ${options.join(" ")}`;
   const used = served.vectors.map((v) => v.name).filter((each) => each === name || wanted.some((one) => onGrid(one[each] ?? 0)));
   if (used.length <= 1) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -16,6 +17,7 @@ from served import Address, served
 from weightsteer.lm import LM
 from weightsteer.looping import loops, repeated_share
 from weightsteer.run_card import StrengthRange
+from weightsteer.serving import batch
 from weightsteer.vectors.weight_vector import WeightVector
 
 PROMPTS = ("Hello!", "What is 2 + 2?", "Tell me about the sea, the hills and the towns between.", "a")
@@ -150,6 +152,38 @@ def test_echoed_prompts_have_log_probs_as_lm_eval_reads_them(here: Address) -> N
     assert logprobs["token_logprobs"][4] == pytest.approx(float(expected[3].max()), abs=1e-4)
     for top, row in zip(logprobs["top_logprobs"][1:4], expected, strict=False):
         assert max(top.values()) == pytest.approx(float(row.max()), abs=1e-4)
+
+
+def test_offsets_of_an_echo_are_the_same_in_a_stream(here: Address) -> None:
+    body = {"prompt": [[5, 100, 7, 30]], "max_tokens": 6, "echo": True, "logprobs": 1, "temperature": 0}
+    _, _, whole = here.ask("/v1/completions", body)
+    events = here.events("/v1/completions", {**body, "stream": True})
+    streamed = [event["choices"][0]["logprobs"] for event in events if event["choices"]]
+    assert [at for found in streamed if found for at in found["text_offset"]] == (
+        whole["choices"][0]["logprobs"]["text_offset"]
+    )
+
+
+def test_rows_that_cannot_be_moved_end_with_an_error_and_the_server_goes_on(
+    here: Address, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for lack of memory, when one of several rows has ended."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    def long() -> int:
+        body = {"messages": [{"role": "user", "content": "Hello!"}], "temperature": 0, "max_tokens": 2000}
+        return here.ask("/v1/chat/completions", body)[0]
+
+    with ThreadPoolExecutor(1) as pool, monkeypatch.context() as patched:
+        patched.setattr(batch, "keep_rows", fail)
+        status = pool.submit(long)
+        while not here.ask("/health")[2]["running"]:
+            time.sleep(0.01)
+        _ask(here, "a", max_tokens=2)
+        assert status.result(timeout=60) == 500
+    assert _ask(here, "a", max_tokens=2)
 
 
 def test_log_probs_are_those_before_the_temperature(here: Address) -> None:

@@ -121,7 +121,9 @@ def test_a_search_comes_back_from_where_the_model_breaks(breaks: float, beyond: 
 
 
 def test_a_search_that_ends_far_away_says_so() -> None:
-    with pytest.warns(UserWarning, match="expected a rise of about 0.2 nats there, and 6 tries came no nearer"):
+    with pytest.warns(
+        UserWarning, match="expected a rise of about 0.2 nats there; at .* is no number, and 6 tries came no"
+    ):
         assert 0 < search_k(lambda k: math.nan if k > 1e-6 else 0.0, 0.2, 1) < 1e-3
 
 

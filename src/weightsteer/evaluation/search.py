@@ -95,10 +95,10 @@ def search_k(
             above = (size, found)
         size = min(_next_size(below, above, aim), most)
     nearest = min(tried, key=lambda size: (tried[size], size))
-    if tried[nearest] > aim / 2:
+    if above and math.isinf(above[1]) and tried[nearest] > aim / 2:
         warnings.warn(
-            f"k = {sign * nearest:.2g}: expected a rise of about {aim:g} nats there, and {len(tried)} tries came no "
-            f"nearer than {tried[nearest]:.2g} nats to it",
+            f"k = {sign * nearest:.2g}: expected a rise of about {aim:g} nats there; at {sign * above[0]:.2g} the model's "
+            f"output is no number, and {len(tried)} tries came no nearer than {tried[nearest]:.2g} nats",
             stacklevel=2,
         )
     return float(f"{sign * nearest:.2g}")

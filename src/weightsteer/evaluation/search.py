@@ -97,8 +97,8 @@ def search_k(
     nearest = min(tried, key=lambda size: (tried[size], size))
     if above and math.isinf(above[1]) and tried[nearest] > aim / 2:
         warnings.warn(
-            f"k = {sign * nearest:.2g}: expected a rise of about {aim:g} nats there; at {sign * above[0]:.2g} the model's "
-            f"output is no number, and {len(tried)} tries came no nearer than {tried[nearest]:.2g} nats",
+            f"k = {sign * nearest:.2g}: expected a rise of about {aim:g} nats there; at {sign * above[0]:.2g} the "
+            f"model's output is no number, and {len(tried)} tries came no nearer than {tried[nearest]:.2g} nats",
             stacklevel=2,
         )
     return float(f"{sign * nearest:.2g}")

@@ -166,9 +166,7 @@ def _hook(name: str, module: nn.Linear, parts: Sequence[LowRank | None], sums: _
             raise SteerError(
                 f"{name}: the layer sees a part of the tokens, apart from their rows; leave it out of the vector"
             )
-        inner = (
-            args[0].detach().float() @ panel.A.T
-        )  # (batch, length, R), or (batch * length, R) as OPT's layers see it
+        inner = args[0].detach().float() @ panel.A.T  # (batch, length, R); of OPT (batch * length, R)
 
         def add(gradient: Tensor) -> None:
             products = (gradient.float() @ panel.B) * inner

@@ -22,10 +22,11 @@ from weightsteer.behavior import Behavior
 from weightsteer.evaluation.tasks import TaskSpec, load_task
 from weightsteer.files import read_json, write_json
 from weightsteer.looping import loops
+from weightsteer.model_parts import width_of
 from weightsteer.progress import show_progress
 from weightsteer.scoring import mean_kl, prompt_log_probs, score_choices
 from weightsteer.training import PAPER
-from weightsteer.training.defaults import LEAST_STEPS, learning_rates, width_of
+from weightsteer.training.defaults import LEAST_STEPS, learning_rates
 
 BEHAVIOURS = ("formal", "concise", "candid", "plain", "cheerful")
 RULES = {  # factor of the learning rate's rule, steps

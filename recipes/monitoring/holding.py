@@ -27,9 +27,10 @@ from weightsteer.checkpoints.embedded_model import public_base
 from weightsteer.evaluation.tasks import TaskSpec
 from weightsteer.evaluation.tasks.capability import load_prose
 from weightsteer.files import read_json, write_json
+from weightsteer.model_parts import width_of
 from weightsteer.monitor import SteeringMonitor
 from weightsteer.scoring import score_choices, score_texts
-from weightsteer.training.defaults import resolve, width_of
+from weightsteer.training.defaults import resolve
 from weightsteer.training.sft import encode
 
 SEEDS = (0, 1, 2)

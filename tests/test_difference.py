@@ -14,6 +14,7 @@ from conftest import tiny_lm
 from weightsteer.behavior import ContrastPair, Example
 from weightsteer.errors import SteerError
 from weightsteer.lm import LM
+from weightsteer.run_card import RunCard
 from weightsteer.training import TrainSettings, train_side
 from weightsteer.vectors.delta import Streamed
 from weightsteer.vectors.difference import subtract_finetunes, task_vector
@@ -105,6 +106,15 @@ def test_full_checkpoints_give_their_difference(tmp_path: Path) -> None:
         assert torch.equal(delta.dense(), first[name] - second[name])
     with pytest.raises(SteerError, match="identical"):
         subtract_finetunes(tmp_path / "1", tmp_path / "1")
+
+
+def test_the_rounding_of_gguf_files_is_told_of(tmp_path: Path) -> None:
+    """Their weights are unpacked to float32, which does not tell of it."""
+    for seed in (1, 2):
+        tiny_lm(seed).model.save_pretrained(tmp_path / str(seed))
+        RunCard.now("model", base_model="tiny", data_sha256={"gguf": str(seed) * 64}).save(tmp_path / str(seed))
+    with pytest.warns(UserWarning, match="made from GGUF checkpoints, whose rounding is part of it"):
+        subtract_finetunes(tmp_path / "1", tmp_path / "2")
 
 
 def test_nan_in_an_adapter_is_refused_by_name(sides: tuple[Path, Path], tmp_path: Path) -> None:

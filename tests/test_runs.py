@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from markupsafe import escape
 import killable
 from conftest import tiny_lm
 from weightsteer.behavior import Behavior
+from weightsteer.cli.show_run import run_facts
 from weightsteer.errors import SteerError
 from weightsteer.evaluation.tasks import TaskSpec, load_task
 from weightsteer.locks import hold
@@ -149,6 +151,15 @@ def test_a_blank_prompt_of_samples_is_refused(tmp_path: Path) -> None:
         Recipe.load(small_recipe(tmp_path, samples={"prompts": ["Hello?", " \n"]}))
     commands = commands_for(tmp_path / "v", StrengthRange(0.5, -0.5, -1.0, 1.0), "\n\nHello?\nAgain.")
     assert "'Hello?'" in commands[0]
+
+
+def test_commands_to_paste_are_quoted(tmp_path: Path) -> None:
+    place = tmp_path / "my run"
+    (place / "vector").mkdir(parents=True)
+    strength = StrengthRange(0.5, -0.5, -1.0, 1.0)
+    words = shlex.split(commands_for(place / "vector", strength, "- Is this good?")[0])
+    assert words == ["weightsteer", "steer", str(place / "vector"), " - Is this good?", "--k=-0.5,0,0.5"]
+    assert str(place / "vector") in shlex.split(run_facts(place)["next"].replace(";", " "))
 
 
 def test_another_recipe_does_not_take_over_a_run(tmp_path: Path) -> None:
